@@ -1,0 +1,188 @@
+"""Documents from the embedded curriculum, local files or a hub dataset: read, cleaned, de-duplicated, split, with every drop counted."""
+import dataclasses
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.data import curriculum
+from stages.run.manifest import hash_path
+
+LOCAL_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_SPACES = re.compile(r"[ \t\u00a0\u2000-\u200a\u3000]+")
+
+
+def is_local(source: str) -> bool:
+    return source.endswith(LOCAL_SUFFIXES) or Path(source).exists() or bool(glob.glob(source))
+
+
+def local_files(source: str) -> list[Path]:
+    """Files of a path, folder or glob. Raises ValueError when there are none."""
+    path = Path(source)
+    found = sorted(p for p in path.rglob("*") if p.suffix in LOCAL_SUFFIXES) if path.is_dir() else \
+        sorted(Path(p) for p in glob.glob(source, recursive=True))
+    if not found:
+        raise ValueError(f"{source}: no such file, and no {', '.join(LOCAL_SUFFIXES)} in it if it is a folder")
+    return found
+
+
+def hash_inputs(sources: Iterable[str]) -> dict[str, str]:
+    """Content hashes of the local sources, for the run's fingerprint. Hub datasets are named with their revision instead."""
+    return {source: hash_path(file) if len(files) == 1 else hash_path(Path(source)) if Path(source).is_dir()
+            else hashlib.sha256("".join(map(hash_path, files)).encode()).hexdigest()
+            for source in sources if source != "curriculum" and is_local(source)
+            for files in [local_files(source)] for file in files[:1]}
+
+
+def read_text(path: Path, *, decode_errors: str = "strict") -> str:
+    """A UTF-8 file. Raises ValueError naming the byte offset when it is not text."""
+    data = path.read_bytes()
+    if b"\0" in data[:1 << 20]:
+        raise ValueError(f"{path} is binary (it has a zero byte at offset {data.index(0)}): give text, jsonl or parquet files")
+    try:
+        return data.decode("utf-8", errors=decode_errors)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {data[error.start]:#04x} at offset {error.start} is not UTF-8: convert the file "
+                         "(iconv -t UTF-8) or set decode_errors: replace") from None
+
+
+def cut(text: str, limit: int) -> Iterator[str]:
+    """A long text as documents of at most about `limit` characters, cut at blank lines (at lines where there are none)."""
+    held = ""
+    for block in re.split(r"(?<=\n)\n+", text):
+        pieces = [block] if len(block) <= limit else block.splitlines(keepends=True)
+        for piece in pieces:
+            if held and len(held) + len(piece) > limit:
+                yield held
+                held = ""
+            held += ("\n" if held and len(pieces) == 1 else "") + piece
+    if held:
+        yield held
+
+
+def read_jsonl(path: Path, *, decode_errors: str = "strict") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows with their line numbers. Raises ValueError naming file and line for a line that is not a JSON object."""
+    text = read_text(path, decode_errors=decode_errors)
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}): {line[:60]!r}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}")
+        yield number, row
+
+
+def _rows_of(path: Path, decode_errors: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a table file with where each came from."""
+    if path.suffix == ".jsonl":
+        for number, row in read_jsonl(path, decode_errors=decode_errors):
+            yield f"{path}, line {number}", row
+    elif path.suffix == ".json":
+        try:
+            rows = json.loads(read_text(path, decode_errors=decode_errors))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error.msg}, line {error.lineno})") from None
+        for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
+            yield f"{path}, row {number}", row
+    else:
+        import pyarrow.lib
+        import pyarrow.parquet
+
+        try:
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(1024)
+            for number, row in enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches)):
+                yield f"{path}, row {number}", row
+        except pyarrow.lib.ArrowInvalid as error:
+            raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+
+
+def read_documents(source: str, *, seed: int, num_documents: int, num_easy_documents: int = 0, text_column: str = "text",
+                   hub_config: str | None = None, hub_split: str = "train", document_chars: int = 4000,
+                   decode_errors: str = "strict") -> Iterator[dict[str, str]]:
+    """`{"text", "kind", "phase"}` of one source: `curriculum`, a local path or glob, or a hub dataset id.
+
+    `num_documents` bounds curriculum and hub sources (0: all of a hub dataset). Plain text is cut into documents of
+    `document_chars`. Raises ValueError naming file and row for anything that cannot be read.
+    """
+    if source == "curriculum":
+        for phase, count in (("easy", num_easy_documents), ("main", num_documents)):
+            for document in itertools.islice(curriculum.documents(seed, phase=phase), count):
+                yield {**document, "phase": phase}
+    elif is_local(source):
+        for path in local_files(source):
+            if path.suffix in (".txt", ".md"):
+                for text in cut(read_text(path, decode_errors=decode_errors), document_chars):
+                    yield {"text": text, "kind": path.stem, "phase": "main"}
+                continue
+            for where, row in _rows_of(path, decode_errors):
+                if not isinstance(row.get(text_column), str):
+                    raise ValueError(f"{where} has no text in column {text_column!r}: it has {', '.join(row)}; set text_column")
+                yield {"text": row[text_column], "kind": path.stem, "phase": "main"}
+    else:
+        import datasets
+
+        if os.environ.get("HF_HUB_OFFLINE") == "1":
+            raise ValueError(f"{source} is neither a local file nor reachable: HF_HUB_OFFLINE=1 is set; give a path that exists")
+        stream = datasets.load_dataset(source, hub_config, split=hub_split, streaming=True)
+        for row in itertools.islice(stream, num_documents or None):
+            yield {"text": row[text_column], "kind": source, "phase": "main"}
+
+
+def clean(text: str) -> str:
+    """NFC; no control characters; runs of spaces and more than one blank line collapsed; no space at line ends."""
+    text = _CONTROL.sub("", unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")))
+    lines = [_SPACES.sub(" ", line).strip(" ") for line in text.split("\n")]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n ")
+
+
+@dataclasses.dataclass
+class Drops:
+    """How many documents were read, kept and dropped, why, and one example of each reason."""
+
+    read: int = 0
+    reasons: Counter = dataclasses.field(default_factory=Counter)
+    examples: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def drop(self, reason: str, text: str) -> None:
+        self.reasons[reason] += 1
+        self.examples.setdefault(reason, text[:60])
+
+    def lines(self) -> list[str]:
+        kept = self.read - sum(self.reasons.values())
+        return [f"{self.read:,} documents read, {kept:,} kept"] + [
+            f"  dropped {count:,} ({reason}), for example {self.examples[reason]!r}" for reason, count in self.reasons.most_common()]
+
+
+def select(documents: Iterable[dict[str, str]], drops: Drops, *, heldout_share: float, min_chars: int = 1) -> Iterator[dict[str, Any]]:
+    """Cleaned documents, each text once, with `heldout` decided by the hash of the text.
+
+    The hash puts a text on the same side in every run, whatever else is in the corpus.
+    """
+    seen: set[bytes] = set()
+    for document in documents:
+        drops.read += 1
+        text = clean(document["text"])
+        if len(text) < min_chars:
+            drops.drop("empty or too short after cleaning", document["text"])
+            continue
+        digest = hashlib.sha256(text.encode()).digest()
+        if digest[:16] in seen:
+            drops.drop("exact duplicate", text)
+            continue
+        seen.add(digest[:16])
+        heldout = int.from_bytes(digest[16:24], "big") < heldout_share * 2**64
+        if heldout and document["phase"] == "easy":
+            drops.drop("easy document on the held-out side", text)
+            continue
+        yield {**document, "text": text, "heldout": heldout}

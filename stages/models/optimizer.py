@@ -1,0 +1,93 @@
+"""Muon for the matrices of the trunk, AdamW for the rest, as one optimizer that Trainer, Accelerate and a scheduler accept.
+
+Muon orthogonalises the momentum of each matrix by a quintic Newton-Schulz iteration (Jordan et al. 2024,
+kellerjordan.github.io/posts/muon). Matrices of one shape are stacked and orthogonalised in one batched product: at the
+tiny sizes the cost is in the number of calls, not in the arithmetic.
+"""
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+
+def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrix, approximately: singular values land in about [0.7, 1.2].
+
+    `update` (..., rows, columns), float; same shape and dtype out.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan et al. 2024: steepest slope at zero that still converges
+    transposed = update.size(-2) > update.size(-1)
+    x = update.mT if transposed else update
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if transposed else x
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Groups with `muon=True` take Muon steps, the others AdamW steps; state and schedules work as in any optimizer.
+
+    Group keys: `lr`, `muon`, `momentum` (Muon), `betas`, `eps` (AdamW), `weight_decay` (decoupled, both).
+    """
+
+    def __init__(self, groups: list[dict], *, weight_decay: float = 0.0):
+        super().__init__(groups, {"lr": 0.0, "muon": False, "momentum": 0.95, "betas": (0.8, 0.95), "eps": 1e-8,
+                                  "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            (self._muon if group["muon"] else self._adamw)(group)
+        return loss
+
+    def _muon(self, group: dict) -> None:
+        by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is not None:
+                by_shape[p.shape].append(p)
+        for shape, params in by_shape.items():
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            grads = torch.stack([p.grad for p in params])
+            momentum = torch.stack([self.state[p]["momentum"] for p in params]).lerp_(grads, 1 - group["momentum"])
+            for p, m in zip(params, momentum, strict=True):
+                self.state[p]["momentum"].copy_(m)
+            update = orthogonalize(grads.lerp_(momentum, group["momentum"]))  # Nesterov
+            scale = group["lr"] * max(1.0, shape[-2] / shape[-1]) ** 0.5
+            for p, u in zip(params, update, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-scale)
+
+    def _adamw(self, group: dict) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        if not params:
+            return
+        adamw(
+            params, [p.grad for p in params], [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params], [], [self.state[p]["step"] for p in params], foreach=True,
+            amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+
+
+def build_optimizer(model: nn.Module, *, matrix_lr: float, lr: float, embedding_lr_factor: float = 10.0,
+                    weight_decay: float = 0.0) -> MuonAdamW:
+    """Muon for 2-D weights inside the decoder layers, AdamW for embedding (at `embedding_lr_factor` times `lr`), head and norms."""
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    outer = {id(embedding)} | ({id(head.weight)} if head is not None else set())
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in outer]
+    rest = [p for p in trainable if (p.ndim != 2 or id(p) in outer) and id(p) != id(embedding)]
+    return MuonAdamW([
+        {"params": matrices, "lr": matrix_lr, "muon": True},
+        {"params": [embedding], "lr": lr * embedding_lr_factor},
+        {"params": rest, "lr": lr}], weight_decay=weight_decay)

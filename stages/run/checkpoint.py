@@ -1,0 +1,86 @@
+"""Which checkpoints can be trusted after a kill, and the metrics file that continues with them.
+
+A checkpoint counts once `complete.json`, listing every file with its size, has been written after all of them were flushed.
+A kill inside a save, or a full disk, leaves a folder without a valid list; it is removed and the one before is used.
+"""
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from stages.run.manifest import write_json
+
+MARK = "complete.json"
+
+
+def mark_complete(folder: Path, *, world_size: int) -> None:
+    """Flush every file to disk, then write the list that makes the checkpoint count."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARK)
+    for file in files:
+        with file.open("rb") as f:
+            os.fsync(f.fileno())
+    write_json(folder / MARK, {"world_size": world_size, "files": {str(f.relative_to(folder)): f.stat().st_size for f in files}})
+
+
+def is_complete(folder: Path) -> bool:
+    try:
+        listed = json.loads((folder / MARK).read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == size for name, size in listed.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.rsplit("-", 1)[1])
+
+
+def newest_complete(checkpoints: Path, *, world_size: int) -> Path | None:
+    """The newest checkpoint that can be trusted.
+
+    Raises ValueError when it was written by another number of processes: its random states would not fit.
+    """
+    folders = sorted((p for p in checkpoints.glob("checkpoint-*") if is_complete(p)), key=step_of)
+    if not folders:
+        return None
+    written_by = json.loads((folders[-1] / MARK).read_text(encoding="utf-8"))["world_size"]
+    if written_by != world_size:
+        raise ValueError(f"{folders[-1]} was written by {written_by} processes, this launch has {world_size}: "
+                         f"launch with {written_by}, or delete {checkpoints} to start over")
+    return folders[-1]
+
+
+def remove_incomplete(checkpoints: Path) -> None:
+    for folder in checkpoints.glob("checkpoint-*"):
+        if not is_complete(folder):
+            shutil.rmtree(folder)
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one object a log step. After a resume the lines beyond the checkpoint's step are dropped, so none is there twice."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def rewind(self, step: int) -> None:
+        """Keep lines up to and including `step`; a line cut off by a kill goes too."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                continue
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def append(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

@@ -1,0 +1,31 @@
+"""What people see while they wait."""
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+from stages.run.manifest import is_main
+
+T = TypeVar("T")
+
+
+def clock(seconds: float) -> str:
+    """`75` as `1m15s`."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    minutes, secs = divmod(rest, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"
+
+
+def progress(items: Iterable[T], what: str, *, total: int | None = None) -> Iterable[T]:
+    """A bar with ETA on the main process; in a log file, a line every ten seconds at most."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, total=total, disable=not is_main(), mininterval=0.5 if sys.stderr.isatty() else 10.0,
+                dynamic_ncols=True, leave=False)
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Plain text columns, aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

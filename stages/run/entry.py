@@ -1,0 +1,130 @@
+"""How a stage starts and ends as a process: config, launch check, threads, one clear line on bad input, an orderly exit."""
+import errno
+import os
+import shutil
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stages.run.config import StageConfig, help_text, load_config, read_yaml
+from stages.run.manifest import is_main, say
+
+C = TypeVar("C", bound=StageConfig)
+
+
+def launch(main: Callable[[C], Any], config_class: type[C], *, distributed: bool = True) -> None:
+    """Run `main` on the config of the command line, then exit: 0 when finished, 2 on bad input with one line `error: ...`.
+
+    A stage with `distributed=False` works on the main process alone; the others leave at once.
+    """
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        say(help_text(config_class))
+        sys.exit(0)
+    if not distributed and not is_main():
+        sys.exit(0)
+    code, config = 2, None
+    try:
+        config = load_config(config_class, arguments)
+        if distributed:
+            start_processes()
+        main(config)
+        code = 0
+    except KeyboardInterrupt:
+        say("interrupted: the same command continues from the last checkpoint")
+        code = 130
+    except Exception as error:
+        if full := disk_full(error, config):
+            fail(full, config)
+        elif isinstance(error, ValueError | OSError):
+            fail(str(error) or type(error).__name__, config)
+        else:
+            traceback.print_exc()
+            code = 1
+    stop_processes()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code)  # gloo threads can abort a finished process on their way out
+    sys.exit(code)
+
+
+def fail(message: str, config: StageConfig | None) -> None:
+    """One line for the user; the traceback goes to a file beside the run, for whoever has to look deeper."""
+    where = ""
+    if config is not None:
+        file = Path(config.run_dir + ".traceback.txt")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(traceback.format_exc(), encoding="utf-8")
+            where = f" (traceback in {file})"
+        except OSError:
+            pass
+    print(f"error: {' '.join(message.split())}{where}", file=sys.stderr, flush=True)
+
+
+def disk_full(error: BaseException, config: StageConfig | None) -> str | None:
+    """The message for a full disk, whichever library ran into it: safetensors and torch do not raise OSError."""
+    text = str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "StorageFull" in text
+    if not full and config is not None and isinstance(error, RuntimeError) and "writ" in text:
+        parent = next((p for p in Path(config.run_dir).resolve().parents if p.exists()), Path("/"))
+        full = shutil.disk_usage(parent).free < 1 << 20
+    if not full:
+        return None
+    place = config.run_dir if config else "the run folder"
+    return f"the disk of {place} is full: free some space or set run_dir elsewhere; the same command then continues"
+
+
+def promised() -> dict[str, Any]:
+    """The launch config that `accelerate launch` was given, found on the parent's command line; empty without one."""
+    import psutil
+
+    try:
+        line = psutil.Process().parent().cmdline()  # type: ignore[union-attr]
+    except (psutil.Error, AttributeError):
+        return {}
+    for flag, value in zip(line, line[1:], strict=False):
+        if flag == "--config_file":
+            return {"file": value, **read_yaml(value), **_flags_of(line)}
+    return {}
+
+
+def _flags_of(line: list[str]) -> dict[str, Any]:
+    return {"num_processes": int(value) for flag, value in zip(line, line[1:], strict=False) if flag == "--num_processes"}
+
+
+def start_processes() -> None:
+    """Join the process group and check that it is the one promised.
+
+    Three launches that look right train the wrong thing and exit 0 (a world of one process where two were asked for, two
+    unconnected worlds, FSDP that is silently plain data parallelism). Raises ValueError for each.
+    """
+    import torch
+    from accelerate import PartialState
+
+    cpu = not torch.cuda.is_available()
+    launch_config = promised()
+    asked = int(launch_config.get("num_processes") or os.environ.get("WORLD_SIZE", "1"))
+    state = PartialState(cpu=cpu, **({"backend": "gloo"} if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}))
+    if state.num_processes != asked:
+        raise ValueError(f"{launch_config.get('file', 'the launch')} asks for {asked} processes but {state.num_processes} joined: "
+                         "on CPU use recipes/accelerate/cpu-2.yaml (distributed_type MULTI_GPU with use_cpu)")
+    if cpu:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", str(state.num_processes)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))  # launchers set one thread: half the speed
+
+
+def stop_processes() -> None:
+    """Leave the process group. Bounded in time: products are complete by now and a hanging peer must not hold them back."""
+    if "torch" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(timeout=20)
