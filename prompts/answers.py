@@ -9,9 +9,11 @@ import unicodedata
 from fractions import Fraction
 
 # The last of these that is followed by something wins. `A:` at a line's start and `####` are GSM8K's (Cobbe et al. 2021).
-_MARKER = re.compile(r"####|\\boxed\s*(?=\{)|^\s*A:|\banswer(?: to [^.\n]{1,80}?)?\s*(?:\s(?:is|was|would be|should be|must be|equals)\b"
-                     r"|[:=]|\s-\s)", re.IGNORECASE | re.MULTILINE)
+_MARKER = re.compile(
+    r"####|\\boxed\s*(?=\{)|^\s*A:|\banswer(?: to [^.\n]{1,80}?)?\s*"
+    r"(?:\s(?:is|was|would be|should be|must be|equals)\b|[:=]|\s-\s)", re.IGNORECASE | re.MULTILINE)
 _END = re.compile(r"(?<=\S)[.?](?=\s|$|<\|)|\n|<\|")  # a sentence's end (not the point in 18.0), a line's, or a special token
+_REACH = 1000  # characters after a marker; an answer is not an essay
 _LONGEST = 60  # digits; more is a model's loop, not a number
 # groups: sign; whole part, numerator and denominator of a fraction; or a decimal. Not part of a word, a date, a time or `2x`.
 _NUMBER = re.compile(r"(?<![\w.])([-+]?)(?:(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)|((?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,2}(?!\d))?))"
@@ -27,9 +29,9 @@ def extract(text: str) -> str | None:
     but a number, a choice letter or yes/no is its own answer.
     """
     for match in reversed(list(_MARKER.finditer(text))):
-        rest = text[match.end():]
+        rest = text[match.end():match.end() + _REACH]
         found = _braced(rest) if match.group().startswith("\\") else _first_sentence(rest)
-        if normalize(found):
+        if normalize(found) and not _MARKER.search(found):
             return found
     whole = text.strip()
     if len(whole) <= _LONGEST and not _MARKER.search(whole) and _is_bare(whole):
@@ -102,8 +104,10 @@ def _braced(rest: str) -> str:
 
 
 def _is_bare(text: str) -> bool:
-    """Whether a whole text is a number, a capital letter in or out of brackets, or yes/no."""
-    return _number(normalize(text)) is not None or bool(re.fullmatch(r"\(?[A-Z]\)?\.?|(?i:yes|no)[.!]?", text))
+    """Whether a whole text is a number without words, a capital letter in or out of brackets, or yes/no."""
+    if re.fullmatch(r"\(?[A-Z]\)?\.?|(?i:yes|no)[.!]?", text):
+        return True
+    return bool(re.fullmatch(r"[-+\N{MINUS SIGN}$€£¥\d.,/%*\s]+", text)) and _number(normalize(text)) is not None
 
 
 def _number(text: str) -> str | None:

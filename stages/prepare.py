@@ -14,11 +14,11 @@ from datasets import Dataset, disable_progress_bars
 
 from stages.data import corpora, curriculum
 from stages.data.packing import pack, to_dataset
-from stages.data.tokenizer import train_tokenizer
+from stages.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from stages.run.config import StageConfig, option
 from stages.run.console import progress
 from stages.run.entry import launch
-from stages.run.manifest import Manifest, Run, metric, say
+from stages.run.manifest import Manifest, Run, hash_data, hash_path, metric, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,8 @@ class PrepareConfig(StageConfig):
 
 
 def main(config: PrepareConfig) -> Manifest:
-    run = Run(config, inputs=corpora.hash_inputs(config.sources))
+    generator = {"curriculum": hash_path(Path(curriculum.__file__)), "chat_template": hash_data(CHAT_TEMPLATE)}
+    run = Run(config, inputs=generator | corpora.hash_inputs(config.sources))
     if run.finished:
         return run.manifest
     disable_progress_bars()

@@ -4,7 +4,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.models.counts import attention_flops, count_parameters, run_counts, train_flops_per_token
+from stages.models.counts import attention_flops, count_parameters, planned_decoder, train_flops_per_token
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 64, "tie_word_embeddings": False}
@@ -76,8 +76,11 @@ def test_attention_flops_by_hand_and_sliding_window():
     assert attention_flops(sliding, 64) == 12 * 4 * 8 * (64 + 16)
 
 
-def test_run_counts():
-    counts = run_counts(small("qwen3"), tokens=1000, sequence_length=64)
-    matmul = 2 * (3072 + 4608) + 3072
-    assert counts["matmul_parameters"] == matmul
-    assert counts["flops"] == 1000 * (6 * matmul + 12 * 2 * 4 * 8 * 64)
+def test_planned_decoder_is_the_one_that_pretraining_builds():
+    from stages.models.pretraining import PretrainConfig
+    from stages.models.sizes import build_decoder
+
+    config = PretrainConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2)
+    planned = planned_decoder(config, vocabulary=90, row_length=64)
+    assert planned.vocab_size == 96
+    assert count_parameters(planned)["total"] == sum(p.numel() for p in build_decoder(planned, seed=0).parameters())

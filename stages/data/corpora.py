@@ -83,7 +83,7 @@ def read_jsonl(path: Path, *, decode_errors: str = "strict") -> Iterator[tuple[i
         yield number, row
 
 
-def _rows_of(path: Path, decode_errors: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path, *, decode_errors: str = "strict") -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a table file with where each came from."""
     if path.suffix == ".jsonl":
         for number, row in read_jsonl(path, decode_errors=decode_errors):
@@ -125,7 +125,7 @@ def read_documents(source: str, *, seed: int, num_documents: int, num_easy_docum
                 for text in cut(read_text(path, decode_errors=decode_errors), document_chars):
                     yield {"text": text, "kind": path.stem, "phase": "main"}
                 continue
-            for where, row in _rows_of(path, decode_errors):
+            for where, row in read_rows(path, decode_errors=decode_errors):
                 if not isinstance(row.get(text_column), str):
                     raise ValueError(f"{where} has no text in column {text_column!r}: it has {', '.join(row)}; set text_column")
                 yield {"text": row[text_column], "kind": path.stem, "phase": "main"}

@@ -3,10 +3,10 @@
 How numbers are split is an option because it decides what arithmetic costs: `whole` keeps a number's digits in one
 pre-token (BPE may then learn it as one token), `digits` makes each digit its own. LOG.md has the measurement.
 """
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, EOS, SYSTEM, USER, ASSISTANT, END = "<|pad|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL_TOKENS = (PAD, EOS, SYSTEM, USER, ASSISTANT, END)
@@ -47,3 +47,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, numbers: str = "wh
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, model_max_length=context_length, chat_template=CHAT_TEMPLATE,
         padding_side="left", clean_up_tokenization_spaces=False,
         additional_special_tokens=[SYSTEM, USER, ASSISTANT, END])
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, ask: bool = False) -> list[int]:
+    """Token ids of a dialogue; `ask` ends it where the assistant is to speak."""
+    return tokenizer(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask),
+                     add_special_tokens=False)["input_ids"]

@@ -142,8 +142,8 @@ def fit_law(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, delta: float = DELTA
     if not all((np.isfinite(values) & (values > 0)).all() for values in (N, D, loss)):
         raise ValueError("N, D and loss must be positive and finite: leave out runs that failed")
     if len(N) < 6 or len(np.unique(N)) < 3 or len(np.unique(D)) < 3:
-        raise ValueError(f"{len(N)} runs of {len(np.unique(N))} sizes and {len(np.unique(D))} token budgets cannot determine five "
-                         "parameters: give at least 6 runs, 3 sizes and 3 budgets")
+        raise ValueError(f"{len(N)} runs of {len(np.unique(N))} sizes and {len(np.unique(D))} token budgets cannot determine "
+                         "five parameters: give at least 6 runs, 3 sizes and 3 budgets")
     x0, y0 = float(np.log(N).mean()), float(np.log(D).mean())
     x, y = np.log(N) - x0, np.log(D) - y0
     theta, value = _minimise(x, y, loss, delta)
@@ -207,10 +207,12 @@ def holdout(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, fraction: float = 0.
     covered = [row["interval"][0] <= row["loss"] <= row["interval"][1] for row in rows]
     return {"num_fitted": len(small), "num_heldout": num_heldout, "level": 0.95, "coverage": float(np.mean(covered)),
             "error_mean": float(np.abs(errors).mean()), "error_max": float(np.abs(errors).max()),
-            "error_signed": float(errors.mean()), "fit": {k: fit[k] for k in (*PARAMETERS, "intervals", "conventions")}, "runs": rows}
+            "error_signed": float(errors.mean()), "runs": rows,
+            "fit": {key: fit[key] for key in (*PARAMETERS, "intervals", "conventions")}}
 
 
-def read_points(path: str | Path, *, columns: Sequence[str] = ("N", "D", "loss"), where: Mapping[str, str] | None = None) -> Array:
+def read_points(path: str | Path, *, columns: Sequence[str] = ("N", "D", "loss"),
+                where: Mapping[str, str] | None = None) -> Array:
     """(n, 3) rows of N, D, loss from a csv or jsonl file with those columns; `where` keeps rows with these values.
 
     Raises ValueError naming file and line.
@@ -234,7 +236,8 @@ def read_points(path: str | Path, *, columns: Sequence[str] = ("N", "D", "loss")
     for number, row in rows:
         missing = [name for name in (*columns, *(where or {})) if not isinstance(row, dict) or row.get(name) in (None, "")]
         if missing:
-            raise ValueError(f"{path}, line {number}: no {missing[0]!r}; columns are {', '.join(row) if isinstance(row, dict) else '?'}")
+            found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"{path}, line {number}: no {missing[0]!r} among {found}")
         if any(str(row[name]) != value for name, value in (where or {}).items()):
             continue
         try:

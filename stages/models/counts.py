@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from stages.models.sizes import decoder_config
+
 CONVENTIONS = {
     "total": "all parameters, a tied head once", "non_embedding": "all but token and position embeddings and an untied head",
     "matmul": "parameters that multiply each token: no embeddings or norms, the head (tied or not), experts visited only"}
@@ -49,7 +51,8 @@ def count_parameters(model: PretrainedConfig | PreTrainedModel) -> dict[str, int
         idle = kinds["experts"] * (num_experts - _first(config, "num_experts_per_tok", "top_k")) // num_experts
     head = head_weight.numel() if head_weight is not None else 0
     matmul = sum(kinds[kind] for kind in ("attention", "mlp", "experts", "router")) - idle + head
-    return {"total": total, "non_embedding": total - kinds["embedding"] - kinds["head"], "matmul": matmul, "active": total - idle, **kinds}
+    non_embedding = total - kinds["embedding"] - kinds["head"]
+    return {"total": total, "non_embedding": non_embedding, "matmul": matmul, "active": total - idle, **kinds}
 
 
 def _kind(name: str, parameter: nn.Parameter, is_head: bool, is_embedding: bool) -> str:
@@ -91,9 +94,22 @@ def train_flops_per_token(config: PretrainedConfig, sequence_length: int, counts
     return 6 * counts["matmul"] + attention_flops(config, sequence_length)
 
 
-def run_counts(config: PretrainedConfig, *, tokens: int, sequence_length: int) -> dict[str, Any]:
-    """The `counts` of a manifest of a training run."""
-    counts = count_parameters(config)
-    return {"parameters": counts["total"], "non_embedding_parameters": counts["non_embedding"],
-            "matmul_parameters": counts["matmul"], "tokens": tokens,
-            "flops": tokens * train_flops_per_token(config, sequence_length, counts)}
+class _Vocabulary:
+    """What a config needs of a tokenizer that does not exist yet: its length."""
+
+    pad_token_id = eos_token_id = None
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def planned_decoder(config: Any, *, vocabulary: int, row_length: int) -> PretrainedConfig:
+    """The decoder that a pretraining config would build over a vocabulary of this many tokens, before either exists."""
+    return decoder_config(
+        _Vocabulary(vocabulary), architecture=config.architecture, hidden_size=config.hidden_size,  # type: ignore[arg-type]
+        num_layers=config.num_layers, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+        intermediate_size=config.intermediate_size, context_length=row_length, rope_theta=config.rope_theta,
+        tie_embeddings=config.tie_embeddings)

@@ -9,6 +9,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from transformers import PreTrainedModel
 
 
 def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
@@ -55,7 +56,7 @@ class MuonAdamW(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-            grads = torch.stack([p.grad for p in params])
+            grads = torch.stack([p.grad for p in params if p.grad is not None])
             momentum = torch.stack([self.state[p]["momentum"] for p in params]).lerp_(grads, 1 - group["momentum"])
             for p, m in zip(params, momentum, strict=True):
                 self.state[p]["momentum"].copy_(m)
@@ -78,7 +79,7 @@ class MuonAdamW(torch.optim.Optimizer):
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
 
 
-def build_optimizer(model: nn.Module, *, matrix_lr: float, lr: float, embedding_lr_factor: float = 10.0,
+def build_optimizer(model: PreTrainedModel, *, matrix_lr: float, lr: float, embedding_lr_factor: float = 10.0,
                     weight_decay: float = 0.0) -> MuonAdamW:
     """Muon for 2-D weights inside the decoder layers, AdamW for embedding (at `embedding_lr_factor` times `lr`), head and norms."""
     embedding = model.get_input_embeddings().weight

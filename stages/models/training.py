@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback
 
 from stages.run.checkpoint import MetricsLog, mark_complete, newest_complete, remove_incomplete, step_of
 from stages.run.console import clock
@@ -52,6 +53,7 @@ def training_arguments(run: Run, *, seed: int, report_to: str = "none", logging_
     Precision follows the launch config: bf16 where it says so and a GPU is there.
     """
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     cpu = not torch.cuda.is_available()
     common = {
         "output_dir": str(run.directory / "checkpoints"), "seed": seed, "data_seed": seed, "report_to": report_to,
@@ -121,7 +123,9 @@ def fit(trainer: Any) -> None:
     """Train, continuing from the newest complete checkpoint; the metrics file is cut back to its step first."""
     fsdp_asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if fsdp_asked and trainer.accelerator.distributed_type.value != "FSDP":
-        raise ValueError("the launch config asks for FSDP but transformers set up plain data parallelism: FSDP needs GPUs; use a ddp config on CPU")
+        raise ValueError("the launch config asks for FSDP but transformers set up plain data parallelism: "
+                         "FSDP needs GPUs; use cpu-2.yaml on CPU")
+    trainer.remove_callback(PrinterCallback)  # the console line of `Resumable` says it once
     checkpoints = Path(trainer.args.output_dir)
     barrier()
     if is_main():

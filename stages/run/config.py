@@ -1,10 +1,12 @@
 """One frozen dataclass a stage, filled from a recipe's YAML and from `--key value`, strictly.
 
 An unknown key, a wrong type, a bad choice or a key written twice fails with one line that names the nearest valid key or the
-type wanted. Flags accept `-` and `_` alike. Defaults that follow from the recipe's name (`run_dir`, `parents`) are filled in here.
+type wanted. Flags accept `-` and `_` alike. Defaults that follow from the recipe's name (`run_dir`, `parents`) are filled in
+here; `PLUMBLINE_RUNS` in the environment moves them from `runs/` to another disk.
 """
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -147,12 +149,13 @@ def build_config(cls: type[C], values: Mapping[str, Any], *, recipe: str = "", w
         raise ValueError(f"{where}: {missing[0]} is required")
     recipe = filled.setdefault("recipe", recipe) or recipe or "custom"
     filled["recipe"] = recipe
-    filled["run_dir"] = filled.get("run_dir") or f"runs/{recipe}/{cls.STAGE}"
+    home = f"{os.environ.get('PLUMBLINE_RUNS', 'runs')}/{recipe}"
+    filled["run_dir"] = filled.get("run_dir") or f"{home}/{cls.STAGE}"
     given = filled.get("parents", {})
     for name in given:
         if name not in cls.PARENTS:
             raise _unknown(name, list(cls.PARENTS), f"{where}: parents")
-    filled["parents"] = {name: given.get(name, f"runs/{recipe}/{name}") for name in cls.PARENTS}
+    filled["parents"] = {name: given.get(name, f"{home}/{name}") for name in cls.PARENTS}
     return cls(**filled)
 
 
@@ -203,7 +206,9 @@ def help_text(cls: type[StageConfig]) -> str:
     hints = typing.get_type_hints(cls)
     lines = [f"python -m stages.{cls.STAGE} --config recipes/<recipe>/{cls.STAGE}.yaml [--key value ...]", ""]
     for f in dataclasses.fields(cls):
-        default = "required" if f.default is f.default_factory is dataclasses.MISSING else \
-            f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
-        lines.append(f"  --{f.name.replace('_', '-')}  ({describe(hints[f.name])}, default {default!r})  {f.metadata.get('help', '')}")
+        default = f.default
+        if f.default_factory is not dataclasses.MISSING:
+            default = f.default_factory()
+        shown = "required" if default is dataclasses.MISSING else f"default {default!r}"
+        lines.append(f"  --{f.name.replace('_', '-')}  ({describe(hints[f.name])}, {shown})  {f.metadata.get('help', '')}")
     return "\n".join(lines)

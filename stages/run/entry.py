@@ -1,5 +1,6 @@
 """How a stage starts and ends as a process: config, launch check, threads, one clear line on bad input, an orderly exit."""
 import errno
+import itertools
 import os
 import shutil
 import sys
@@ -87,14 +88,11 @@ def promised() -> dict[str, Any]:
         line = psutil.Process().parent().cmdline()  # type: ignore[union-attr]
     except (psutil.Error, AttributeError):
         return {}
-    for flag, value in zip(line, line[1:], strict=False):
-        if flag == "--config_file":
-            return {"file": value, **read_yaml(value), **_flags_of(line)}
-    return {}
-
-
-def _flags_of(line: list[str]) -> dict[str, Any]:
-    return {"num_processes": int(value) for flag, value in zip(line, line[1:], strict=False) if flag == "--num_processes"}
+    flags = dict(itertools.pairwise(line))
+    if "--config_file" not in flags:
+        return {}
+    given = {"num_processes": int(flags["--num_processes"])} if "--num_processes" in flags else {}
+    return {"file": flags["--config_file"], **read_yaml(flags["--config_file"]), **given}
 
 
 def start_processes() -> None:
@@ -113,9 +111,9 @@ def start_processes() -> None:
     if state.num_processes != asked:
         raise ValueError(f"{launch_config.get('file', 'the launch')} asks for {asked} processes but {state.num_processes} joined: "
                          "on CPU use recipes/accelerate/cpu-2.yaml (distributed_type MULTI_GPU with use_cpu)")
-    if cpu:
+    if cpu and launch_config:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", str(state.num_processes)))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))  # launchers set one thread: half the speed
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))  # the launcher sets one thread: half the speed
 
 
 def stop_processes() -> None:

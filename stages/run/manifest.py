@@ -144,17 +144,17 @@ class Run:
         self.parents = {name: Manifest(path) for name, path in config.parents.items()}
         self.inputs = dict(inputs or {})
         self.started = time.time()
-        self.identity = {"stage": config.STAGE, "config": config.fingerprinted(), "inputs": self.inputs,
+        self.identity: dict[str, Any] = {"stage": config.STAGE, "config": config.fingerprinted(), "inputs": self.inputs,
                          "parents": {name: parent.fingerprint for name, parent in self.parents.items()}}
         self.fingerprint = hash_data(self.identity)
-        self.manifest: Manifest | None = None
+        self._manifest: Manifest | None = None
         self.attempts = 1
         if is_main():
             self._recover()
         if (self.final / MANIFEST).is_file():
             existing = Manifest(self.final)
             if existing.fingerprint == self.fingerprint:
-                self.manifest = existing
+                self._manifest = existing
                 say(f"{config.STAGE}: {self.final} is finished and nothing it depends on has changed")
                 return
             say(f"{config.STAGE}: {self.final} is out of date ({self._changes(existing)}); running again")
@@ -163,7 +163,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.manifest is not None
+        return self._manifest is not None
+
+    @property
+    def manifest(self) -> Manifest:
+        assert self._manifest is not None, "the run is not finished"
+        return self._manifest
 
     def _recover(self) -> None:
         """Complete a swap that a kill interrupted between its two renames."""
@@ -219,8 +224,8 @@ class Run:
                 self.final.rename(old)
             self.directory.rename(self.final)
             shutil.rmtree(old, ignore_errors=True)
-            self.manifest = Manifest(self.final)
-            return self.manifest
+            self._manifest = Manifest(self.final)
+            return self._manifest
         manifest = object.__new__(Manifest)  # other processes do not read: the folder may not be visible to them yet
         manifest.path, manifest.data = self.final, {"fingerprint": self.fingerprint, "metrics": dict(metrics), "counts": dict(counts or {})}
         return manifest

@@ -1,0 +1,88 @@
+# Plumbline: raw text -> pretraining -> SFT -> preferences -> reward model -> PPO -> evaluation. `make help` lists the targets.
+RECIPE ?= tiny
+ARGS ?=
+PYTHON ?= python3
+PIP_FLAGS ?=
+RUNS = $(or $(PLUMBLINE_RUNS),runs)
+
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+ACCELERATE ?= $(if $(filter 0,$(GPUS)),cpu,$(if $(filter 1,$(GPUS)),gpu,ddp))
+# Several nodes: the same command on each, with these four in the environment.
+NODES = $(if $(NUM_MACHINES),--num_machines $(NUM_MACHINES) --machine_rank $(MACHINE_RANK) --main_process_ip $(MAIN_ADDRESS) \
+	--main_process_port $(MAIN_PORT) --num_processes $(shell expr $(NUM_MACHINES) \* $(GPUS)))
+PROCESSES = $(if $(NUM_MACHINES),,$(if $(filter-out cpu cpu-2 gpu,$(ACCELERATE)),--num_processes $(GPUS)))
+
+PY := .venv/bin/python
+LAUNCH = .venv/bin/accelerate launch --config_file recipes/accelerate/$(ACCELERATE).yaml $(NODES) $(PROCESSES)
+STAGE = $(LAUNCH) -m stages.$(1) --config recipes/$(RECIPE)/$(1).yaml $(ARGS)
+
+.PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rlhf evaluation evaluate report times test test-quick check plan \
+	study-sc clean
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z][a-zA-Z_-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@echo; echo "RECIPE=$(RECIPE)  ACCELERATE=$(ACCELERATE)  ARGS='--key value ...' passes overrides to the stage"
+
+.venv/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -r requirements.lock
+	$(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) --no-deps -e .
+	@touch $@
+
+setup: .venv/.installed ## install the pinned packages into .venv
+
+prepare: setup ## raw text to tokens, tokenizer and problem sets
+	$(call STAGE,prepare)
+
+scaling: prepare ## a ladder of small models and the prediction for the main one
+	$(call STAGE,scaling)
+
+pretrain: scaling ## prepare, scaling, then the main model
+	$(call STAGE,pretrain)
+
+sft: setup ## supervised fine-tuning (LoRA) of the pretrained model
+	$(call STAGE,sft)
+
+preferences: setup ## sample responses of the SFT model and rank them
+	$(call STAGE,preferences)
+
+reward_model: setup ## train the reward model on the rankings
+	$(call STAGE,reward_model)
+
+ppo: setup ## PPO against the reward model
+	$(call STAGE,ppo)
+
+rlhf: preferences reward_model ppo times ## preferences, reward_model, ppo
+
+evaluation: setup
+	$(call STAGE,evaluation)
+
+evaluate: evaluation ## base, SFT and PPO model under every prompting strategy
+
+report: setup ## runs/RECIPE/report/index.html and report.md
+	$(call STAGE,report)
+	@$(PY) -m stages.run.timetable $(RUNS)/$(RECIPE)
+
+times: setup ## time and memory of each finished stage
+	@$(PY) -m stages.run.timetable $(RUNS)/$(RECIPE)
+
+plan: setup ## parameters, FLOPs, memory and hours of RECIPE, without training
+	$(PY) -m stages.plan --recipe $(RECIPE) $(ARGS)
+
+study-sc: setup ## self-consistency against greedy chain of thought, pooled over seeds
+	$(PY) -m stages.evals.study_sc $(ARGS)
+
+test: setup ## all tests, one full pass of the smoke recipe included
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q
+
+test-quick: setup ## without the slow ones
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m "not slow"
+
+check: setup ## ruff and mypy
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+clean: ## remove the runs of RECIPE
+	rm -rf $(RUNS)/$(RECIPE)

@@ -1,0 +1,75 @@
+"""Prompt and completion rows for supervised fine-tuning, from the curriculum or from the user's own files."""
+import itertools
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+from stages.data import corpora, curriculum
+
+
+def curriculum_rows(problems: list[dict], *, seed: int, count: int, worked_share: float, few_shot_share: float) -> list[dict[str, Any]]:
+    """`count` dialogues over the problem rows, worked and direct, some with earlier turns as examples.
+
+    Rows are `{"id", "style", "prompt": [messages], "completion": [message]}`; problems repeat when there are fewer than `count`.
+    """
+    rng = random.Random(f"dialogues:{seed}")
+    order = rng.sample(problems, len(problems))
+    rows = []
+    for problem in itertools.islice(itertools.cycle(order), count):
+        style = curriculum.WORKED if rng.random() < worked_share else curriculum.DIRECT
+        shots = rng.randint(1, 3) if rng.random() < few_shot_share else 0
+        prompt = []
+        for shot in [*rng.sample(problems, shots), problem]:
+            prompt.append({"role": "user", "content": curriculum.user_turn(shot["question"], style)})
+            prompt.append({"role": "assistant", "content": _answer(shot, style, rng)})
+        rows.append({"id": problem["id"], "style": style, "prompt": prompt[:-1], "completion": prompt[-1:]})
+    return rows
+
+
+def _answer(problem: dict, style: str, rng: random.Random) -> str:
+    steps = " ".join(rng.choice(problem["solutions"])) + " " if style == curriculum.WORKED else ""
+    return f"{steps}The answer is {problem['answer']}."
+
+
+def file_rows(source: str, *, prompt_column: str, completion_column: str, hub_split: str = "train", limit: int = 0) -> list[dict[str, Any]]:
+    """Dialogues of a local file or a hub dataset. A column may hold text (one turn) or a list of messages.
+
+    Raises ValueError naming file and row for a missing column, an empty completion or an unknown role.
+    """
+    rows = []
+    for where, row in itertools.islice(_source_rows(source, hub_split), limit or None):
+        for column in (prompt_column, completion_column):
+            if not row.get(column):
+                raise ValueError(f"{where} has nothing in column {column!r}: it has {', '.join(row)}; "
+                                 "set prompt_column and completion_column")
+        prompt = _messages(row[prompt_column], "user", where)
+        completion = _messages(row[completion_column], "assistant", where)
+        rows.append({"id": where, "style": "file", "prompt": prompt, "completion": completion})
+    if not rows:
+        raise ValueError(f"{source} has no rows")
+    return rows
+
+
+def _source_rows(source: str, hub_split: str):
+    if corpora.is_local(source):
+        for path in corpora.local_files(source):
+            yield from corpora.read_rows(Path(path))
+        return
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise ValueError(f"{source} is neither a local file nor reachable: HF_HUB_OFFLINE=1 is set; give a path that exists")
+    import datasets
+
+    for number, row in enumerate(datasets.load_dataset(source, split=hub_split, streaming=True)):
+        yield f"{source}, row {number}", row
+
+
+def _messages(value: Any, role: str, where: str) -> list[dict[str, str]]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    for message in value:
+        if message.get("role") not in ("system", "user", "assistant"):
+            raise ValueError(f"{where}: unknown role {message.get('role')!r}: use system, user or assistant")
+        if not message.get("content"):
+            raise ValueError(f"{where}: an empty {message['role']} turn")
+    return list(value)

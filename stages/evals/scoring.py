@@ -1,0 +1,149 @@
+"""From samples to figures: one record a problem, one summary a cell, paired comparisons, and the scoring of any samples file.
+
+Records are what `results/*.jsonl` hold, in the Samples format with more keys, so every figure recomputes from them:
+{"id", "task", "difficulty", "gold", "answer", "correct", "tie",
+ "samples": [{"text", "tokens", "finished", "answer", "gold_score", "faults"}]}
+"""
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prompts.answers import equal, extract
+from prompts.intervals import wilson
+from prompts.strategies import Solution
+from prompts.voting import majority
+from reward.verifiers import gold_score
+from stages.evals.metrics import AnswerAccuracy
+from stages.evals.statistics import bootstrap_mean, compare
+from stages.evals.tasks import read_rows
+
+SAMPLED = "sampled_cot"  # one chain at the temperature of self-consistency: the mean over its chains
+PAIRS = (("self_consistency", "zero_shot_cot"), ("self_consistency", SAMPLED), ("zero_shot_cot", "direct"),
+         ("few_shot_cot", "few_shot"))
+
+
+def record(row: Mapping[str, Any], solution: Solution) -> dict:
+    """What one problem's solution leaves on disk. The gold score judges each sample as the verifier does."""
+    samples = []
+    for result, answer in zip(solution.samples, solution.answers, strict=True):
+        gold = gold_score(row, result.text, finished=result.finished)
+        samples.append({"text": result.text, "tokens": result.tokens, "finished": result.finished, "answer": answer,
+                        "gold_score": round(gold.score, 6), "faults": list(gold.faults)})
+    correct = solution.answer is not None and equal(solution.answer, row["answer"])
+    return {"id": row["id"], "task": row["task"], "difficulty": row["difficulty"], "gold": row["answer"],
+            "answer": solution.answer, "correct": correct, "tie": solution.tie, "samples": samples}
+
+
+def accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Accuracy, Wilson interval and n of the records' answers; a missing answer is wrong."""
+    with tempfile.TemporaryDirectory() as cache:
+        metric = AnswerAccuracy(cache_dir=cache)
+        result = metric.compute(predictions=[r["answer"] or "" for r in records], references=[r["gold"] for r in records])
+    assert result is not None
+    return {"accuracy": result["accuracy"], "n": result["n"], "wilson95": list(result["wilson95"]),
+            "unanswered": result["unparsed"]}
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of one cell. `unparsed` counts samples, `unanswered` problems, `too_long` prompts that left no room."""
+    samples = [sample for r in records for sample in r["samples"]]
+    finished = sum(sample["finished"] for sample in samples)
+    in_format = sum(not sample["faults"] for sample in samples)
+    golds = [sum(s["gold_score"] for s in r["samples"]) / len(r["samples"]) for r in records]
+    levels = sorted({r["difficulty"] for r in records})
+    return {**accuracy(records), "unparsed": sum(sample["answer"] is None for sample in samples), "num_samples": len(samples),
+            "ties": sum(r["tie"] for r in records), "tokens_mean": sum(sample["tokens"] for sample in samples) / len(records),
+            "finished": finished / len(samples), "finished_wilson95": list(wilson(finished, len(samples))),
+            "in_format": in_format / len(samples), "too_long": sum(sample["tokens"] == 0 for sample in samples),
+            "gold_score": sum(golds) / len(golds), "gold_score_ci95": list(bootstrap_mean(golds)),
+            "by_difficulty": {str(level): accuracy([r for r in records if r["difficulty"] == level]) for level in levels}}
+
+
+def shares(records: Sequence[Mapping[str, Any]]) -> list[float]:
+    """For each problem the share of its samples that are right: the accuracy of one sampled chain."""
+    return [sum(equal(s["answer"] or "", r["gold"]) for s in r["samples"]) / len(r["samples"]) for r in records]
+
+
+def sampled_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The same figures for one of the chains that voted. Chains of one problem are not independent, so the interval is a
+    bootstrap over problems."""
+    right, whole = shares(records), summary(records)
+    kept = ("n", "unparsed", "num_samples", "finished", "finished_wilson95", "in_format", "gold_score", "gold_score_ci95")
+    return {"accuracy": sum(right) / len(right), "bootstrap95": list(bootstrap_mean(right)), **{key: whole[key] for key in kept},
+            "ties": 0, "tokens_mean": whole["tokens_mean"] * len(records) / whole["num_samples"]}
+
+
+def comparisons(cells: Mapping[tuple[str, str, str], Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Paired comparisons over cells (model, task, strategy): strategies of one model, and PPO with SFT on one strategy.
+
+    Each is made for every task and, as task "all", pooled over the tasks that both sides have.
+    """
+    scores: dict[tuple[str, str, str], dict[str, float]] = {}
+    for (model, task, strategy), records in cells.items():
+        scores[model, task, strategy] = {r["id"]: float(r["correct"]) for r in records}
+        if strategy == "self_consistency":
+            scores[model, task, SAMPLED] = dict(zip([r["id"] for r in records], shares(records), strict=True))
+    models, tasks = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
+    wanted = [((model, a), (model, b)) for model in models for a, b in PAIRS]
+    wanted += [(("ppo", strategy), ("sft", strategy)) for strategy in ("direct", "zero_shot_cot", SAMPLED, "self_consistency")]
+    found = []
+    for (model_a, a), (model_b, b) in wanted:
+        both = [t for t in tasks if (model_a, t, a) in scores and (model_b, t, b) in scores]
+        for label, pooled in [(t, [t]) for t in both] + ([("all", both)] if len(both) > 1 else []):
+            pairs = [(scores[model_a, t, a][i], scores[model_b, t, b][i]) for t in pooled for i in scores[model_a, t, a]]
+            found.append({"a": f"{model_a}/{a}", "b": f"{model_b}/{b}", "task": label,
+                          **compare([x for x, _ in pairs], [y for _, y in pairs])})
+    return found
+
+
+def read_samples(path: str | Path) -> list[dict]:
+    """Records of a Samples file: {"id", "gold", "samples": [text | {"text", "tokens", "answer"?}]} a line, in drawing order.
+
+    An answer that is given counts as it is; otherwise it is extracted from the text. Raises ValueError naming file and line.
+    """
+    records: dict[str, dict] = {}
+    for where, row in read_rows(path):
+        if missing := [key for key in ("id", "gold", "samples") if key not in row]:
+            raise ValueError(f"{where}: no key {missing[0]!r}; expected id, gold and samples")
+        if not isinstance(row["samples"], list) or row["gold"] is None:
+            raise ValueError(f"{where}: expected a gold answer and a list of samples")
+        if str(row["id"]) in records:
+            raise ValueError(f"{where}: id {row['id']!r} was there before; a problem counted twice biases the accuracy")
+        gold = extract(str(row["gold"])) or str(row["gold"])
+        samples = [_sample(sample, where) for sample in row["samples"]]
+        vote = majority(sample["answer"] for sample in samples)
+        records[str(row["id"])] = {"id": row["id"], "gold": gold, "answer": vote.answer, "tie": vote.tie, "samples": samples,
+                                   "abstained": vote.abstained}
+    if not records:
+        raise ValueError(f"{path} holds no samples")
+    return list(records.values())
+
+
+def _sample(sample: Any, where: str) -> dict:
+    given = {"text": sample} if isinstance(sample, str) else sample
+    if not isinstance(given, dict) or not (isinstance(given.get("text"), str) or "answer" in given):
+        raise ValueError(f"{where}: expected each sample to be a text or an object with a text, got {json.dumps(sample)[:60]}")
+    answer, tokens = given.get("answer"), given.get("tokens")
+    return {"answer": str(answer) if answer is not None else extract(given.get("text") or ""),
+            "tokens": len(tokens) if isinstance(tokens, list) else tokens}
+
+
+def score(path: str | Path) -> dict[str, Any]:
+    """result.json of a Samples file: majority vote over each item's samples, unparsed ones abstaining."""
+    records = read_samples(path)
+    tokens = [sample["tokens"] for r in records for sample in r["samples"]]
+    items = [{"id": r["id"], "answer": r["answer"], "correct": r["answer"] is not None and equal(r["answer"], r["gold"]),
+              "samples_used": len(r["samples"])} for r in records]
+    return {**accuracy(records), "unparsed": sum(r["abstained"] for r in records), "ties": sum(r["tie"] for r in records),
+            "samples_used_mean": sum(len(r["samples"]) for r in records) / len(records),
+            "tokens_mean": None if not tokens or None in tokens else sum(tokens) / len(records), "items": items}
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """All or nothing: a file that exists is a finished cell."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,67 @@
+"""What a policy does on problems it did not learn from: one number a problem, so that two policies can be compared in pairs."""
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prompts.intervals import mean_interval
+from stages.models.sampling import prompt_key, sample
+from stages.models.training import gather, rank, world_size
+from stages.rl.models import PolicyWithCritic
+from stages.rl.rewards import Response, Reward, Row, gold_scores
+from stages.rl.rollouts import token_numbers
+from stages.run.manifest import metric
+
+Prompts = Sequence[tuple[Row, list[int]]]
+
+
+@torch.no_grad()
+def measure(model: PolicyWithCritic, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, *,
+            reward: Reward, samples: int, seed: int, max_new_tokens: int, eos_ids: Sequence[int], pad_id: int,
+            batch_size: int = 256) -> dict[str, list[float]]:
+    """One value a prompt, in the order of `prompts`, the same on every process: means over `samples` keyed draws at the policy's
+    temperature, and a greedy answer.
+
+    Names: `score` (of `reward`), `gold`, `sampled_accuracy`, `kl` (nats a response, to the reference), `entropy` (nats a token),
+    `length` (tokens), `eos_rate`, `greedy_accuracy`. Greedy accuracy and entropy tell sharpening from learning.
+    """
+    def answers(problems: Prompts, temperature: float, numbers: list[int]) -> list[Response]:
+        ids = sample(model.policy, [p for _, p in problems], keys=[(prompt_key(row["id"]), n) for (row, _), n in
+                     zip(problems, numbers, strict=True)], seed=seed, temperature=temperature, max_new_tokens=max_new_tokens,
+                     eos_ids=eos_ids, pad_id=pad_id, batch_size=batch_size)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [Response(row, prompt, each, text, each[-1] in eos_ids)
+                for (row, prompt), each, text in zip(problems, ids, texts, strict=True)]
+
+    mine = list(range(rank(), len(prompts), world_size()))
+    rows: list[tuple[int, dict[str, float]]] = []
+    if mine:
+        own = [prompts[i] for i in mine]
+        drawn = answers([p for p in own for _ in range(samples)], model.temperature, list(range(samples)) * len(own))
+        greedy = gold_scores(answers(own, 0.0, [0] * len(own)))
+        numbers = token_numbers(model, reference, drawn, pad_id=pad_id, batch_size=64, device=model.policy.device)
+        judged = gold_scores(drawn)
+        columns = {"score": reward(drawn).tolist(), "gold": [g.score for g in judged],
+                   "sampled_accuracy": [float(g.correct) for g in judged],
+                   "kl": [float((logp - ref).sum()) for logp, ref, _, _ in numbers],
+                   "entropy": [float(entropy.mean()) for _, _, entropy, _ in numbers],
+                   "length": [float(len(r.ids)) for r in drawn], "eos_rate": [float(r.finished) for r in drawn]}
+        for place, i in enumerate(mine):
+            means = {name: sum(values[place * samples:(place + 1) * samples]) / samples for name, values in columns.items()}
+            rows.append((i, {**means, "greedy_accuracy": float(greedy[place].correct)}))
+    ordered = [values for _, values in sorted(gather(rows), key=lambda row: row[0])]
+    return {name: [values[name] for values in ordered] for name in ordered[0]}
+
+
+def summarise(values: Mapping[str, Sequence[float]], group: str) -> dict[str, dict]:
+    """Manifest metrics `group/name`: mean over prompts, n prompts, and the 95 % interval of that mean over prompts (Student's t)."""
+    metrics = {}
+    for name, column in values.items():
+        mean, low, high = mean_interval(column)
+        metrics[f"{group}/{name}"] = metric(mean, n=len(column), ci95=(low, high))
+    return metrics
+
+
+def differences(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """After minus before, prompt by prompt: prompts differ far more among themselves than a policy from its beginning."""
+    return {name: [b - a for a, b in zip(before[name], after[name], strict=True)] for name in before}

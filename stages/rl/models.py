@@ -1,0 +1,124 @@
+"""Policy and critic as one module, and the layout of the batches they read.
+
+One module because DDP, DeepSpeed and FSDP wrap one: both models get their gradients in one backward pass.
+
+A sequence is a prompt and its response. Rows are padded on the left, so responses end together at the right edge and the last R
+columns, the response window, hold every response token. Masks come from lengths: a pad id that is also the end token is harmless.
+
+Letters: B rows, T tokens of the longest prompt + response, R tokens of the longest response, V vocabulary.
+"""
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class TokenStats(NamedTuple):
+    """What the models say about each response token; (B, R) float32 in the response window, 0 at padding."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+def pad_sequences(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int) -> dict[str, Tensor]:
+    """The inputs of the models: `input_ids`, `attention_mask`, `position_ids` (B, T) int64 and `response_mask` (B, R) bool."""
+    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    window = max(map(len, responses))
+    rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    mask = (torch.arange(width) >= width - lengths).long()
+    response_lengths = torch.tensor([len(r) for r in responses])[:, None]
+    # Positions count real tokens: with learned or absolute positions a left-padded row is otherwise read as a later text.
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0),
+            "response_mask": torch.arange(window) >= window - response_lengths}
+
+
+def align_right(rows: Sequence[Tensor]) -> Tensor:
+    """(B, R) from one-dimensional tensors, in the columns in which `pad_sequences` has the response tokens; 0 elsewhere."""
+    window = max(map(len, rows))
+    return torch.stack([nn.functional.pad(row, (window - len(row), 0)) for row in rows])
+
+
+def remove_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn every kind of dropout off for good, also in training mode, which gradient checkpointing and MoE routers need.
+
+    With dropout the ratio of new to old probabilities is noise before anything was learned (Huang et al. 2024).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "jitter" in name):  # attention_dropout, router_jitter_noise
+                setattr(module, name, 0.0)
+    return model
+
+
+def policy_stats(policy: PreTrainedModel, inputs: dict[str, Tensor], temperature: float, *, hidden: bool = False,
+                 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities and entropies (B, R) at the sampling temperature, and the last hidden states (B, R, d) if asked for.
+
+    The temperature is part of the policy that acted; leaving it out makes the ratio wrong from the first step. Logits are
+    computed for the response window alone, and their softmax, in float32, for its real tokens. The entropy has no gradient.
+    """
+    mask = inputs["response_mask"]
+    window = mask.size(1)
+    out = policy(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], position_ids=inputs["position_ids"],
+                 use_cache=False, logits_to_keep=window + 1, output_hidden_states=hidden)
+    scaled = out.logits[:, :-1][mask].float() / temperature  # the logits that predict each response token
+    chosen = inputs["input_ids"][:, -window:][mask]
+    normalised = scaled.log_softmax(dim=-1)
+    logprobs = scatter(normalised.gather(-1, chosen[:, None]).squeeze(-1), mask)
+    with torch.no_grad():
+        entropy = scatter(-(normalised.exp() * normalised).sum(-1), mask)
+    return logprobs, entropy, out.hidden_states[-1][:, -window - 1:-1] if hidden else None
+
+
+def scatter(real: Tensor, mask: Tensor) -> Tensor:
+    """(B, R) with the values of the real tokens in their places and 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=real.dtype, device=real.device).masked_scatter(mask, real)
+
+
+class PolicyWithCritic(nn.Module):
+    """The policy, the critic and the KL coefficient, which is state of the training and so travels in its checkpoints.
+
+    `critic` is a sequence classifier with one output, usually a copy of the reward model: its head then reads a value before
+    every response token where it read a score at the last (Huang et al. 2024), normalised by the same constants. Without one,
+    a value head stands on the policy's own last hidden states.
+    """
+
+    def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel | None, *, temperature: float = 1.0,
+                 kl_coef: float = 0.0):
+        super().__init__()
+        self.policy = remove_dropout(policy)
+        self.critic = remove_dropout(critic) if critic is not None else None
+        self.value_head: nn.Linear | None = None
+        if critic is None:
+            self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, 1)
+            nn.init.zeros_(self.value_head.weight)  # no opinion at first, whatever the generator's state
+            nn.init.zeros_(self.value_head.bias)
+        self.temperature = temperature
+        self.kl_coef: Tensor
+        self.register_buffer("kl_coef", torch.tensor(kl_coef))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, response_mask: Tensor) -> TokenStats:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+                  "response_mask": response_mask}
+        logprobs, entropy, hidden = policy_stats(self.policy, inputs, self.temperature, hidden=self.value_head is not None)
+        if self.critic is not None:
+            values = classifier_outputs(self.critic, inputs)[:, -response_mask.size(1) - 1:-1]
+        else:
+            assert self.value_head is not None and hidden is not None
+            values = self.value_head(hidden).squeeze(-1)
+        return TokenStats(logprobs, entropy, torch.where(response_mask, values.float(), 0.0))
+
+
+def classifier_outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """(B, T) float32: the score head read at every token, normalised by the config's `score_mean` and `score_std` if any."""
+    hidden = model.base_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
+                              position_ids=inputs["position_ids"], use_cache=False).last_hidden_state
+    raw = model.get_submodule("score")(hidden).squeeze(-1).float()
+    return (raw - getattr(model.config, "score_mean", 0.0)) / getattr(model.config, "score_std", 1.0)

@@ -1,0 +1,107 @@
+"""Where scores come from: a reward model, a Python function, or a weighted sum of them.
+
+A source takes the responses and returns one score each. Named in a recipe as a mapping of sources to weights:
+
+    reward: {model: 1.0}                                  # the reward model trained before
+    reward: {model: 0.5, "stages.rl.rewards:gold": 0.5}   # with a function `f(problems, texts, finished) -> list of floats`
+    reward: {runs/other/reward_model/model: 1.0}          # a reward model by its folder
+"""
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from reward.verifiers import GoldScore, gold_score
+from stages.rl.models import classifier_outputs, pad_sequences, remove_dropout
+
+Row = Mapping[str, Any]
+
+
+class Response(NamedTuple):
+    """One sampled response. `finished`: it ended itself; `text` is without special tokens, `ids` with the end token."""
+
+    problem: Row
+    prompt_ids: list[int]
+    ids: list[int]
+    text: str
+    finished: bool
+
+
+Reward = Callable[[Sequence[Response]], Tensor]
+
+
+def gold_scores(responses: Sequence[Response]) -> list[GoldScore]:
+    """The programmatic judge of the embedded problems."""
+    return [gold_score(r.problem, r.text, finished=r.finished) for r in responses]
+
+
+def gold(problems: Sequence[Row], texts: Sequence[str], finished: Sequence[bool]) -> list[float]:
+    """The judge as a reward function, for control runs."""
+    return [gold_score(p, t, finished=f).score for p, t, f in zip(problems, texts, finished, strict=True)]
+
+
+def model_reward(path: str | Path, *, vocab_size: int, pad_id: int, device: torch.device | str = "cpu") -> Reward:
+    """A reward model's normalised scores of token ids as they were sampled: text tokenised anew can split differently.
+
+    Raises ValueError when its vocabulary is not the policy's, because then the ids mean something else.
+    """
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1).to(device).eval()
+    remove_dropout(model).requires_grad_(False)
+    if model.config.vocab_size != vocab_size:
+        raise ValueError(f"reward model {path} has {model.config.vocab_size} tokens, the policy {vocab_size}: "
+                         "train both from one tokenizer, or give the reward as a Python function of texts")
+    return lambda responses: score_ids(model, responses, pad_id=pad_id)
+
+
+@torch.no_grad()
+def score_ids(model: PreTrainedModel, responses: Sequence[Response], *, pad_id: int, batch_size: int = 64) -> Tensor:
+    """(N,) float32 on the CPU: the score at the last token of each response. Batches are of similar lengths."""
+    scores = torch.zeros(len(responses))
+    order = sorted(range(len(responses)), key=lambda i: len(responses[i].prompt_ids) + len(responses[i].ids))
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        inputs = pad_sequences([responses[i].prompt_ids for i in rows], [responses[i].ids for i in rows], pad_id)
+        scores[rows] = classifier_outputs(model, {k: v.to(model.device) for k, v in inputs.items()})[:, -1].cpu()
+    return scores
+
+
+def function_reward(path: str) -> Reward:
+    """A Python function named `module:function`. Raises ValueError when there is none, or when it returns the wrong number."""
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward {path!r}: {error}; expected module:function, for example stages.rl.rewards:gold") from None
+
+    def reward(responses: Sequence[Response]) -> Tensor:
+        scores = function([r.problem for r in responses], [r.text for r in responses], [r.finished for r in responses])
+        if len(scores) != len(responses):
+            raise ValueError(f"reward {path!r} returned {len(scores)} scores for {len(responses)} responses: return one each, "
+                             "in order")
+        return torch.tensor([float(score) for score in scores])
+
+    return reward
+
+
+def build_reward(spec: Mapping[str, float], *, model_path: Path | None, vocab_size: int, pad_id: int,
+                 device: torch.device | str = "cpu") -> Reward:
+    """The weighted sum of the sources in `spec`: `model` is the reward model at `model_path`, the others are as described above.
+
+    Raises ValueError for a source that is none of these.
+    """
+    if not spec:
+        raise ValueError("reward has no source: set reward to {model: 1.0} or to {module:function: 1.0}")
+    sources: list[tuple[float, Reward]] = []
+    for name, weight in spec.items():
+        folder = model_path if name == "model" else Path(name)
+        if folder is not None and (folder / "config.json").is_file():
+            sources.append((weight, model_reward(folder, vocab_size=vocab_size, pad_id=pad_id, device=device)))
+        elif ":" in name:
+            sources.append((weight, function_reward(name)))
+        else:
+            raise ValueError(f"reward {name!r} is neither `model`, a folder with a reward model, nor module:function")
+    return lambda responses: torch.stack([weight * source(responses) for weight, source in sources]).sum(dim=0)

@@ -1,0 +1,117 @@
+"""From prompts to experience: what is sampled in an iteration, what the models say about it, and the numbers PPO learns from.
+
+Letters: N responses of an iteration over all processes, R tokens of the longest.
+"""
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from reward.verifiers import GoldScore
+from stages.rl import maths
+from stages.rl.models import PolicyWithCritic, align_right, pad_sequences, policy_stats
+from stages.rl.rewards import Response
+
+
+class Scored(NamedTuple):
+    """A response with its score (normalised, before any penalty), the judge's opinion if there is one, and a number for each of
+    its tokens in one-dimensional tensors on the CPU."""
+
+    response: Response
+    score: float
+    gold: GoldScore | None
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+
+
+class Experience(NamedTuple):
+    """An iteration's responses, the same on every process; tensors (N, R) on the CPU, in the columns of the response window."""
+
+    responses: list[Response]
+    mask: Tensor
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    metrics: dict[str, float]
+
+    def inputs(self, rows: list[int], pad_id: int) -> dict[str, Tensor]:
+        """What the loss needs of some rows, in a response window as wide as their longest response."""
+        inputs = pad_sequences([self.responses[i].prompt_ids for i in rows], [self.responses[i].ids for i in rows], pad_id)
+        window = inputs["response_mask"].size(1)
+        return inputs | {"old_logprobs": self.logprobs[rows, -window:], "old_values": self.values[rows, -window:],
+                         "advantages": self.advantages[rows, -window:], "returns": self.returns[rows, -window:]}
+
+
+def draws(iteration: int, *, count: int, num_prompts: int, seed: int) -> list[tuple[int, int]]:
+    """(prompt index, draw number) of each of the `count` responses of an iteration.
+
+    Prompts come in an order fixed by the seed, each once before any comes again. The number counts all draws of the run: as the
+    sample index it makes a prompt's second visit another draw, and needs no state that a resumed run would have to restore.
+    """
+    chosen: list[tuple[int, int]] = []
+    for number in range(iteration * count, (iteration + 1) * count):
+        visit, place = divmod(number, num_prompts)
+        if not chosen or place == 0:
+            order = np.random.default_rng([seed, visit]).permutation(num_prompts)
+        chosen.append((int(order[place]), number))
+    return chosen
+
+
+def minibatch_rows(iteration: int, epoch: int, minibatch: int, *, count: int, minibatches: int, seed: int) -> list[int]:
+    """Which of the iteration's `count` responses a minibatch holds: a slice of a permutation drawn anew each epoch."""
+    size = count // minibatches
+    order = np.random.default_rng([seed, iteration, epoch]).permutation(count)
+    return order[minibatch * size:(minibatch + 1) * size].tolist()
+
+
+@torch.no_grad()
+def token_numbers(model: PolicyWithCritic, reference: PreTrainedModel, responses: Sequence[Response], *, pad_id: int,
+                  batch_size: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """For each response its tokens' log-probabilities under policy and reference, entropies and values, on the CPU.
+
+    Computed here and not taken from the sampler: a decoder with a cache rounds differently, and the ratio would not start at 1.
+    """
+    numbers: list[tuple[Tensor, Tensor, Tensor, Tensor]] = [None] * len(responses)  # type: ignore[list-item]
+    order = sorted(range(len(responses)), key=lambda i: len(responses[i].prompt_ids) + len(responses[i].ids))
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        inputs = pad_sequences([responses[i].prompt_ids for i in rows], [responses[i].ids for i in rows], pad_id)
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        stats = model(**inputs)
+        ref_logprobs, _, _ = policy_stats(reference, inputs, model.temperature)
+        columns = [x.cpu() for x in (stats.logprobs, ref_logprobs, stats.entropy, stats.values)]
+        for place, i in enumerate(rows):
+            length = len(responses[i].ids)
+            numbers[i] = tuple(column[place, -length:].clone() for column in columns)  # type: ignore[assignment]
+    return numbers
+
+
+def build_experience(scored: Sequence[Scored], *, kl_coef: float, gamma: float, lam: float, missing_eos_penalty: float | None,
+                     ) -> Experience:
+    """Rewards, advantages and returns of the whole rollout batch. Whitening sees all of it, never one process's share."""
+    mask = align_right([torch.ones(len(s.response.ids), dtype=torch.bool) for s in scored])
+    logprobs, ref_logprobs = align_right([s.logprobs for s in scored]), align_right([s.ref_logprobs for s in scored])
+    entropy, values = align_right([s.entropy for s in scored]), align_right([s.values for s in scored])
+    scores = torch.tensor([s.score for s in scored])
+    finished = torch.tensor([s.response.finished for s in scored])
+    lengths = mask.sum(dim=1).float()
+    penalised = maths.final_scores(scores, finished, missing_eos_penalty)
+    rewards = maths.token_rewards(logprobs, ref_logprobs, penalised, mask, kl_coef=kl_coef)
+    advantages, returns = maths.advantages_and_returns(rewards, values, mask, gamma=gamma, lam=lam)
+    metrics = {
+        "objective/score": scores.mean(), "objective/rlhf_reward": rewards.sum(dim=1).mean(),
+        "objective/kl": (logprobs - ref_logprobs).sum(dim=1).mean(), "objective/entropy": maths.masked_mean(entropy, mask),
+        "response/length": lengths.mean(), "response/eos_rate": finished.float().mean(),
+        "value/explained_variance": maths.explained_variance(values, returns, mask)}
+    judged = [s.gold for s in scored if s.gold is not None]
+    if judged:
+        metrics |= {"objective/gold": torch.tensor([g.score for g in judged]).mean(),
+                    "objective/accuracy": torch.tensor([float(g.correct) for g in judged]).mean()}
+    return Experience([s.response for s in scored], mask, logprobs, values, maths.whiten(advantages, mask), returns,
+                      {name: float(value) for name, value in metrics.items()} | {"objective/kl_coef": kl_coef})

@@ -1,0 +1,197 @@
+"""A ladder of small pretraining runs, the law through them, and what it predicts for the main model before that is trained.
+
+    accelerate launch --config_file recipes/accelerate/cpu.yaml -m stages.scaling --config recipes/tiny/scaling.yaml
+
+Without training, on any csv or jsonl of runs with the columns N, D and loss (`--columns` renames them, `--where` selects):
+
+    python -m stages.scaling fit runs.csv --output fit.json
+    python -m stages.scaling predict fit.json --N 1e9 --D 2e10
+    python -m stages.scaling plan fit.json --flops 1e21
+    python -m stages.scaling holdout runs.csv --fraction 0.25
+"""
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from stages.laws.commands import COMMANDS, command
+from stages.laws.fit import PARAMETERS, fit_law, holdout, law, predict
+from stages.laws.planner import plan
+from stages.run import figures
+from stages.run.config import StageConfig, build_config, option, read_yaml
+from stages.run.console import clock, table
+from stages.run.entry import launch
+from stages.run.manifest import MANIFEST, Manifest, Run, hash_data, is_main, metric, say, write_json
+
+SIZE_KEYS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
+COUNTS = {"matmul": "matmul_parameters", "non_embedding": "non_embedding_parameters", "total": "parameters"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingConfig(StageConfig):
+    STAGE = "scaling"
+    PARENTS = ("prepare",)
+
+    pretrain_config: str = option(
+        "", "the main model's file, whose settings the ladder shares (default recipes/<recipe>/pretrain.yaml)",
+        recorded_only=True)  # its content is fingerprinted instead
+    sizes: list[dict[str, int]] = option(
+        [{"hidden_size": 32}, {"hidden_size": 48}, {"hidden_size": 64}, {"hidden_size": 96}],
+        f"sizes of the ladder, three at least; each changes some of {', '.join(SIZE_KEYS)}")
+    tokens: list[int] = option(
+        [200_000, 400_000, 800_000], "training tokens, three budgets at least; each run has a whole schedule")
+    parameters: Literal["matmul", "non_embedding", "total"] = option("matmul", "the convention by which N counts parameters")
+    loss: str = option("heldout_loss", "metric of the runs that the law is fitted to")
+    holdout_fraction: float = option(0.25, "share of the runs, the dearest, that a second fit has to predict (0: no such check)")
+    bootstrap_draws: int = option(300, "draws of the residual bootstrap")
+
+
+def main(config: ScalingConfig) -> Manifest:
+    from stages.models.counts import CONVENTIONS, FLOPS, count_parameters, planned_decoder, train_flops_per_token
+    from stages.models.pretraining import pretrain  # torch takes seconds to import, which the subcommands do without
+    from stages.models.training import barrier
+
+    base = main_config(config)
+    ladder = ladder_configs(config, base)
+    run = Run(config, inputs={"pretrain": hash_data(base.fingerprinted())})
+    if run.finished:
+        return run.manifest
+    prepared = run.parents["prepare"]
+    vocabulary, row_length = prepared.counts["vocabulary"], prepared.data["notes"]["row_length"]
+
+    def cost(c) -> tuple[int, int, dict[str, int]]:
+        decoder = planned_decoder(c, vocabulary=vocabulary, row_length=row_length)
+        tokens, counts = c.tokens // c.batch_tokens * c.batch_tokens, count_parameters(decoder)
+        return tokens * train_flops_per_token(decoder, row_length, counts), tokens, counts
+
+    costs = {name: cost(c) for name, c in ladder.items()}
+    order = sorted(ladder, key=lambda name: costs[name][0])
+    total = sum(flops for flops, _, _ in costs.values())
+    points, done, trained, spent = [], 0, 0, 0.0
+    for number, name in enumerate(order, start=1):
+        nested = replace(ladder[name], run_dir=str(run.directory / name))
+        rate = f", ETA of the ladder {clock((total - done) / (trained / spent))}" if trained else ""
+        say(f"ladder {number}/{len(order)}: {name}, {done / total:.0%} of {total:.2g} FLOPs done{rate}")
+        reuse(Path(config.run_dir) / name, run.directory / name)
+        barrier()
+        began, known = time.time(), (run.directory / name / MANIFEST).is_file()
+        manifest = pretrain(nested)
+        barrier()
+        done += costs[name][0]
+        if not known:
+            trained, spent = trained + costs[name][0], spent + time.time() - began
+        points.append(point(name, manifest, config))
+
+    N, D, loss = (np.array([p[key] for p in points], dtype=float) for key in ("N", "D", "loss"))
+    fit = fit_law(N, D, loss, num_draws=config.bootstrap_draws, seed=config.seed, conventions={
+        "N": f"{config.parameters}: {CONVENTIONS[config.parameters]}", "D": "tokens trained on, padding included",
+        "loss": f"{config.loss}, nats a token", "flops": FLOPS, "schedule": "each run has its own, decayed to zero"})
+    flops, tokens, counts = cost(base)
+    size = counts[config.parameters]
+    value, interval = predict(fit, size, tokens)
+    prediction = {"value": value, "interval": list(interval), "loss": config.loss, "N": size, "D": tokens, "flops": flops,
+                  "tokens": base.tokens, **{k: getattr(base, k) for k in SIZE_KEYS}, "seed": base.seed,
+                  "beyond": {"N": size / N.max(), "D": tokens / D.max()},
+                  "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    checked = check(config, N, D, loss, [costs[p["run"]][0] for p in points])
+    if is_main():
+        write_json(run.directory / "fit.json", fit)
+        write_json(run.directory / "prediction.json", prediction)
+        (run.directory / "points.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points), encoding="utf-8")
+        draw(run.directory / "figures", points, fit, prediction)
+    say(table(["run", "N", "D", config.loss, "fit"], [
+        [p["run"], f"{p['N']:,}", f"{p['D']:,}", f"{p['loss']:.4f}", f"{predict(fit, p['N'], p['D'])[0]:.4f}"] for p in points]))
+    say(f"L = {fit['E']:.3f} + {fit['A']:.3g} / N^{fit['alpha']:.3f} + {fit['B']:.3g} / D^{fit['beta']:.3f}; predicted for the "
+        f"main model (N = {size:,}, D = {tokens:,}), before it is trained: {value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]")
+    barrier()
+    return run.finish(
+        metrics={"predicted_loss": metric(value, n=len(points), ci95=interval), **checked,
+                 **{name: metric(fit[name], n=len(points), ci95=fit["intervals"].get(name)) for name in PARAMETERS}},
+        counts={"runs": len(points), "tokens": sum(int(p["D"]) for p in points), "flops": total},
+        products={"fit": "fit.json", "prediction": "prediction.json", "points": "points.jsonl"})
+
+
+def main_config(config: ScalingConfig) -> Any:
+    """The main model's pretraining config; its defaults where the recipe has no file."""
+    from stages.models.pretraining import PretrainConfig
+
+    path = Path(config.pretrain_config or f"recipes/{config.recipe}/pretrain.yaml")
+    if not path.is_file() and config.pretrain_config:
+        raise ValueError(f"pretrain_config {path} does not exist: give the pretrain.yaml of the main model")
+    return build_config(PretrainConfig, read_yaml(path) if path.is_file() else {}, recipe=config.recipe, where=str(path))
+
+
+def ladder_configs(config: ScalingConfig, base: Any) -> dict[str, Any]:
+    """A pretraining config for each size and budget, by run name. Raises ValueError for a grid that no law can be fitted to."""
+    names = {}
+    for size in config.sizes:
+        if unknown := sorted(set(size) - set(SIZE_KEYS)):
+            raise ValueError(f"sizes: unknown key {unknown[0]!r}: choose from {', '.join(SIZE_KEYS)}")
+        changed = {"hidden_size": base.hidden_size, **size}
+        letters = {"hidden_size": "d", "num_layers": "l", "num_heads": "h", "num_kv_heads": "k", "intermediate_size": "f"}
+        names["-".join(f"{letters[key]}{value}" for key, value in changed.items())] = changed
+    if len(names) < 3 or len(set(config.tokens)) < 3:
+        raise ValueError(f"{len(names)} sizes and {len(set(config.tokens))} budgets cannot determine a law: give three of each")
+    return {f"{name}-{tokens}": replace(base, **changed, tokens=tokens, seed=config.seed, parents=config.parents,
+                                                    report_to=config.report_to)
+            for name, changed in names.items() for tokens in sorted(set(config.tokens))}
+
+
+def reuse(earlier: Path, nested: Path) -> None:
+    """Start from the same run of an earlier ladder; it is run again if its fingerprint is another."""
+    if is_main() and (earlier / MANIFEST).is_file() and not list(nested.parent.glob(nested.name + "*")):
+        shutil.copytree(earlier, nested)
+
+
+def point(name: str, manifest: Manifest, config: ScalingConfig) -> dict[str, Any]:
+    if config.loss not in manifest.metrics:
+        raise ValueError(f"{name} has no metric {config.loss!r}: set loss to one of {', '.join(manifest.metrics)}")
+    losses = {key: value["value"] for key, value in manifest.metrics.items() if key.startswith("heldout")}
+    return {"run": name, "N": manifest.counts[COUNTS[config.parameters]], "D": manifest.counts["tokens"],
+            "loss": manifest.metrics[config.loss]["value"], "flops": manifest.counts["flops"], **losses}
+
+
+def check(config: ScalingConfig, N, D, loss, flops) -> dict[str, dict]:
+    """How well a fit on the cheaper runs predicts the dearer ones, as metrics; none when too few would be left to fit."""
+    if config.holdout_fraction <= 0:
+        return {}
+    try:
+        report = holdout(N, D, loss, fraction=config.holdout_fraction, flops=flops, num_draws=config.bootstrap_draws,
+                         seed=config.seed)
+    except ValueError as error:
+        say(f"no hold-out check of the law: {error}")
+        return {}
+    count = report["num_heldout"]
+    say(f"check: fitted on the {report['num_fitted']} cheaper runs, the law is off by {report['error_mean']:.2%} on the {count} "
+        f"dearer ones, of which {report['coverage']:.0%} lie inside their 95 % intervals")
+    return {"holdout_error": metric(report["error_mean"], n=count), "holdout_coverage": metric(report["coverage"], n=count)}
+
+
+def draw(folder: Path, points: list[dict], fit: dict, prediction: dict) -> None:
+    sizes: dict[int, list[dict]] = {}
+    for p in sorted(points, key=lambda p: (p["N"], p["D"])):
+        sizes.setdefault(p["N"], []).append(p)
+    constants = [fit[name] for name in PARAMETERS]
+    grid = np.geomspace(min(p["D"] for p in points), 1.5 * prediction["D"], 40)
+    curves = {f"law, N = {N:,}": (grid.tolist(), law(constants, N, grid).tolist()) for N in (*sizes, prediction["N"])}
+    measured = {f"N = {N:,}": ([p["D"] for p in ps], [p["loss"] for p in ps]) for N, ps in sizes.items()}
+    ahead = {"prediction": ([prediction["D"]], [prediction["value"]])}
+    figures.lines(folder / "tokens.png", measured, x="training tokens", y=prediction["loss"], log_x=True)
+    figures.lines(folder / "law.png", {**measured, **curves, **ahead}, x="training tokens", y=prediction["loss"], log_x=True)
+    by_flops = {f"N = {N:,}": ([p["flops"] for p in ps], [p["loss"] for p in ps]) for N, ps in sizes.items()}
+    C = np.geomspace(min(p["flops"] for p in points), prediction["flops"], 30)
+    best = [plan(fit, c)["loss"]["value"] for c in C]
+    figures.lines(folder / "flops.png", {**by_flops, "law at its optimum (C = 6 N D)": (C.tolist(), best),
+                                         "prediction": ([prediction["flops"]], [prediction["value"]])},
+                  x="training FLOPs", y=prediction["loss"], log_x=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        sys.exit(command(sys.argv[1:], __doc__))
+    launch(main, ScalingConfig)

@@ -1,0 +1,57 @@
+"""Shared fixtures: the smoke recipe, run once a session through the real command line."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+class Recipe:
+    """A recipe's runs in a temporary folder, each stage run once and on demand."""
+
+    def __init__(self, name: str, runs: Path):
+        self.name, self.runs = name, runs
+
+    def environment(self) -> dict[str, str]:
+        return os.environ | {"PLUMBLINE_RUNS": str(self.runs), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+
+    def command(self, stage: str, *flags: str, accelerate: str = "cpu") -> list[str]:
+        return [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", f"recipes/accelerate/{accelerate}.yaml",
+                "-m", f"stages.{stage}", "--config", f"recipes/{self.name}/{stage}.yaml", *flags]
+
+    def run(self, stage: str, *flags: str, accelerate: str = "cpu", check: bool = True) -> subprocess.CompletedProcess:
+        """Run the stage and return what it printed; `check` fails the test with its output when it did not finish."""
+        done = subprocess.run(self.command(stage, *flags, accelerate=accelerate), cwd=ROOT, env=self.environment(),
+                              capture_output=True, text=True, timeout=900)
+        if check and done.returncode:
+            pytest.fail(f"stages.{stage} {' '.join(flags)} exited {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+        return done
+
+    def killed(self, moment: str, stage: str, *flags: str) -> None:
+        """Run the stage in one process and kill it at a moment (tests/killer.py); fails when it was not killed."""
+        done = subprocess.run([sys.executable, "tests/killer.py", moment, f"stages.{stage}", "--config",
+                               f"recipes/{self.name}/{stage}.yaml", *flags], cwd=ROOT, env=self.environment(), capture_output=True,
+                              text=True, timeout=900)
+        assert done.returncode == -9, f"not killed at {moment}: exit {done.returncode}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
+
+    def path(self, stage: str) -> Path:
+        """The stage's run folder; the stage and the stages before it are run if they have not been."""
+        folder = self.runs / self.name / stage
+        if not (folder / "manifest.json").is_file():
+            for parent in PARENTS[stage]:
+                self.path(parent)
+            self.run(stage)
+        return folder
+
+
+PARENTS = {"prepare": (), "scaling": ("prepare",), "pretrain": ("prepare",), "sft": ("pretrain",), "preferences": ("sft",),
+           "reward_model": ("preferences",), "ppo": ("reward_model",), "evaluation": ("ppo",), "report": ("scaling", "evaluation")}
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory) -> Recipe:
+    return Recipe("smoke", tmp_path_factory.mktemp("runs"))

@@ -1,0 +1,69 @@
+"""Tiny random models, a tokenizer of letters and a trainer, for the tests of stages/rl."""
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
+
+from stages.rl.models import PolicyWithCritic
+from stages.rl.trainer import PpoSettings, PPOTrainer
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+PAD, END = 0, 1
+VOCAB = len(LETTERS) + 2
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocab = {"<pad>": PAD, "<end>": END} | {letter: i + 2 for i, letter in enumerate(LETTERS)}
+    plain = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<end>")
+
+
+def config(architecture: str = "qwen3", **changes):
+    arguments = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                 "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": PAD, "eos_token_id": END,
+                 "bos_token_id": None, "initializer_range": 0.2}
+    return AutoConfig.for_model(architecture, **{**arguments, **changes})
+
+
+def policy(seed: int = 0, **changes):
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config(**changes))
+
+
+def classifier(seed: int = 1, **changes):
+    torch.manual_seed(seed)
+    return AutoModelForSequenceClassification.from_config(config(num_labels=1, **changes))
+
+
+def prompts(count: int = 10) -> list[tuple[dict, list[int]]]:
+    return [({"id": f"p{i}", "answer": "1", "solutions": []}, [2 + (i * 7 + j) % 26 for j in range(2 + i % 4)]) for i in range(count)]
+
+
+def letters_a(problems, texts, finished) -> list[float]:
+    """Share of the letter a: a reward that a policy can raise quickly."""
+    return [text.split().count("a") / max(1, len(text.split())) for text in texts]
+
+
+def trainer(directory: Path, *, iterations: int = 2, world: int = 1, reward=None, model=None, save_iterations: int = 1, seed: int = 0,
+            learning_rate: float = 3e-3, judge=None, arguments=None, **changes) -> PPOTrainer:
+    from stages.rl.rewards import function_reward
+
+    settings = PpoSettings(**{"rollout_batch": 16, "epochs": 2, "minibatches": 2, "micro_batch": 8, "critic_learning_rate": 3e-3,
+                              "max_new_tokens": 8, "eos_ids": (END,), "pad_id": PAD, "seed": seed, **changes})
+    model = model or PolicyWithCritic(policy(), classifier(), kl_coef=0.05)
+    steps = settings.steps_per_iteration
+    return PPOTrainer(
+        model, TrainingArguments(**{
+            "output_dir": str(directory / "checkpoints"), "use_cpu": True, "max_steps": iterations * steps, "report_to": "none",
+            "per_device_train_batch_size": settings.micro_batch, "gradient_accumulation_steps": settings.accumulation(world),
+            "learning_rate": learning_rate, "logging_steps": steps, "save_steps": save_iterations * steps, "disable_tqdm": True,
+            "remove_unused_columns": False, "dataloader_pin_memory": False, **(arguments or {})}),
+        settings, prompts=prompts(), reward=reward or function_reward("tests.rl_tiny:letters_a"), tokenizer=tokenizer(), judge=judge)

@@ -1,0 +1,160 @@
+"""The scaling stage on a real, very small ladder: what it writes, resuming, reuse, bad input; its subcommands."""
+import dataclasses
+import json
+
+import pytest
+
+from stages import scaling
+from stages.laws.commands import command
+from stages.laws.fit import fit_law, law, predict, read_points
+from stages.models import pretraining
+from stages.run.config import build_config
+from stages.run.manifest import Manifest
+
+PRETRAIN = """
+hidden_size: 40
+num_layers: 1
+num_heads: 2
+tokens: 8192
+batch_tokens: 256
+evaluations: 1
+eval_rows: 4
+checkpoints: 1
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    from stages import prepare
+
+    folder = tmp_path_factory.mktemp("prepared") / "prepare"
+    counts = {"sft": 4, "preferences": 4, "ppo": 4, "validation": 4, "test": 4}
+    prepare.main(build_config(prepare.PrepareConfig, {
+        "run_dir": str(folder), "num_documents": 300, "num_easy_documents": 60, "row_length": 128, "vocab_size": 320,
+        "num_problems": counts}))
+    (folder.parent / "pretrain.yaml").write_text(PRETRAIN)
+    return folder
+
+
+def config_for(prepared, run_dir, **changes):
+    return build_config(scaling.ScalingConfig, {
+        "run_dir": str(run_dir), "parents": {"prepare": str(prepared)}, "pretrain_config": str(prepared.parent / "pretrain.yaml"),
+        "sizes": [{"hidden_size": 16}, {"hidden_size": 24}, {"hidden_size": 32}], "tokens": [1024, 2048, 4096],
+        "bootstrap_draws": 20, **changes}, recipe="test")
+
+
+@pytest.fixture(scope="module")
+def ladder(prepared, tmp_path_factory):
+    return scaling.main(config_for(prepared, tmp_path_factory.mktemp("ladder") / "scaling"))
+
+
+def test_ladder_writes_runs_fit_and_prediction(ladder):
+    runs = sorted(path.parent.name for path in ladder.path.glob("*/manifest.json"))
+    assert runs == sorted(f"d{size}-{tokens}" for size in (16, 24, 32) for tokens in (1024, 2048, 4096))
+    points = read_points(ladder.product("points"))
+    assert len(points) == 9
+    for row in ladder.product("points").read_text().splitlines():
+        point = json.loads(row)
+        one = Manifest(ladder.path / point["run"])
+        assert point["loss"] == one.metrics["heldout_loss"]["value"]
+        assert (point["N"], point["D"]) == (one.counts["matmul_parameters"], one.counts["tokens"])
+    fit = json.loads(ladder.product("fit").read_text())
+    again = fit_law(*points.T, num_draws=0)
+    assert again["objective"] == pytest.approx(fit["objective"], rel=1e-6, abs=1e-12)
+    assert fit["conventions"]["N"].startswith("matmul")
+    prediction = json.loads(ladder.product("prediction").read_text())
+    assert (prediction["hidden_size"], prediction["tokens"], prediction["D"]) == (40, 8192, 8192)
+    assert prediction["value"] == predict(fit, prediction["N"], prediction["D"])[0]
+    assert prediction["interval"][0] <= prediction["value"] <= prediction["interval"][1]
+    assert ladder.metrics["predicted_loss"]["value"] == prediction["value"]
+    assert {path.name for path in (ladder.path / "figures").iterdir()} == {"tokens.png", "law.png", "flops.png"}
+
+
+def test_finished_ladder_does_nothing(ladder, prepared, monkeypatch, capsys):
+    monkeypatch.setattr(pretraining, "pretrain", lambda *_: pytest.fail("trained again"))
+    again = scaling.main(config_for(prepared, ladder.path))
+    assert again.fingerprint == ladder.fingerprint
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_interrupted_ladder_keeps_finished_runs_and_ends_equal(ladder, prepared, tmp_path, monkeypatch):
+    started = []
+
+    def stop_at_fourth(config, **kwargs):
+        started.append(config)
+        if len(started) == 4:
+            raise KeyboardInterrupt
+        return original(config, **kwargs)
+
+    original = pretraining.pretrain
+    monkeypatch.setattr(pretraining, "pretrain", stop_at_fourth)
+    config = config_for(prepared, tmp_path / "scaling")
+    with pytest.raises(KeyboardInterrupt):
+        scaling.main(config)
+    assert not (tmp_path / "scaling").exists()
+    kept = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "scaling.partial").glob("*/manifest.json")}
+    assert len(kept) == 3
+    monkeypatch.setattr(pretraining, "pretrain", original)
+    resumed = scaling.main(config)
+    for name, modified in kept.items():
+        assert (resumed.path / name / "manifest.json").stat().st_mtime_ns == modified
+    assert resumed.metrics == ladder.metrics
+
+
+def test_longer_ladder_reuses_the_shorter_one(ladder, prepared, tmp_path, monkeypatch):
+    import shutil
+
+    shutil.copytree(ladder.path, tmp_path / "scaling")
+    trained = []
+    original = pretraining.pretrain
+
+    def watched(config, **kwargs):
+        trained.append((config.hidden_size, config.tokens, original(config, **kwargs).data["provenance"]["started"]))
+        return Manifest(config.run_dir)
+
+    monkeypatch.setattr(pretraining, "pretrain", watched)
+    before = {path.parent.name: Manifest(path.parent).data["provenance"]["started"] for path in ladder.path.glob("*/manifest.json")}
+    scaling.main(config_for(prepared, tmp_path / "scaling", tokens=[1024, 2048, 4096, 512]))
+    assert len(trained) == 12
+    for size, tokens, started in trained:
+        if tokens != 512:
+            assert started == before[f"d{size}-{tokens}"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"sizes": [{"hidden_size": 16}]}, "1 sizes and 3 budgets"), ({"tokens": [512, 1024]}, "3 sizes and 2 budgets"),
+    ({"sizes": [{"hiden_size": 16}] * 3}, "unknown key 'hiden_size'"), ({"pretrain_config": "nowhere.yaml"}, "does not exist")])
+def test_a_ladder_that_cannot_work_fails_before_training(prepared, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        scaling.main(config_for(prepared, tmp_path / "scaling", **changes))
+    assert not (tmp_path / "scaling.partial").exists()
+
+
+def test_missing_metric_names_those_there_are(ladder, prepared):
+    config = dataclasses.replace(config_for(prepared, ladder.path), loss="heldout_loss/poem")
+    with pytest.raises(ValueError, match=r"no metric 'heldout_loss/poem': set loss to one of heldout_loss"):
+        scaling.point("d16-1024", Manifest(ladder.path / "d16-1024"), config)
+
+
+def test_subcommands_print_json(tmp_path, capsys):
+    true = (0.3, 20.0, 300.0, 0.4, 0.5)
+    rows = [f"{N},{D},{float(law(true, N, D))},a" for N in (5e4, 1e5, 2e5, 5e5) for D in (3e5, 6e5, 1.2e6)]
+    (tmp_path / "runs.csv").write_text("\n".join(["size,D,loss,kind", *rows, "1,1,9,b"]))
+    runs, fit = str(tmp_path / "runs.csv"), str(tmp_path / "fit.json")
+    select = ["--columns", "size,D,loss", "--where", "kind=a", "--draws", "20"]
+    assert command(["fit", runs, *select, "--output", fit]) == 0
+    assert json.loads(capsys.readouterr().out)["alpha"] == pytest.approx(0.4, rel=1e-3)
+    assert command(["predict", fit, "--N", "9e5", "--D", "1.6e6"]) == 0
+    from_fit = json.loads(capsys.readouterr().out)
+    assert from_fit["loss"]["value"] == pytest.approx(float(law(true, 9e5, 1.6e6)), rel=1e-5)
+    assert command(["predict", runs, *select, "--N", "9e5", "--D", "1.6e6"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"]["value"] == from_fit["loss"]["value"]
+    assert command(["plan", fit, "--flops", "1e13"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["N"]["value"] * figures["D"]["value"] * 6 == pytest.approx(1e13)
+    assert command(["holdout", runs, *select]) == 0
+    assert json.loads(capsys.readouterr().out)["num_heldout"] == 3
+    assert command(["plan", fit]) == 2
+    assert "needs --flops" in capsys.readouterr().err
+    assert command(["fit", str(tmp_path / "none.csv")]) == 2
+    assert "does not exist" in capsys.readouterr().err

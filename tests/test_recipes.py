@@ -1,0 +1,127 @@
+"""Every recipe file is one its stage accepts; launch configs hold no key that accelerate would ignore; plans are as their headers say."""
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+from stages.run.config import StageConfig, build_config, read_yaml
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+STAGES = ("prepare", "pretrain", "scaling", "sft", "preferences", "reward_model", "ppo", "evaluation", "report")
+FILES = sorted(path for path in RECIPES.glob("*/*.yaml") if path.parent.name != "accelerate")
+LAUNCHES = sorted((RECIPES / "accelerate").glob("*.yaml"))
+
+
+def config_class(stage: str) -> type[StageConfig]:
+    module = importlib.import_module(f"stages.{stage}")
+    found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, StageConfig)
+             and value.STAGE in (stage,)]
+    assert len(found) == 1, f"stages/{stage}.py should have one config class of its own, not {found}"
+    return found[0]
+
+
+def test_there_are_recipes():
+    assert {"100m", "1b", "10b"} <= {path.parent.name for path in FILES}
+    assert {path.stem for path in LAUNCHES} == {"cpu", "cpu-2", "gpu", "ddp", "fsdp2", "zero2", "zero3"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recipe_parses(path, monkeypatch):
+    monkeypatch.delenv("PLUMBLINE_RUNS", raising=False)
+    assert path.stem in STAGES, f"{path.stem} is not a stage"
+    if importlib.util.find_spec(f"stages.{path.stem}") is None:
+        pytest.skip(f"stages/{path.stem}.py is not there")
+    config = build_config(config_class(path.stem), read_yaml(path), recipe=path.parent.name, where=str(path))
+    assert config.run_dir == f"runs/{path.parent.name}/{path.stem}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name in ("100m", "1b", "10b")],
+                         ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_header_says_whether_it_has_been_run(path):
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("#") and re.search(r"\b(not run|run on)\b", first, re.IGNORECASE), first
+
+
+@pytest.mark.parametrize(("recipe", "engine", "devices"), [
+    ("100m", "ddp", 8), ("1b", "ddp", 8), ("1b", "fsdp2", 16), ("1b", "zero3", 8), ("10b", "fsdp2", 256), ("10b", "zero3", 64)])
+def test_plan_fits_and_header_has_its_parameters(recipe, engine, devices, monkeypatch, capsys):
+    from stages.plan import PlanConfig, main
+
+    monkeypatch.chdir(RECIPES.parent)
+    figures = main(build_config(PlanConfig, {"engine": engine, "devices": devices}, recipe=recipe))
+    assert figures["fits"]["pretrain"]
+    stated = re.search(r"Parameters: ([\d,]+) in all, ([\d,]+) without", (RECIPES / recipe / "pretrain.yaml").read_text())
+    assert stated is not None
+    counts = figures["counts"]
+    assert [int(number.replace(",", "")) for number in stated.groups()] == [counts["total"], counts["non_embedding"]]
+    printed = capsys.readouterr().out
+    assert "warning" not in printed
+    share = re.search(r"together (\d+) %", (RECIPES / recipe / "scaling.yaml").read_text()) if recipe != "10b" else None
+    if share:
+        assert f"{int(share.group(1))}." in printed.split("FLOPs, ")[-1], "the share of the ladder is another"
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_plan_knows_the_defaults_of_stages_it_may_not_import(stage):
+    from stages.plan import DEFAULTS
+
+    config = build_config(config_class(stage), {}, recipe="x")
+    assert {key: getattr(config, key) for key in DEFAULTS[stage]} == DEFAULTS[stage]
+
+
+def test_ten_billion_do_not_fit_one_device_each(monkeypatch, capsys):
+    from stages.plan import PlanConfig, main
+
+    monkeypatch.chdir(RECIPES.parent)
+    assert not main(build_config(PlanConfig, {"engine": "ddp", "devices": 64}, recipe="10b"))["fits"]["pretrain"]
+
+
+@pytest.mark.parametrize("recipe", ["100m", "1b"])
+def test_budgets_of_the_ladder_are_whole_batches(recipe):
+    batch = read_yaml(RECIPES / recipe / "pretrain.yaml")["batch_tokens"]
+    for tokens in read_yaml(RECIPES / recipe / "scaling.yaml")["tokens"]:
+        assert tokens % batch == 0
+    assert read_yaml(RECIPES / recipe / "pretrain.yaml")["tokens"] % batch == 0
+
+
+def nested_keys() -> set[str]:
+    """Keys that accelerate launch reads out of the nested sections; any other is set on its arguments and never looked at."""
+    return {action.dest for action in launch_command_parser()._actions}
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_launch_config_has_no_ignored_key(path):
+    config = load_config_from_file(str(path))  # raises on an unknown key at the top level
+    assert isinstance(config, ClusterConfig)
+    for section in ("fsdp_config", "deepspeed_config"):
+        unknown = set(getattr(config, section) or {}) - nested_keys()
+        assert not unknown, f"{path}: accelerate silently ignores {section}: {', '.join(unknown)}"
+    others = {key for key, value in yaml.safe_load(path.read_text()).items() if isinstance(value, dict)}
+    assert others <= {"fsdp_config", "deepspeed_config"}
+    first = path.read_text().splitlines()
+    assert any(re.search(r"\b(Not run|Run:)", line) for line in first if line.startswith("#"))
+
+
+def test_a_misspelt_nested_key_would_be_noticed():
+    assert "fsdp_reshard_after_forwards" not in nested_keys()
+    assert {"fsdp_version", "fsdp_state_dict_type", "zero_stage", "deepspeed_multinode_launcher"} <= nested_keys()
+
+
+def test_launch_configs_ask_for_what_their_names_say():
+    configs = {path.stem: load_config_from_file(str(path)) for path in LAUNCHES}
+    types = {name: config.distributed_type.value for name, config in configs.items()}
+    assert types == {"cpu": "NO", "cpu-2": "MULTI_GPU", "gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED",
+                     "zero3": "DEEPSPEED"}
+    for name, config in configs.items():
+        assert config.use_cpu == name.startswith("cpu")
+        assert config.mixed_precision == ("no" if name.startswith("cpu") else "bf16")
+        if config.num_processes > 1:
+            assert config.rdzv_backend == "static"
+    assert configs["cpu-2"].num_processes == 2
+    assert configs["fsdp2"].fsdp_config["fsdp_version"] == 2
+    assert [configs[f"zero{stage}"].deepspeed_config["zero_stage"] for stage in (2, 3)] == [2, 3]

@@ -1,0 +1,148 @@
+"""Policy and critic: windows, padding, temperature, dropout; and the sources of scores."""
+import pytest
+import torch
+
+from stages.rl.models import PolicyWithCritic, align_right, pad_sequences, policy_stats, remove_dropout
+from stages.rl.rewards import Response, build_reward, score_ids
+from tests.rl_tiny import END, PAD, VOCAB, classifier, letters_a, policy
+
+PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
+RESPONSES = [[3, END], [4, 5, 6, 7, END], [12]]
+
+
+def one_by_one(model, temperature):
+    """Log-probabilities, entropies of each response token by a plain forward without any padding."""
+    rows = []
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1].double() / temperature
+        logp = logits.log_softmax(-1)
+        rows.append((logp.gather(-1, torch.tensor(response)[:, None])[:, 0].float(), -(logp.exp() * logp).sum(-1).float()))
+    return align_right([r[0] for r in rows]), align_right([r[1] for r in rows])
+
+
+def test_pad_sequences():
+    batch = pad_sequences(PROMPTS[:2], RESPONSES[:2], PAD)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 3, END], [9, 4, 5, 6, 7, END]]
+    batch = pad_sequences(PROMPTS[1:], RESPONSES[1:], PAD)
+    assert batch["input_ids"].tolist() == [[9, 4, 5, 6, 7, END], [PAD, PAD, PAD, 10, 11, 12]]
+    assert batch["attention_mask"].tolist() == [[1] * 6, [0, 0, 0, 1, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 2]]
+    assert batch["response_mask"].tolist() == [[True] * 5, [False] * 4 + [True]]
+
+
+def test_masks_come_from_lengths_when_pad_is_the_end_token():
+    batch = pad_sequences(PROMPTS, RESPONSES, END)
+    assert batch["response_mask"].sum().item() == 8 and batch["attention_mask"].sum().item() == 15
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gpt2"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_stats_equal_those_without_padding(architecture, temperature):
+    """gpt2 has learned absolute positions: without position ids from the mask its padded rows are far off."""
+    model = policy(architecture=architecture).eval()
+    inputs = pad_sequences(PROMPTS, RESPONSES, PAD)
+    logprobs, entropy, _ = policy_stats(model, inputs, temperature)
+    expected_logprobs, expected_entropy = one_by_one(model, temperature)
+    torch.testing.assert_close(logprobs, expected_logprobs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(entropy, expected_entropy, atol=1e-5, rtol=1e-4)
+    if architecture == "gpt2":
+        wrong = {**inputs, "position_ids": torch.arange(inputs["input_ids"].size(1)).expand_as(inputs["input_ids"])}
+        assert (policy_stats(model, wrong, temperature)[0] - expected_logprobs).abs().max() > 1e-2
+
+
+def test_values_stand_before_each_response_token():
+    critic = classifier().eval()
+    critic.config.score_mean, critic.config.score_std = 0.5, 2.0
+    values = PolicyWithCritic(policy(), critic)(**pad_sequences(PROMPTS, RESPONSES, PAD)).values
+    rows = []
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        hidden = critic.model(torch.tensor([prompt + response])).last_hidden_state
+        rows.append((critic.score(hidden)[0, len(prompt) - 1:-1, 0] - 0.5) / 2)
+    torch.testing.assert_close(values, align_right(rows), atol=1e-5, rtol=1e-4)
+
+
+def test_shared_trunk_reads_the_policys_hidden_states():
+    model = PolicyWithCritic(policy(), None)
+    inputs = pad_sequences(PROMPTS, RESPONSES, PAD)
+    assert (model(**inputs).values == 0).all(), "the value head starts without an opinion"
+    torch.nn.init.normal_(model.value_head.weight)
+    hidden = model.policy.model(torch.tensor([PROMPTS[0] + RESPONSES[0]])).last_hidden_state
+    expected = model.value_head(hidden)[0, len(PROMPTS[0]) - 1:-1, 0]
+    torch.testing.assert_close(model(**inputs).values[0, -2:], expected, atol=1e-5, rtol=1e-4)
+    model(**inputs).values.sum().backward()
+    assert model.policy.model.embed_tokens.weight.grad.abs().sum() > 0
+
+
+def test_both_models_get_gradients_in_one_backward():
+    model = PolicyWithCritic(policy(), classifier())
+    stats = model(**pad_sequences(PROMPTS, RESPONSES, PAD))
+    (stats.logprobs.sum() + stats.values.sum()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not stats.entropy.requires_grad
+
+
+@pytest.mark.parametrize(("architecture", "changes"), [
+    ("llama", {"attention_dropout": 0.5}), ("qwen3", {"attention_dropout": 0.5}),
+    ("gpt2", {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5})])
+def test_dropout_is_off_in_training_mode(architecture, changes):
+    inputs = pad_sequences(PROMPTS, RESPONSES, PAD)
+    noisy = policy(architecture=architecture, **changes).train()
+    expected = policy_stats(noisy.eval(), inputs, 1.0)[0]
+    assert not torch.equal(policy_stats(noisy.train(), inputs, 1.0)[0], expected), "the case needs dropout that acts"
+    torch.testing.assert_close(policy_stats(remove_dropout(noisy).train(), inputs, 1.0)[0], expected)
+
+
+def test_composite_has_no_dropout_in_either_model():
+    model = PolicyWithCritic(policy(attention_dropout=0.5), classifier(attention_dropout=0.5)).train()
+    inputs = pad_sequences(PROMPTS, RESPONSES, PAD)
+    first, second = model(**inputs), model(**inputs)
+    assert torch.equal(first.logprobs, second.logprobs) and torch.equal(first.values, second.values)
+
+
+def responses():
+    return [Response({"id": str(i), "answer": "7", "solutions": []}, p, r, "a b", r[-1] == END)
+            for i, (p, r) in enumerate(zip(PROMPTS, RESPONSES, strict=True))]
+
+
+def test_reward_model_scores_the_last_token_normalised(tmp_path):
+    model = classifier().eval()
+    model.config.score_mean, model.config.score_std = 0.3, 0.5
+    model.save_pretrained(tmp_path)
+    scores = build_reward({"model": 1.0}, model_path=tmp_path, vocab_size=VOCAB, pad_id=PAD)(responses())
+    with torch.no_grad():
+        raw = torch.stack([model(torch.tensor([p + r])).logits[0, 0] for p, r in zip(PROMPTS, RESPONSES, strict=True)])
+    torch.testing.assert_close(scores, (raw - 0.3) / 0.5, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(score_ids(model, responses(), pad_id=PAD, batch_size=1), scores, atol=1e-5, rtol=1e-4)
+
+
+def test_weighted_sum_of_sources(tmp_path):
+    classifier().save_pretrained(tmp_path)
+    alone = build_reward({"model": 1.0}, model_path=tmp_path, vocab_size=VOCAB, pad_id=PAD)(responses())
+    both = build_reward({str(tmp_path): 2.0, "tests.rl_tiny:letters_a": 10.0}, model_path=None, vocab_size=VOCAB, pad_id=PAD)
+    torch.testing.assert_close(both(responses()), 2 * alone + 5)
+    assert letters_a([], ["a b"], []) == [0.5]
+
+
+def test_gold_as_a_reward():
+    reward = build_reward({"stages.rl.rewards:gold": 1.0}, model_path=None, vocab_size=VOCAB, pad_id=PAD)
+    right = Response({"answer": "7", "solutions": []}, [5], [6], "The answer is 7.", True)
+    assert reward([right, right._replace(finished=False)]).tolist() == pytest.approx([1.0, 0.9])
+
+
+def too_few(problems, texts, finished):
+    return [1.0]
+
+
+@pytest.mark.parametrize(("spec", "message"), [
+    ({}, "no source"), ({"modle": 1.0}, "neither"), ({"tests.rl_tiny:nothing": 1.0}, "expected module:function"),
+    ({"no_such_module:f": 1.0}, "expected module:function"), ({"tests.test_rl_models:too_few": 1.0}, "1 scores for 3 responses")])
+def test_bad_rewards_name_what_was_expected(spec, message):
+    with pytest.raises(ValueError, match=message):
+        build_reward(spec, model_path=None, vocab_size=VOCAB, pad_id=PAD)(responses())
+
+
+def test_reward_model_of_another_vocabulary(tmp_path):
+    classifier(vocab_size=50).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="50 tokens"):
+        build_reward({"model": 1.0}, model_path=tmp_path, vocab_size=VOCAB, pad_id=PAD)

@@ -1,0 +1,146 @@
+"""stages.ppo as users run it: the real command on tiny random parents; kill and resume; two processes."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from stages.data import curriculum
+from stages.data.tokenizer import END, train_tokenizer
+from stages.models.sizes import decoder_config
+from stages.models.training import save_model
+from stages.run.manifest import write_json
+
+ROOT = Path(__file__).parent.parent
+FLAGS = {"iterations": 4, "rollout-batch": 8, "minibatches": 2, "micro-batch-size": 2, "max-new-tokens": 8, "save-iterations": 1,
+         "eval-problems": 6, "eval-samples": 2}
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory) -> Path:
+    """Folders of prepare, sft and reward_model with a real tokenizer and random models."""
+    root = tmp_path_factory.mktemp("runs")
+    texts = [row["text"] for row in islice(curriculum.documents(0), 300)]
+    tokenizer = train_tokenizer(texts, vocab_size=400)
+    tokenizer.eos_token = END
+    config = decoder_config(tokenizer, hidden_size=32, num_layers=2, num_heads=2, context_length=160)
+    config.eos_token_id = tokenizer.convert_tokens_to_ids(END)
+    torch.manual_seed(0)
+    save_model(AutoModelForCausalLM.from_config(config), tokenizer, root / "sft" / "model")
+    config.num_labels, config.score_mean, config.score_std = 1, 0.1, 0.5
+    save_model(AutoModelForSequenceClassification.from_config(config), tokenizer, root / "reward_model" / "model")
+    (root / "prepare" / "problems").mkdir(parents=True)
+    for split in ("ppo", "validation"):
+        rows = [p.as_row() for p in islice(curriculum.problems(0, split=split), 20)]
+        (root / "prepare" / "problems" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for stage, product in (("prepare", "problems"), ("sft", "model"), ("reward_model", "model")):
+        write_json(root / stage / "manifest.json", {"stage": stage, "fingerprint": f"sha256:{stage}", "config": {}, "counts": {}, "metrics": {},
+                                                    "products": {product: {"path": product, "sha256": ""}}})
+    return root
+
+
+def command(parents: Path, run_dir: Path, *launcher: str, **flags) -> list[str]:
+    given = {**FLAGS, **flags, "run-dir": run_dir} | {f"parents.{p}": parents / p for p in ("prepare", "sft", "reward_model")}
+    return [*(launcher or (sys.executable,)), "-m", "stages.ppo", *(str(x) for name, value in given.items() for x in (f"--{name}", value))]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+
+
+def run(line: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+
+
+def manifest(directory: Path) -> dict:
+    return json.loads((directory / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(parents, tmp_path_factory) -> tuple[Path, str]:
+    directory = tmp_path_factory.mktemp("finished") / "ppo"
+    result = run(command(parents, directory))
+    assert result.returncode == 0, result.stderr
+    return directory, result.stdout
+
+
+def test_products_and_metrics(finished, parents):
+    directory, output = finished
+    metrics = manifest(directory)["metrics"]
+    for group in ("before", "after", "gain"):
+        for name in ("gold", "sampled_accuracy", "greedy_accuracy", "score", "kl", "entropy", "length", "eos_rate"):
+            entry = metrics[f"{group}/{name}"]
+            assert entry["n"] == 6 and entry["ci95"][0] <= entry["value"] <= entry["ci95"][1]
+    assert metrics["before/kl"]["value"] == 0 and metrics["after/kl"]["value"] != 0
+    assert metrics["gain/gold"]["value"] == pytest.approx(metrics["after/gold"]["value"] - metrics["before/gold"]["value"])
+    model = AutoModelForCausalLM.from_pretrained(directory / "model")
+    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
+    assert model.config.eos_token_id == tokenizer.convert_tokens_to_ids(END) == tokenizer.eos_token_id
+    start = AutoModelForCausalLM.from_pretrained(parents / "sft" / "model")
+    assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
+    critic = AutoModelForSequenceClassification.from_pretrained(directory / "critic")
+    assert critic.config.score_std == 0.5
+    assert (directory / "figures" / "scores.png").is_file()
+    assert "before (n=6)" in output and "objective/score" in output
+
+
+def test_second_run_does_nothing(finished, parents):
+    result = run(command(parents, finished[0]))
+    assert result.returncode == 0 and "is finished" in result.stdout and "step" not in result.stdout
+
+
+def test_shared_trunk_with_a_function_as_reward(parents, tmp_path):
+    result = run(command(parents, tmp_path / "ppo", **{"value-trunk": "shared", "reward": "{stages.rl.rewards:gold: 1.0}", "iterations": 1}))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "ppo" / "critic" / "value_head.safetensors").is_file()
+    metrics = manifest(tmp_path / "ppo")["metrics"]
+    assert metrics["after/score"]["value"] == pytest.approx(metrics["after/gold"]["value"])
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"tasks": "[no_such_task]"}, "choose from tasks"), ({"max-new-tokens": 150}, "set max_new_tokens to that or less"),
+    ({"micro-batch-size": 3}, "set micro_batch to one of"), ({"reward": "{}"}, "no source"), ({"iteratoins": 3}, "iterations")])
+def test_bad_input_gives_one_line(parents, tmp_path, flags, message):
+    result = run(command(parents, tmp_path / "ppo", **flags))
+    assert result.returncode == 2 and result.stderr.count("error:") == 1 and message in result.stderr
+    assert not (tmp_path / "ppo").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["a rollout", "a checkpoint"])
+def test_killed_run_continues_to_the_same_result(finished, parents, tmp_path, moment):
+    """kill -9 once the second checkpoint is there, or while it is being written; then the same command again."""
+    directory = tmp_path / "ppo"
+    second = directory.with_name("ppo.partial") / "checkpoints" / "checkpoint-4"
+    child = subprocess.Popen(command(parents, directory), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    wanted = second if moment == "a checkpoint" else second / "complete.json"
+    while not wanted.exists() and child.poll() is None:
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not directory.exists()
+    result = run(command(parents, directory))
+    assert result.returncode == 0, result.stderr
+    assert "resuming from" in result.stdout
+    assert manifest(directory)["metrics"] == manifest(finished[0])["metrics"]
+    assert (directory / "metrics.jsonl").read_text() == (finished[0] / "metrics.jsonl").read_text()
+    assert (directory / "model" / "model.safetensors").read_bytes() == (finished[0] / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_through_the_launcher(finished, parents, tmp_path):
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/cpu-2.yaml"))
+    result = run(command(parents, tmp_path / "ppo", *launcher))
+    assert result.returncode == 0, result.stderr
+    one, two = ([json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (finished[0], tmp_path / "ppo"))
+    for a, b in zip(one, two, strict=True):
+        for key in a:
+            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-4), key
+    assert manifest(tmp_path / "ppo")["provenance"]["world_size"] == 2

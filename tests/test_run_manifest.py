@@ -1,0 +1,131 @@
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from stages.run.checkpoint import MetricsLog, is_complete, mark_complete, newest_complete, read_metrics, remove_incomplete
+from stages.run.config import StageConfig, build_config, option
+from stages.run.manifest import MANIFEST, Manifest, Run, metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class First(StageConfig):
+    STAGE = "first"
+    size: int = option(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Second(StageConfig):
+    STAGE = "second"
+    PARENTS = ("first",)
+
+
+def run_first(tmp_path, **values):
+    run = Run(build_config(First, {"run_dir": str(tmp_path / "first"), **values}))
+    if not run.finished:
+        (run.directory / "product.txt").write_text(f"size {values.get('size', 1)}")
+        run.finish(metrics={"loss": metric(1.0, n=3, ci95=(0.9, 1.1))}, products={"text": "product.txt"})
+    return run
+
+
+def test_a_finished_run_is_not_repeated_and_says_so(tmp_path, capsys):
+    run_first(tmp_path)
+    again = Run(build_config(First, {"run_dir": str(tmp_path / "first"), "report_to": "wandb"}))
+    assert again.finished and "nothing it depends on has changed" in capsys.readouterr().out
+    assert again.manifest.product("text").read_text() == "size 1"
+    assert again.manifest.metrics["loss"] == {"value": 1.0, "n": 3, "ci95": [0.9, 1.1]}
+
+
+def test_a_changed_run_replaces_the_old_one_only_when_it_is_complete(tmp_path, capsys):
+    run_first(tmp_path)
+    run = Run(build_config(First, {"run_dir": str(tmp_path / "first"), "size": 2}))
+    assert "size: 1 -> 2" in capsys.readouterr().out
+    assert Manifest(tmp_path / "first").product("text").read_text() == "size 1"  # untouched while the new one is in the making
+    (run.directory / "product.txt").write_text("size 2")
+    run.finish(metrics={}, products={"text": "product.txt"})
+    assert Manifest(tmp_path / "first").product("text").read_text() == "size 2"
+    assert [p.name for p in tmp_path.iterdir()] == ["first"]
+
+
+def test_a_changed_parent_makes_the_child_out_of_date(tmp_path):
+    values = {"run_dir": str(tmp_path / "second"), "parents": {"first": str(tmp_path / "first")}}
+    run_first(tmp_path)
+    Run(build_config(Second, values)).finish(metrics={})
+    assert Run(build_config(Second, values)).finished
+    run_first(tmp_path, size=2)
+    assert not Run(build_config(Second, values)).finished
+
+
+def test_unfinished_work_is_found_again_and_that_of_another_config_is_not(tmp_path):
+    values = {"run_dir": str(tmp_path / "first")}
+    run = Run(build_config(First, values))
+    (run.directory / "half").write_text("done")
+    assert (Run(build_config(First, values)).directory / "half").exists()
+    assert not (Run(build_config(First, {**values, "size": 5})).directory / "half").exists()
+
+
+@pytest.mark.parametrize("moment", ["old moved away", "new moved in"])
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path, moment):
+    run_first(tmp_path)
+    run = Run(build_config(First, {"run_dir": str(tmp_path / "first"), "size": 2}))
+    (run.directory / "product.txt").write_text("size 2")
+    run.finish(metrics={}, products={"text": "product.txt"})
+    final, old, partial = tmp_path / "first", tmp_path / "first.old", tmp_path / "first.partial"
+    if moment == "old moved away":
+        final.rename(partial)
+    (tmp_path / "first.old").mkdir()
+    (old / MANIFEST).write_text("{}")
+    assert Run(build_config(First, {"run_dir": str(final), "size": 2})).finished
+    assert not old.exists() and not partial.exists()
+
+
+def test_a_missing_parent_names_the_command(tmp_path):
+    with pytest.raises(ValueError, match="run `make first RECIPE=tiny` first"):
+        Run(build_config(Second, {"run_dir": str(tmp_path / "s"), "parents": {"first": "runs/tiny/first"}}))
+
+
+def make_checkpoint(folder, step, world_size=1):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(b"x" * 100)
+    (path / "optimizer.pt").write_bytes(b"y" * 10)
+    mark_complete(path, world_size=world_size)
+    return path
+
+
+def test_only_complete_checkpoints_count(tmp_path):
+    make_checkpoint(tmp_path, 5)
+    newer = make_checkpoint(tmp_path, 10)
+    assert newest_complete(tmp_path, world_size=1) == newer
+    (newer / "model.safetensors").write_bytes(b"x" * 50)  # cut off by a kill or a full disk
+    assert not is_complete(newer) and newest_complete(tmp_path, world_size=1).name == "checkpoint-5"
+    remove_incomplete(tmp_path)
+    assert not newer.exists()
+    (tmp_path / "checkpoint-5" / "optimizer.pt").unlink()
+    assert newest_complete(tmp_path, world_size=1) is None
+
+
+def test_a_checkpoint_of_another_world_size_is_refused(tmp_path):
+    make_checkpoint(tmp_path, 5, world_size=2)
+    with pytest.raises(ValueError, match="written by 2 processes, this launch has 1"):
+        newest_complete(tmp_path, world_size=1)
+
+
+def test_metrics_continue_without_repeating_a_step(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        log.append({"step": step, "train/loss": 1 / step})
+    with log.path.open("a") as f:
+        f.write('{"step": 4, "tra')  # a kill in the middle of a line
+    log.rewind(2)
+    log.append({"step": 3, "train/loss": 0.5})
+    assert [row["step"] for row in read_metrics(log.path)] == [1, 2, 3]
+    assert read_metrics(log.path)[-1]["train/loss"] == 0.5
+
+
+def test_manifest_is_valid_json_with_the_fields_of_the_contract(tmp_path):
+    run_first(tmp_path)
+    data = json.loads((tmp_path / "first" / MANIFEST).read_text())
+    assert {"stage", "recipe", "status", "fingerprint", "config", "parents", "inputs", "products", "seed", "counts", "metrics",
+            "provenance"} <= set(data)
+    assert {"commit", "dirty", "versions", "hardware", "wall_s", "peak_rss_bytes", "started"} <= set(data["provenance"])
