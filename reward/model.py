@@ -98,33 +98,6 @@ def normalize(config: PretrainedConfig, scores: Sequence[float]) -> list[float]:
     return [(s - getattr(config, "score_mean", 0.0)) / getattr(config, "score_std", 1.0) for s in scores]
 
 
-def shared_prompt_batch(groups: Sequence[Group], pad_id: int) -> dict[str, Tensor]:
-    """One row a prompt: the prompt once, then its responses one after the other, each seeing the prompt and itself only.
-
-    Scores equal those of separate rows, at little more than half the tokens when prompts are as long as responses. Gives
-    `input_ids` and `position_ids` (B, T), a bool `attention_mask` (B, 1, T, T) (True: attend; sdpa or flex attention), and
-    `ends` (B, K), the index of each response's last token, -1 where a prompt has fewer responses.
-    """
-    rows, positions, segments = [], [], []
-    ends = torch.full((len(groups), max(len(responses) for _, responses in groups)), -1)
-    for b, (prompt, responses) in enumerate(groups):
-        row, position, segment = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-        for k, response in enumerate(responses):
-            row += response
-            position += range(len(prompt), len(prompt) + len(response))
-            segment += [k + 1] * len(response)
-            ends[b, k] = len(row) - 1
-        rows.append(row)
-        positions.append(position)
-        segments.append(segment)
-    ids, _ = pad_right(rows, pad_id)
-    position_ids, _ = pad_right(positions, 0)
-    segment_ids, _ = pad_right(segments, -1)  # padding sees the prompt and padding: never nothing, which would be NaN
-    visible = (segment_ids[:, None, :] == 0) | (segment_ids[:, None, :] == segment_ids[:, :, None])
-    causal = torch.ones(ids.size(1), ids.size(1), dtype=torch.bool).tril()
-    return {"input_ids": ids, "position_ids": position_ids, "attention_mask": (visible & causal)[:, None], "ends": ends}
-
-
 @torch.no_grad()
 def min_token_logprobs(model: PreTrainedModel, groups: Sequence[Group], batch_size: int = 64) -> list[list[float]]:
     """Log-probability of each response's least expected token under a language model at temperature 1, grouped as they came.

@@ -66,10 +66,15 @@ def collect(places: Iterable[tuple[str, Record]], source: str) -> tuple[list[Rec
     return records, differing
 
 
+def existing(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist: give a .jsonl, .jsonl.gz or .parquet file of preferences")
+    return Path(path)
+
+
 def rows(path: Path) -> Iterator[tuple[str, Record]]:
     """Raw rows with the name of their place. Raises ValueError naming file and line."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a .jsonl, .jsonl.gz or .parquet file of preferences")
+    existing(path)
     if path.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -26,6 +26,8 @@ GIB = 1 << 30
 RESERVED_GIB = 2.0  # CUDA context, NCCL buffers, cuBLAS workspace, fragmentation
 DEFAULTS: dict[str, dict[str, Any]] = {  # of stages this one may not import; a test holds them equal
     "sft": {"method": "lora", "lora_rank": 16, "max_length": 512, "batch_size": 16, "micro_batch_size": None},
+    "preferences": {"responses_per_prompt": 8},
+    "reward_model": {"batch_size": 8, "micro_batch_size": None, "optimizer": "muon", "gradient_checkpointing": False},
     "ppo": {"micro_batch_size": 48, "rollout_batch": 192}}
 PARTS = ("weights", "gradients", "optimizer", "copies", "activations", "logits", "cache")
 
@@ -142,16 +144,22 @@ def adapter_parameters(model: PreTrainedModel, rank: int) -> int:
 def later_stages(model: PreTrainedModel, config: PlanConfig, raw: dict[str, dict]) -> dict[str, dict[str, int]]:
     """Rough needs of the stages after pretraining, from the recipe's own files."""
     P = count_parameters(model)["total"]
-    sft, ppo = (DEFAULTS[stage] | raw.get(stage, {}) for stage in ("sft", "ppo"))
+    sft, preferences, reward, ppo = (DEFAULTS[stage] | raw.get(stage, {}) for stage in ("sft", "preferences", "reward_model", "ppo"))
+
+    def rows(stage: dict[str, Any]) -> int:
+        local = max(1, stage["batch_size"] // config.devices)
+        return min(stage["micro_batch_size"] or local, local)
+
     needs = {}
     if "sft" in raw:
         adapted = sft["method"] == "lora"
-        rows = max(1, sft["batch_size"] // config.devices)
-        rows = min(sft["micro_batch_size"] or rows, rows)
-        needs["sft"] = need(model, config, tokens=rows * sft["max_length"], frozen=P if adapted else 0,
+        needs["sft"] = need(model, config, tokens=rows(sft) * sft["max_length"], frozen=P if adapted else 0,
                             trainable=adapter_parameters(model, sft["lora_rank"]) if adapted else P)
-    if "ppo" in raw:
-        # policy and critic train in full; reference and reward model stand frozen beside them; a response has sft's length at most
+    if "reward_model" in raw:  # a score in place of the logits; a prompt comes with all its responses, each of sft's length at most
+        tokens = rows(reward) * preferences["responses_per_prompt"] * sft["max_length"]
+        needs["reward_model"] = need(model, config, tokens=tokens, muon=reward["optimizer"] == "muon",
+                                     checkpointing=reward["gradient_checkpointing"]) | {"logits": 0}
+    if "ppo" in raw:  # policy and critic train in full; reference and reward model stand frozen beside them
         needs["ppo"] = need(model, config, tokens=ppo["micro_batch_size"] * sft["max_length"], trainable=2 * P, frozen=2 * P, copies=2,
                             cache_tokens=min(256, -(-ppo["rollout_batch"] // config.devices)) * sft["max_length"])
     return needs

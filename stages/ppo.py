@@ -61,6 +61,7 @@ class PpoConfig(StageConfig):
 
 
 def main(config: PpoConfig) -> Manifest:
+    check(config)
     run = Run(config)
     if run.finished:
         return run.manifest
@@ -78,8 +79,8 @@ def main(config: PpoConfig) -> Manifest:
         eos_ids=eos_ids, pad_id=pad_id, seed=config.seed)
     accumulation = settings.accumulation(world_size())
     folder = run.parents["prepare"].product("problems")
-    prompts, held_out = (read(folder / f"{split}.jsonl", config, tokenizer) for split in ("ppo", "validation"))
-    held_out = held_out[:config.eval_problems]
+    prompts = read(folder / "ppo.jsonl", config, tokenizer, limit=config.iterations * config.rollout_batch)
+    held_out = read(folder / "validation.jsonl", config, tokenizer, limit=config.eval_problems)
     check_lengths([*prompts, *held_out], config, policy)
     say(f"ppo: {len(prompts):,} problems to learn from, {len(held_out)} to measure on; {config.iterations} iterations of "
         f"{config.rollout_batch} responses, {settings.steps_per_iteration} steps each")
@@ -94,7 +95,7 @@ def main(config: PpoConfig) -> Manifest:
         save_steps=config.save_iterations * settings.steps_per_iteration, max_steps=config.iterations * settings.steps_per_iteration,
         per_device_train_batch_size=config.micro_batch_size, gradient_accumulation_steps=accumulation,
         learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm, weight_decay=0.0))
-    reward = build_reward(config.reward, model_path=scorer, vocab_size=policy.config.vocab_size, pad_id=pad_id, device=arguments.device)
+    reward = build_reward(config.reward, model_path=scorer, vocab_size=policy.config.vocab_size, device=arguments.device)
     trainer = PPOTrainer(model, arguments, settings, prompts=prompts, reward=reward, tokenizer=tokenizer, judge=gold_scores)
 
     def look() -> dict[str, list[float]]:
@@ -123,18 +124,27 @@ def main(config: PpoConfig) -> Manifest:
         "steps": trainer.state.global_step, "parameters": sum(p.numel() for p in model.parameters())})
 
 
-def read(path: Path, config: PpoConfig, tokenizer) -> list[tuple[dict, list[int]]]:
-    """Problem rows of the tasks and difficulties asked for, with the token ids of their prompts.
+def read(path: Path, config: PpoConfig, tokenizer, *, limit: int) -> list[tuple[dict, list[int]]]:
+    """The first `limit` problem rows of the tasks and difficulties asked for, with the token ids of their prompts.
 
     Raises ValueError when none is left, naming the tasks and difficulties there are.
     """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     kept = [r for r in rows if (not config.tasks or r["task"] in config.tasks)
-            and (not config.difficulties or r["difficulty"] in config.difficulties)]
-    if len(kept) < 2:
-        raise ValueError(f"{len(kept)} problems of {path} have tasks {config.tasks} and difficulties {config.difficulties}: choose from "
-                         f"tasks {sorted({r['task'] for r in rows})} and difficulties {sorted({r['difficulty'] for r in rows})}")
+            and (not config.difficulties or r["difficulty"] in config.difficulties)][:limit]
+    if not kept:
+        raise ValueError(f"no problem of {path} has tasks {config.tasks} and difficulties {config.difficulties}: choose from tasks "
+                         f"{sorted({r['task'] for r in rows})} and difficulties {sorted({r['difficulty'] for r in rows})}")
     return [(r, chat_ids(tokenizer, [{"role": "user", "content": user_turn(r["question"], config.style)}], ask=True)) for r in kept]
+
+
+def check(config: PpoConfig) -> None:
+    for name, smallest in (("iterations", 1), ("rollout_batch", 1), ("epochs", 1), ("minibatches", 1), ("micro_batch_size", 1),
+                           ("save_iterations", 1), ("eval_problems", 2), ("eval_samples", 1)):
+        if getattr(config, name) < smallest:
+            raise ValueError(f"{name} is {getattr(config, name)}: set it to {smallest} or more")
+    if config.temperature <= 0:
+        raise ValueError(f"temperature is {config.temperature}: PPO learns from samples, so set it above 0, usually to 1")
 
 
 def check_lengths(prompts: list[tuple[dict, list[int]]], config: PpoConfig, policy) -> None:

@@ -42,6 +42,7 @@ class PrepareConfig(StageConfig):
     numbers: Literal["whole", "digits"] = option("whole", "how numbers are split into tokens")
     tokenizer: str | None = option(None, "a local folder or hub id of a tokenizer to use instead of training one")
     tokenizer_documents: int = option(20_000, "documents the tokenizer is trained on")
+    kind_documents: int = option(300, "held-out documents of each kind, measured apart where there are several kinds")
     row_length: int = option(512, "tokens a packed row; the context length of pretraining")
 
 
@@ -80,6 +81,11 @@ def main(config: PrepareConfig) -> Manifest:
         filled = counts[f"{part}_tokens"] / (len(dataset) * config.row_length)
         say(f"{part}: {len(texts):,} documents, {counts[f'{part}_tokens']:,} tokens in {len(dataset):,} rows ({filled:.1%} full)")
     kinds.update(d["kind"] for d in documents)
+    if len(kinds) > 1:  # the loss on each kind of text shows what a mean hides: which skill came, and when
+        for kind in kinds:
+            texts = [d["text"] for d in documents if d["heldout"] and d["kind"] == kind][:config.kind_documents]
+            if texts:
+                tokens_of(texts, tokenizer, config.row_length, kind).save_to_disk(run.directory / "tokens" / "heldout-kinds" / kind)
 
     write_problems(config, run.directory / "problems")
     kept = len(documents) / drops.read

@@ -106,6 +106,8 @@ def main(config: ScalingConfig) -> Manifest:
         draw(run.directory / "figures", points, fit, prediction)
     say(table(["run", "N", "D", config.loss, "fit"], [
         [p["run"], f"{p['N']:,}", f"{p['D']:,}", f"{p['loss']:.4f}", f"{predict(fit, p['N'], p['D'])[0]:.4f}"] for p in points]))
+    for name in fit["at_bound"]:
+        say(f"warning: {name} lies at the bound of what is tried: the runs do not determine it, so trust no prediction beyond them")
     say(f"L = {fit['E']:.3f} + {fit['A']:.3g} / N^{fit['alpha']:.3f} + {fit['B']:.3g} / D^{fit['beta']:.3f}; predicted for the "
         f"main model (N = {size:,}, D = {tokens:,}), before it is trained: {value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]")
     barrier()

@@ -17,7 +17,8 @@ class Recipe:
         self.name, self.runs = name, runs
 
     def environment(self) -> dict[str, str]:
-        return os.environ | {"PLUMBLINE_RUNS": str(self.runs), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
+        inherited = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        return inherited | {"PLUMBLINE_RUNS": str(self.runs), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
 
     def command(self, stage: str, *flags: str, accelerate: str = "cpu") -> list[str]:
         return [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", f"recipes/accelerate/{accelerate}.yaml",

@@ -47,9 +47,9 @@ def prompts(count: int = 10) -> list[tuple[dict, list[int]]]:
     return [({"id": f"p{i}", "answer": "1", "solutions": []}, [2 + (i * 7 + j) % 26 for j in range(2 + i % 4)]) for i in range(count)]
 
 
-def letters_a(problems, texts, finished) -> list[float]:
-    """Share of the letter a: a reward that a policy can raise quickly."""
-    return [text.split().count("a") / max(1, len(text.split())) for text in texts]
+def early_letters(problems, texts, finished) -> list[float]:
+    """Share of letters before m: a reward that a policy can raise quickly."""
+    return [sum(letter < "m" for letter in text.split()) / max(1, len(text.split())) for text in texts]
 
 
 def trainer(directory: Path, *, iterations: int = 2, world: int = 1, reward=None, model=None, save_iterations: int = 1, seed: int = 0,
@@ -66,4 +66,4 @@ def trainer(directory: Path, *, iterations: int = 2, world: int = 1, reward=None
             "per_device_train_batch_size": settings.micro_batch, "gradient_accumulation_steps": settings.accumulation(world),
             "learning_rate": learning_rate, "logging_steps": steps, "save_steps": save_iterations * steps, "disable_tqdm": True,
             "remove_unused_columns": False, "dataloader_pin_memory": False, **(arguments or {})}),
-        settings, prompts=prompts(), reward=reward or function_reward("tests.rl_tiny:letters_a"), tokenizer=tokenizer(), judge=judge)
+        settings, prompts=prompts(), reward=reward or function_reward("tests.rl_tiny:early_letters"), tokenizer=tokenizer(), judge=judge)

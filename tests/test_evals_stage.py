@@ -1,4 +1,4 @@
-"""Scheduler, local model and stage: the same solutions whatever batches, kills and processes; figures that recompute from raw files."""
+"""Scheduler, local model, stage and study: the same figures whatever batches, kills and processes, recomputed from raw files."""
 import itertools
 import json
 import os
@@ -16,7 +16,7 @@ from prompts.templates import DIRECT, WORKED, Style
 from stages import evaluation
 from stages.data import curriculum
 from stages.data.tokenizer import END, train_tokenizer
-from stages.evals import scoring
+from stages.evals import scoring, study_sc
 from stages.evals.backends import LocalModel
 from stages.evals.scheduler import solve
 from stages.models.sizes import build_decoder, decoder_config
@@ -116,7 +116,8 @@ def stage(model_folder, tmp_path):
     for parent, product in [("prepare", {"problems": {"path": "problems"}}), *((name, {"model": {"path": str(model_folder)}})
                                                                               for name in ("pretrain", "sft", "ppo"))]:
         (tmp_path / parent).mkdir(exist_ok=True)
-        (tmp_path / parent / "manifest.json").write_text(json.dumps({"fingerprint": f"sha256:{parent}", "products": product}))
+        (tmp_path / parent / "manifest.json").write_text(json.dumps(
+            {"stage": parent, "fingerprint": f"sha256:{parent}", "products": product}))
     settings = {"models": {"base": ["direct", "few_shot_cot"], "sft": ["zero_shot_cot", "self_consistency"], "ppo": ["zero_shot_cot"]},
                 "tasks": ["word_problems", f"own=gsm8k:{tmp_path / 'own.jsonl'}"], "difficulties": [1, 2], "num_problems": 7, "shots": 1,
                 "num_samples": 3, "max_tokens_worked": 12, "max_tokens_direct": 6, "batch_size": 16, "seed": 5,
@@ -192,3 +193,25 @@ def test_a_cell_without_room_stays_missing(stage, capsys):
     manifest = evaluation.main(stage(max_tokens_worked=250, models={"base": ["direct", "few_shot_cot"]}, tasks=["word_problems"]))
     assert "7 prompts leave no room" in capsys.readouterr().out
     assert "base/word_problems/direct" in manifest.metrics and "base/word_problems/few_shot_cot" not in manifest.metrics
+
+
+def test_study_continues_and_seeds_have_problems_of_their_own(stage, tmp_path, capsys):
+    out = tmp_path / "study.jsonl"
+    given = study_sc.arguments(["--runs", stage().parents["sft"], "--seeds", "0", "1", "--problems", "5", "--num-samples", "2",
+                                "--tasks", "word_problems", "--difficulties", "1", "2", "--range", "0", "1", "--probe", "3",
+                                "--max-tokens", "8", "--out", str(out)])
+    study_sc.study(given)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    cells = [line for line in lines if line["kind"] == "cell"]
+    assert [(c["seed"], c["difficulty"], c["n"], len(c["vote"]), len(c["sampled"])) for c in cells] == [
+        (0, 1, 3, 3, 3), (0, 2, 2, 2, 2), (1, 1, 3, 3, 3), (1, 2, 2, 2, 2)]
+    assert capsys.readouterr().out.startswith("budget: 2 x 5 problems x 3 chains")
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines[:-1]))  # as a kill before the last measurement leaves it
+    study_sc.study(given)
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert again[:-1] == lines[:-1] and {**again[-1], "wall_s": 0} == {**lines[-1], "wall_s": 0}
+    first, second = ({row["id"] for row in study_sc.fresh("test", "word_problems", 2, start, 5)} for start in (0, 5))
+    assert len(first) == len(second) == 5 and not first & second
+    given.range = [0.98, 0.99]
+    with pytest.raises(ValueError, match="nowhere between"):
+        study_sc.study(given)

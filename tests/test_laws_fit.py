@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.optimize import approx_fprime
+from scipy.optimize import approx_fprime, minimize, nnls
 
 from stages.laws.fit import DELTA, PARAMETERS, fit_law, holdout, huber, law, log_loss, objective, predict, read_points
 from stages.laws.planner import optimal, plan
@@ -41,6 +41,18 @@ def test_recovers_exact_constants_and_predicts():
     value, (low, high) = predict(fit, 9e5, 1.6e6)
     assert value == pytest.approx(law(TRUE, 9e5, 1.6e6), rel=1e-6)
     assert low <= value * (1 + 1e-9) and value <= high * (1 + 1e-9)
+
+
+def test_variable_projection_finds_the_same_exponents():
+    """For fixed exponents the law is linear in E, A, B: a fine grid of exact least squares is another road to the optimum."""
+    loss = law(TRUE, SIZES, BUDGETS) * np.exp(1e-4 * np.random.default_rng(3).standard_normal(12))
+    best = (np.inf, 0.0, 0.0)
+    for alpha in np.arange(0.3, 0.5, 0.005):
+        for beta in np.arange(0.4, 0.6, 0.005):
+            columns = np.column_stack([np.ones(12), SIZES**-alpha, BUDGETS**-beta]) / loss[:, None]
+            best = min(best, (nnls(columns, np.ones(12))[1], alpha, beta))
+    fit = fit_law(SIZES, BUDGETS, loss, num_draws=0)
+    assert [fit["alpha"], fit["beta"]] == pytest.approx(best[1:], abs=0.01)
 
 
 def test_one_outlier_does_not_move_a_huber_fit():
@@ -151,8 +163,6 @@ def test_chinchilla_agrees_with_besiroglu_within_two_standard_errors():
 
 @published
 def test_no_start_finds_less_on_real_runs():
-    from scipy.optimize import minimize
-
     points = read_points(DATA / "chinchilla_pypi_example" / "df.csv")
     fit = fit_law(*points.T, num_draws=0)
     x, y, target = np.log(points[:, 0] / 1e9), np.log(points[:, 1] / 1e10), np.log(points[:, 2])

@@ -66,7 +66,7 @@ def test_plan_fits_and_header_has_its_parameters(recipe, engine, devices, monkey
         assert f"{int(share.group(1))}." in printed.split("FLOPs, ")[-1], "the share of the ladder is another"
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "preferences", "reward_model", "ppo"])
 def test_plan_knows_the_defaults_of_stages_it_may_not_import(stage):
     from stages.plan import DEFAULTS
 

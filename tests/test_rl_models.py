@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from stages.rl.models import PolicyWithCritic, align_right, pad_sequences, policy_stats, remove_dropout
-from stages.rl.rewards import Response, build_reward, score_ids
-from tests.rl_tiny import END, PAD, VOCAB, classifier, letters_a, policy
+from stages.rl.rewards import Response, build_reward
+from tests.rl_tiny import END, PAD, VOCAB, classifier, early_letters, policy
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 RESPONSES = [[3, END], [4, 5, 6, 7, END], [12]]
@@ -101,7 +101,7 @@ def test_composite_has_no_dropout_in_either_model():
 
 
 def responses():
-    return [Response({"id": str(i), "answer": "7", "solutions": []}, p, r, "a b", r[-1] == END)
+    return [Response({"id": str(i), "answer": "7", "solutions": []}, p, r, "a z", r[-1] == END)
             for i, (p, r) in enumerate(zip(PROMPTS, RESPONSES, strict=True))]
 
 
@@ -109,23 +109,25 @@ def test_reward_model_scores_the_last_token_normalised(tmp_path):
     model = classifier().eval()
     model.config.score_mean, model.config.score_std = 0.3, 0.5
     model.save_pretrained(tmp_path)
-    scores = build_reward({"model": 1.0}, model_path=tmp_path, vocab_size=VOCAB, pad_id=PAD)(responses())
+    scores = build_reward({"model": 1.0}, model_path=tmp_path, vocab_size=VOCAB)(responses())
     with torch.no_grad():
         raw = torch.stack([model(torch.tensor([p + r])).logits[0, 0] for p, r in zip(PROMPTS, RESPONSES, strict=True)])
     torch.testing.assert_close(scores, (raw - 0.3) / 0.5, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(score_ids(model, responses(), pad_id=PAD, batch_size=1), scores, atol=1e-5, rtol=1e-4)
+    critic = PolicyWithCritic(policy(), model)  # reads after a response what the reward model reads at its last token
+    after = critic(**pad_sequences([r.prompt_ids for r in responses()], [[*r.ids, 2] for r in responses()], PAD)).values[:, -1]
+    torch.testing.assert_close(after, scores, atol=1e-5, rtol=1e-4)
 
 
 def test_weighted_sum_of_sources(tmp_path):
     classifier().save_pretrained(tmp_path)
-    alone = build_reward({"model": 1.0}, model_path=tmp_path, vocab_size=VOCAB, pad_id=PAD)(responses())
-    both = build_reward({str(tmp_path): 2.0, "tests.rl_tiny:letters_a": 10.0}, model_path=None, vocab_size=VOCAB, pad_id=PAD)
+    alone = build_reward({"model": 1.0}, model_path=tmp_path, vocab_size=VOCAB)(responses())
+    both = build_reward({str(tmp_path): 2.0, "tests.rl_tiny:early_letters": 10.0}, model_path=None, vocab_size=VOCAB)
     torch.testing.assert_close(both(responses()), 2 * alone + 5)
-    assert letters_a([], ["a b"], []) == [0.5]
+    assert early_letters([], ["a b z z"], []) == [0.5]
 
 
 def test_gold_as_a_reward():
-    reward = build_reward({"stages.rl.rewards:gold": 1.0}, model_path=None, vocab_size=VOCAB, pad_id=PAD)
+    reward = build_reward({"stages.rl.rewards:gold": 1.0}, model_path=None, vocab_size=VOCAB)
     right = Response({"answer": "7", "solutions": []}, [5], [6], "The answer is 7.", True)
     assert reward([right, right._replace(finished=False)]).tolist() == pytest.approx([1.0, 0.9])
 
@@ -139,10 +141,10 @@ def too_few(problems, texts, finished):
     ({"no_such_module:f": 1.0}, "expected module:function"), ({"tests.test_rl_models:too_few": 1.0}, "1 scores for 3 responses")])
 def test_bad_rewards_name_what_was_expected(spec, message):
     with pytest.raises(ValueError, match=message):
-        build_reward(spec, model_path=None, vocab_size=VOCAB, pad_id=PAD)(responses())
+        build_reward(spec, model_path=None, vocab_size=VOCAB)(responses())
 
 
 def test_reward_model_of_another_vocabulary(tmp_path):
     classifier(vocab_size=50).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="50 tokens"):
-        build_reward({"model": 1.0}, model_path=tmp_path, vocab_size=VOCAB, pad_id=PAD)
+        build_reward({"model": 1.0}, model_path=tmp_path, vocab_size=VOCAB)

@@ -16,6 +16,8 @@ from stages.data import curriculum
 from stages.data.tokenizer import END, train_tokenizer
 from stages.models.sizes import decoder_config
 from stages.models.training import save_model
+from stages.ppo import PpoConfig, main
+from stages.run.config import load_config
 from stages.run.manifest import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -41,8 +43,9 @@ def parents(tmp_path_factory) -> Path:
         rows = [p.as_row() for p in islice(curriculum.problems(0, split=split), 20)]
         (root / "prepare" / "problems" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     for stage, product in (("prepare", "problems"), ("sft", "model"), ("reward_model", "model")):
-        write_json(root / stage / "manifest.json", {"stage": stage, "fingerprint": f"sha256:{stage}", "config": {}, "counts": {}, "metrics": {},
-                                                    "products": {product: {"path": product, "sha256": ""}}})
+        write_json(root / stage / "manifest.json", {
+            "stage": stage, "fingerprint": f"sha256:{stage}", "config": {}, "counts": {}, "metrics": {},
+            "products": {product: {"path": product, "sha256": ""}}})
     return root
 
 
@@ -97,20 +100,28 @@ def test_second_run_does_nothing(finished, parents):
 
 
 def test_shared_trunk_with_a_function_as_reward(parents, tmp_path):
-    result = run(command(parents, tmp_path / "ppo", **{"value-trunk": "shared", "reward": "{stages.rl.rewards:gold: 1.0}", "iterations": 1}))
+    flags = {"value-trunk": "shared", "reward": "{stages.rl.rewards:gold: 1.0}", "iterations": 1}
+    result = run(command(parents, tmp_path / "ppo", **flags))
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "ppo" / "critic" / "value_head.safetensors").is_file()
     metrics = manifest(tmp_path / "ppo")["metrics"]
     assert metrics["after/score"]["value"] == pytest.approx(metrics["after/gold"]["value"])
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ({"tasks": "[no_such_task]"}, "choose from tasks"), ({"max-new-tokens": 150}, "set max_new_tokens to that or less"),
-    ({"micro-batch-size": 3}, "set micro_batch to one of"), ({"reward": "{}"}, "no source"), ({"iteratoins": 3}, "iterations")])
-def test_bad_input_gives_one_line(parents, tmp_path, flags, message):
-    result = run(command(parents, tmp_path / "ppo", **flags))
-    assert result.returncode == 2 and result.stderr.count("error:") == 1 and message in result.stderr
+def test_bad_input_gives_one_line(parents, tmp_path):
+    result = run(command(parents, tmp_path / "ppo", tasks="[no_such_task]"))
+    assert result.returncode == 2 and result.stderr.count("error:") == 1 and "choose from tasks ['" in result.stderr
     assert not (tmp_path / "ppo").exists()
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"difficulties": "[9]"}, "and difficulties \\[1, 2"), ({"max-new-tokens": 150}, "set max_new_tokens to that or less"),
+    ({"micro-batch-size": 3}, "set micro_batch to one of"), ({"temperature": 0.0}, "set it above 0"), ({"reward": "{}"}, "no source"),
+    ({"eval-problems": 1}, "set it to 2 or more")])
+def test_settings_that_cannot_work_say_what_to_do(parents, tmp_path, flags, message):
+    config = load_config(PpoConfig, command(parents, tmp_path / "ppo", **flags)[3:])
+    with pytest.raises(ValueError, match=message):
+        main(config)
 
 
 @pytest.mark.slow
@@ -143,4 +154,7 @@ def test_two_processes_through_the_launcher(finished, parents, tmp_path):
     for a, b in zip(one, two, strict=True):
         for key in a:
             assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-4), key
-    assert manifest(tmp_path / "ppo")["provenance"]["world_size"] == 2
+    one, two = (manifest(d) for d in (finished[0], tmp_path / "ppo"))
+    for key, entry in one["metrics"].items():
+        assert two["metrics"][key]["value"] == pytest.approx(entry["value"], rel=2e-3, abs=2e-4), key
+    assert two["provenance"]["world_size"] == 2

@@ -17,7 +17,7 @@ from stages.rl.models import PolicyWithCritic
 from stages.rl.rewards import Response
 from stages.rl.rollouts import Scored, build_experience, draws, minibatch_rows
 from stages.rl.trainer import PpoSettings
-from tests.rl_tiny import END, classifier, letters_a, policy, trainer
+from tests.rl_tiny import END, classifier, early_letters, policy, trainer
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -66,11 +66,12 @@ def test_experience_by_hand():
 
 
 def test_score_rises(tmp_path):
-    """The whole loop learns: share of one letter in the responses, from chance to most of them."""
-    t = trainer(tmp_path, iterations=25, rollout_batch=32, micro_batch=16, learning_rate=1e-2, critic_learning_rate=1e-2)
+    """The whole loop learns: the share of early letters in the responses rises from chance."""
+    t = trainer(tmp_path, iterations=15, epochs=1, rollout_batch=32, micro_batch=16, learning_rate=1e-2, critic_learning_rate=1e-2,
+                missing_eos_penalty=None, save_iterations=15)
     fit(t)
     scores = [row["objective/score"] for row in rows(tmp_path)]
-    assert sum(scores[:3]) / 3 < 0.15 and sum(scores[-3:]) / 3 > 0.5
+    assert sum(scores[:3]) / 3 < 0.5 and sum(scores[-3:]) / 3 > 0.6
 
 
 def test_ratio_starts_at_one_and_reference_is_the_start(tmp_path):
@@ -258,4 +259,4 @@ def test_two_processes_equal_one(tmp_path):
 def test_settings_count_steps():
     settings = PpoSettings(rollout_batch=48, epochs=2, minibatches=3, micro_batch=4)
     assert settings.steps_per_iteration == 6 and settings.accumulation(2) == 2
-    assert letters_a([], ["a a b"], []) == [pytest.approx(2 / 3)]
+    assert early_letters([], ["a b z"], []) == [pytest.approx(2 / 3)]

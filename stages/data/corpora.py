@@ -1,6 +1,7 @@
 """Documents from the embedded curriculum, local files or a hub dataset: read, cleaned, de-duplicated, split, with every drop counted."""
 import dataclasses
 import glob
+import gzip
 import hashlib
 import itertools
 import json
@@ -15,7 +16,7 @@ from typing import Any
 from stages.data import curriculum
 from stages.run.manifest import hash_path
 
-LOCAL_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
+LOCAL_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".json", ".parquet")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _SPACES = re.compile(r"[ \t\u00a0\u2000-\u200a\u3000]+")
 
@@ -27,7 +28,7 @@ def is_local(source: str) -> bool:
 def local_files(source: str) -> list[Path]:
     """Files of a path, folder or glob. Raises ValueError when there are none."""
     path = Path(source)
-    found = sorted(p for p in path.rglob("*") if p.suffix in LOCAL_SUFFIXES) if path.is_dir() else \
+    found = sorted(p for p in path.rglob("*") if p.name.endswith(LOCAL_SUFFIXES)) if path.is_dir() else \
         sorted(Path(p) for p in glob.glob(source, recursive=True))
     if not found:
         raise ValueError(f"{source}: no such file, and no {', '.join(LOCAL_SUFFIXES)} in it if it is a folder")
@@ -44,7 +45,10 @@ def hash_inputs(sources: Iterable[str]) -> dict[str, str]:
 
 def read_text(path: Path, *, decode_errors: str = "strict") -> str:
     """A UTF-8 file. Raises ValueError naming the byte offset when it is not text."""
-    data = path.read_bytes()
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from None
     if b"\0" in data[:1 << 20]:
         raise ValueError(f"{path} is binary (it has a zero byte at offset {data.index(0)}): give text, jsonl or parquet files")
     try:
@@ -85,7 +89,7 @@ def read_jsonl(path: Path, *, decode_errors: str = "strict") -> Iterator[tuple[i
 
 def read_rows(path: Path, *, decode_errors: str = "strict") -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a table file with where each came from."""
-    if path.suffix == ".jsonl":
+    if path.suffix in (".jsonl", ".gz"):
         for number, row in read_jsonl(path, decode_errors=decode_errors):
             yield f"{path}, line {number}", row
     elif path.suffix == ".json":

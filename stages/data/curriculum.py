@@ -27,6 +27,7 @@ COLORS = "red blue green black white gold".split()
 PETS = "cat dog bird fox frog mouse".split()
 MOODS = "happy sad tired proud calm brave".split()
 MAX_NUMBER = 20
+TRAINED = (1, 2, 3, 4, 5)  # steps of the problems in the pretraining documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def word_problem(rng: random.Random, steps: int) -> Problem:
 
 
 def chained_variables(rng: random.Random, steps: int) -> Problem:
-    """Assignments in order with an irrelevant one among them, computed one after the other."""
+    """Assignments in order with an irrelevant one among them; each step repeats one, puts the value in and computes."""
     while True:
         start = rng.randint(1, 9)
         changes = [rng.choice([1, -1]) * rng.randint(1, 5) for _ in range(steps)]
@@ -107,7 +108,7 @@ def chained_variables(rng: random.Random, steps: int) -> Problem:
     for i, change in enumerate(changes, start=1):
         operation = f"{'+' if change > 0 else '-'} {abs(change)}"
         given.append(f"{names[i]} = {names[i - 1]} {operation}.")
-        computed.append(f"{names[i]} = {values[i - 1]} {operation} = {values[i]}.")
+        computed.append(f"{names[i]} = {names[i - 1]} {operation} = {values[i - 1]} {operation} = {values[i]}.")
     given.insert(rng.randint(0, len(given)), f"{names[-1]} = {rng.randint(1, 9)}.")
     return Problem(task="chained_variables", difficulty=steps, question=f"{' '.join(given)} What is {names[steps]}?",
                    answer=str(values[-1]), solutions=(tuple(computed),), key=f"{start} {changes}")
@@ -138,7 +139,7 @@ TASKS: dict[str, Callable[[random.Random, int], Problem]] = {
 TASK_WEIGHTS = {"word_problems": 0.45, "chained_variables": 0.35, "last_letters": 0.1, "modular_sums": 0.1}
 
 
-def problems(seed: int, *, split: str, tasks: dict[str, float] | None = None, difficulties: tuple[int, ...] = (1, 2, 3, 4),
+def problems(seed: int, *, split: str, tasks: dict[str, float] | None = None, difficulties: tuple[int, ...] = TRAINED,
              ) -> Iterator[Problem]:
     """Endless problems of one split, in an order fixed by the seed.
 
@@ -216,7 +217,7 @@ def documents(seed: int, *, phase: str = "main", split: str = "train", worked_sh
         raise ValueError(f"unknown phase {phase!r}: choose easy or main")
     easy = phase == "easy"
     rng = random.Random(f"{seed}:{phase}:{split}")
-    source = problems(seed + (1 << 20 if easy else 0), split=split, difficulties=(1, 2) if easy else (1, 2, 3, 4))
+    source = problems(seed + (1 << 20 if easy else 0), split=split, difficulties=(1, 2) if easy else TRAINED)
     while True:
         draw = rng.random()
         if draw < (0.5 if easy else 0.1):

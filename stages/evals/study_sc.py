@@ -1,14 +1,17 @@
 """Study: does self-consistency beat greedy chain of thought where greedy stands between 50 and 80 %?
 
-    python -m stages.evals.study_sc --runs runs/tiny/sft --seeds 0 1 2
+    python -m stages.evals.study_sc --seeds 0 1 2
 
-Tasks and difficulties in that range are chosen on validation problems; the comparison is on fresh test problems, other ones for
-each seed, pooled over seeds and paired by problem. One JSON line a measurement goes to `--out`; the same command continues there.
+Models of the default recipe are too good or too bad for the question, so the study pretrains its own on fewer tokens, one for
+each seed (or takes finished ones: `--runs`). Tasks and difficulties in that range are chosen on validation problems; the
+comparison is on fresh test problems, other ones each time, pooled and paired by problem. One JSON line a measurement goes to
+`--out`; the same command continues where it was.
 """
 import argparse
 import itertools
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -28,19 +31,22 @@ from stages.run.console import clock, progress, table
 from stages.run.entry import fail
 from stages.run.manifest import Manifest, say
 
-ASSUMED_TOKENS, ASSUMED_SPEED = 45, 6000  # tokens of a worked answer, tokens a second: for the budget alone
+# For the budget alone: tokens of a worked answer, tokens a second of decoding and of pretraining on two CPU cores.
+ASSUMED_TOKENS, ASSUMED_SPEED, TRAINING_SPEED = 45, 6000, 12_000
 RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m stages.evals.study_sc", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", nargs="+", default=[f"{RUNS}/tiny/sft"], help="run folders of models (pretrain, sft or ppo)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="sampling seeds, each with problems of its own")
-    parser.add_argument("--problems", type=int, default=900, help="test problems a run and seed, over all its cells")
+    parser.add_argument("--runs", nargs="+", default=[], help="finished pretrain, sft or ppo runs (default: pretrain one a seed)")
+    parser.add_argument("--train-tokens", type=int, default=1_300_000, help="tokens of the study's own models")
+    parser.add_argument("--config", default="recipes/tiny/pretrain.yaml", help="recipe of the study's own models")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training, or of sampling from each of the runs")
+    parser.add_argument("--problems", type=int, default=900, help="test problems for each model and seed, over all its cells")
     parser.add_argument("--num-samples", type=int, default=16, help="chains that vote")
-    parser.add_argument("--temperature", type=float, default=1.0, help="temperature of the chains")
+    parser.add_argument("--temperature", type=float, default=0.6, help="temperature of the chains")
     parser.add_argument("--tasks", nargs="+", default=["word_problems", "chained_variables"], choices=list(curriculum.TASKS))
-    parser.add_argument("--difficulties", nargs="+", type=int, default=[3, 4, 5], help="steps to look at")
+    parser.add_argument("--difficulties", nargs="+", type=int, default=[2, 3, 4, 5], help="steps to look at")
     parser.add_argument("--range", nargs=2, type=float, default=[0.5, 0.8], help="greedy accuracy wanted, on validation problems")
     parser.add_argument("--probe", type=int, default=200, help="validation problems a task and difficulty")
     parser.add_argument("--max-tokens", type=int, default=112, help="tokens of a worked answer")
@@ -75,62 +81,72 @@ def measure(backend: LocalModel, style: Style, rows: list[dict], num_samples: in
     return result
 
 
-def study(given: argparse.Namespace) -> None:
-    """Raises ValueError when no task and difficulty of a run lies in the range."""
-    tokens = len(given.runs) * len(given.seeds) * given.problems * (given.num_samples + 1) * ASSUMED_TOKENS
-    say(f"budget: {len(given.runs)} runs x {len(given.seeds)} seeds x {given.problems} problems x {given.num_samples + 1} chains, about "
-        f"{tokens / 1e6:.1f}M tokens, {clock(tokens / ASSUMED_SPEED)} at {ASSUMED_SPEED:,} tokens a second")
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in given.out.read_text(encoding="utf-8").splitlines()] if given.out.is_file() else []
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for folder in given.runs:
-        run = Manifest(folder)
-        chat = run.data["stage"] != "pretrain"
-        style = Style(chat=chat, cues=curriculum.CUES, max_tokens={"worked": given.max_tokens, "direct": 16})
-        backend = LocalModel(run.product("model"), seed=0, batch_size=256, device=device)
+def models(given: argparse.Namespace) -> list[tuple[str, int]]:
+    """Run folders with a sampling seed each; the study's own models are pretrained here unless they are there already."""
+    if given.runs:
+        return [(folder, seed) for folder in given.runs for seed in given.seeds]
+    made = []
+    for seed in given.seeds:
+        folder = f"{given.out.with_suffix('')}/pretrain-{given.train_tokens}-{seed}"
+        if subprocess.run([sys.executable, "-m", "stages.pretrain", "--config", given.config, "--tokens", str(given.train_tokens),
+                           "--seed", str(seed), "--run-dir", folder], check=False).returncode:
+            raise ValueError(f"pretraining {folder} failed, see above")
+        made.append((folder, seed))
+    return made
 
-        def once(key: dict[str, Any], split: str, start: int, count: int, num_samples: int, backend=backend, style=style) -> dict[str, Any]:
-            """A measurement from the file, or made now and appended to it."""
-            for line in done:
-                if all(line.get(k) == v for k, v in key.items()):
-                    return line
-            began, backend.seed = time.time(), key.get("seed", 0)
-            rows = fresh(split, key["task"], key["difficulty"], start, count)
-            what = f"{key['task']} {key['difficulty']}"
-            line = key | measure(backend, style, rows, num_samples, given.temperature, what) | {"wall_s": round(time.time() - began, 1)}
-            with given.out.open("a", encoding="utf-8") as f:
-                f.write(json.dumps(line) + "\n")
+
+def study(given: argparse.Namespace) -> None:
+    """Raises ValueError when no task and difficulty of any model lies in the range."""
+    pairs = len(given.seeds) * max(1, len(given.runs))
+    answers = pairs * (given.problems * (given.num_samples + 1) + given.probe * len(given.tasks) * len(given.difficulties))
+    tokens = answers * ASSUMED_TOKENS
+    training = 0 if given.runs else len(given.seeds) * given.train_tokens
+    say(f"budget: {pairs} x {given.problems} problems x {given.num_samples + 1} chains with probes {tokens / 1e6:.1f}M tokens, about "
+        f"{clock(tokens / ASSUMED_SPEED)}; pretraining {training / 1e6:.1f}M tokens, about {clock(training / TRAINING_SPEED)}")
+    done = [json.loads(line) for line in given.out.read_text(encoding="utf-8").splitlines()] if given.out.is_file() else []
+    used = []
+    for place, (folder, seed) in enumerate(models(given)):
+        run = Manifest(folder)
+        style = Style(chat=run.data["stage"] != "pretrain", cues=curriculum.CUES, max_tokens={"worked": given.max_tokens})
+        backend = LocalModel(run.product("model"), seed=seed, batch_size=256, device="cuda" if torch.cuda.is_available() else "cpu")
+        common = {"run": folder, "model": run.fingerprint, "max_tokens": given.max_tokens}
+
+        def once(key: dict[str, Any], split: str, start: int, num_samples: int, backend=backend, style=style) -> dict[str, Any]:
+            """A measurement from the file, or made now and added to it."""
+            if line := next((line for line in done if line.items() >= key.items()), None):
+                return line
+            began, rows = time.time(), fresh(split, key["task"], key["difficulty"], start, key["n"])
+            line = key | measure(backend, style, rows, num_samples, given.temperature, f"{key['task']} {key['difficulty']}")
+            line["wall_s"] = round(time.time() - began, 1)
             done.append(line)
+            scoring.write_records(given.out, done)  # whole or not at all, so that a kill leaves no half line
             return line
 
-        common = {"run": str(folder), "model": run.fingerprint, "max_tokens": given.max_tokens}
         cells = []
         for task, difficulty in itertools.product(given.tasks, given.difficulties):
             key = common | {"kind": "probe", "task": task, "difficulty": difficulty, "n": given.probe}
-            greedy = once(key, "validation", 0, given.probe, 0)["greedy"].count("1") / given.probe
+            greedy = once(key, "validation", 0, 0)["greedy"].count("1") / given.probe
             inside = given.range[0] <= greedy <= given.range[1]
-            say(f"{folder} {task} difficulty {difficulty}: greedy {greedy:.3f} on {given.probe} validation problems"
-                f"{'' if inside else ', outside the range'}")
-            if inside:
-                cells.append((task, difficulty))
+            say(f"{folder}: {task}, difficulty {difficulty}: greedy {greedy:.3f} on validation{'' if inside else ', outside the range'}")
+            cells += [(task, difficulty)] if inside else []
         if not cells:
-            raise ValueError(f"{folder}: greedy chain of thought is nowhere between {given.range[0]} and {given.range[1]}: "
-                             "give other --difficulties or another --range")
-        for i, seed in enumerate(given.seeds):
-            for j, (task, difficulty) in enumerate(cells):
-                count = given.problems // len(cells) + (j < given.problems % len(cells))
-                key = common | {"kind": "cell", "task": task, "difficulty": difficulty, "seed": seed, "place": i, "n": count,
-                                "num_samples": given.num_samples, "temperature": given.temperature}
-                once(key, "test", i * given.problems, count, given.num_samples)
-    report(given, done)
+            say(f"{folder}: no cell in the range, left out")
+        for j, (task, difficulty) in enumerate(cells):
+            key = common | {"kind": "cell", "task": task, "difficulty": difficulty, "seed": seed, "place": place,
+                            "n": given.problems // len(cells) + (j < given.problems % len(cells)),
+                            "num_samples": given.num_samples, "temperature": given.temperature}
+            used.append(once(key, "test", place * given.problems, given.num_samples))
+    if not used:
+        raise ValueError(f"greedy chain of thought is nowhere between {given.range[0]} and {given.range[1]}: give other --difficulties, "
+                         "other --train-tokens or another --range")
+    report(used)
 
 
-def report(given: argparse.Namespace, done: list[dict[str, Any]]) -> None:
-    """Paired comparisons of the lines that belong to these settings: each run, and all together."""
-    lines = [line for line in done if line["kind"] == "cell" and line["run"] in given.runs and line["seed"] in given.seeds
-             and (line["num_samples"], line["temperature"]) == (given.num_samples, given.temperature)]
+def report(lines: list[dict[str, Any]]) -> None:
+    """Paired comparisons, for each model and pooled."""
     rows = []
-    for name in [*given.runs, *(["all"] if len(given.runs) > 1 else [])]:
+    names = list(dict.fromkeys(line["run"] for line in lines))
+    for name in [*names, *(["all"] if len(names) > 1 else [])]:
         chosen = [line for line in lines if name in ("all", line["run"])]
         vote, greedy = ([int(digit) for line in chosen for digit in line[kind]] for kind in ("vote", "greedy"))
         sampled = [right / line["num_samples"] for line in chosen for right in line["sampled"]]

@@ -23,8 +23,9 @@ from scipy.optimize import minimize
 Array = NDArray[np.float64]
 DELTA = 1e-3  # Huber's threshold on log loss, Hoffmann et al. 2022, appendix D.3
 SCALE = 1e6  # the objective's natural size is 1e-6 to 1e-3: below the default tolerances of any optimiser
-EXPONENTS = (0.01, 3.0)  # bounds of alpha and beta
-START_EXPONENTS = np.geomspace(0.05, 2.0, 12)  # 144 pairs
+EXPONENTS = (0.01, 2.0)  # bounds of alpha and beta
+TERMS = (-12.0, 30.0)  # bounds of e, a, b: a term below 6e-6 nats is none
+START_EXPONENTS = np.geomspace(0.05, 1.8, 12)  # 144 pairs
 PARAMETERS = ("E", "A", "B", "alpha", "beta")
 
 
@@ -55,7 +56,7 @@ def objective(theta: Array, x: Array, y: Array, target: Array, delta: float = DE
 
 def _bounded(theta: Array) -> Array:
     theta[:, 3:] = theta[:, 3:].clip(*EXPONENTS)
-    theta[:, :3] = theta[:, :3].clip(-30.0, 30.0)
+    theta[:, :3] = theta[:, :3].clip(*TERMS)
     return theta
 
 
@@ -109,7 +110,7 @@ def _minimise(x: Array, y: Array, loss: Array, delta: float) -> tuple[Array, flo
     thetas, values = _descend(_starts(x, y, loss), x, y, target, delta, steps=60)
     best = np.argsort(values)[:8]
     thetas, values = _descend(thetas[best], x, y, target, delta, steps=200)
-    bounds = [(-30.0, 30.0)] * 3 + [EXPONENTS] * 2
+    bounds = [TERMS] * 3 + [EXPONENTS] * 2
     finished = []
     for theta in thetas[np.argsort(values)[:3]]:
         result = minimize(objective, theta, (x, y, target, delta), jac=True, method="L-BFGS-B", bounds=bounds,

@@ -147,6 +147,9 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
     fit(trainer)
 
     metrics = heldout(model, held.select(range(min(4 * config.eval_rows, len(held)))), trainer.data_collator)
+    for folder in sorted((tokens / "heldout-kinds").glob("*")):
+        apart = heldout(model, datasets.load_from_disk(str(folder)), trainer.data_collator)
+        metrics |= {f"{name}/{folder.name}": value for name, value in apart.items()}
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     export(trainer, tokenizer, run.directory / "model")

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification
 
+from reward.model import normalize, score_ids
 from reward.verifiers import GoldScore, gold_score
-from stages.rl.models import classifier_outputs, pad_sequences, remove_dropout
+from stages.rl.models import remove_dropout
 
 Row = Mapping[str, Any]
 
@@ -44,7 +45,7 @@ def gold(problems: Sequence[Row], texts: Sequence[str], finished: Sequence[bool]
     return [gold_score(p, t, finished=f).score for p, t, f in zip(problems, texts, finished, strict=True)]
 
 
-def model_reward(path: str | Path, *, vocab_size: int, pad_id: int, device: torch.device | str = "cpu") -> Reward:
+def model_reward(path: str | Path, *, vocab_size: int, device: torch.device | str = "cpu") -> Reward:
     """A reward model's normalised scores of token ids as they were sampled: text tokenised anew can split differently.
 
     Raises ValueError when its vocabulary is not the policy's, because then the ids mean something else.
@@ -54,19 +55,7 @@ def model_reward(path: str | Path, *, vocab_size: int, pad_id: int, device: torc
     if model.config.vocab_size != vocab_size:
         raise ValueError(f"reward model {path} has {model.config.vocab_size} tokens, the policy {vocab_size}: "
                          "train both from one tokenizer, or give the reward as a Python function of texts")
-    return lambda responses: score_ids(model, responses, pad_id=pad_id)
-
-
-@torch.no_grad()
-def score_ids(model: PreTrainedModel, responses: Sequence[Response], *, pad_id: int, batch_size: int = 64) -> Tensor:
-    """(N,) float32 on the CPU: the score at the last token of each response. Batches are of similar lengths."""
-    scores = torch.zeros(len(responses))
-    order = sorted(range(len(responses)), key=lambda i: len(responses[i].prompt_ids) + len(responses[i].ids))
-    for start in range(0, len(order), batch_size):
-        rows = order[start:start + batch_size]
-        inputs = pad_sequences([responses[i].prompt_ids for i in rows], [responses[i].ids for i in rows], pad_id)
-        scores[rows] = classifier_outputs(model, {k: v.to(model.device) for k, v in inputs.items()})[:, -1].cpu()
-    return scores
+    return lambda responses: torch.tensor(normalize(model.config, score_ids(model, [r.prompt_ids + r.ids for r in responses])))
 
 
 def function_reward(path: str) -> Reward:
@@ -87,7 +76,7 @@ def function_reward(path: str) -> Reward:
     return reward
 
 
-def build_reward(spec: Mapping[str, float], *, model_path: Path | None, vocab_size: int, pad_id: int,
+def build_reward(spec: Mapping[str, float], *, model_path: Path | None, vocab_size: int,
                  device: torch.device | str = "cpu") -> Reward:
     """The weighted sum of the sources in `spec`: `model` is the reward model at `model_path`, the others are as described above.
 
@@ -99,7 +88,7 @@ def build_reward(spec: Mapping[str, float], *, model_path: Path | None, vocab_si
     for name, weight in spec.items():
         folder = model_path if name == "model" else Path(name)
         if folder is not None and (folder / "config.json").is_file():
-            sources.append((weight, model_reward(folder, vocab_size=vocab_size, pad_id=pad_id, device=device)))
+            sources.append((weight, model_reward(folder, vocab_size=vocab_size, device=device)))
         elif ":" in name:
             sources.append((weight, function_reward(name)))
         else:

@@ -82,7 +82,7 @@ class PPOTrainer(Resumable, Trainer):
     """
 
     model: Any
-    critic_grad_norm = 0.0
+    critic_grad_norm: float | None = None
 
     def __init__(self, model: PolicyWithCritic, args: TrainingArguments, settings: PpoSettings, *,
                  prompts: Sequence[tuple[Row, list[int]]], reward: Reward, tokenizer: PreTrainedTokenizerBase,
@@ -225,8 +225,9 @@ class PPOTrainer(Resumable, Trainer):
         if self.sums and self.experience is not None and "loss" in logs:
             totals = self.accelerator.reduce(torch.stack(list(self.sums.values())), reduction="sum").tolist()
             means = {name: total / self.settings.steps_per_iteration for name, total in zip(self.sums, totals, strict=True)}
-            logs = {**logs, **self.experience.metrics, **means, "critic/grad_norm": self.critic_grad_norm,
-                    "tokens": self.state.num_input_tokens_seen}
+            logs = {**logs, **self.experience.metrics, **means, "tokens": self.state.num_input_tokens_seen}
+            if self.critic_grad_norm is not None:
+                logs["critic/grad_norm"] = self.critic_grad_norm
             self.sums = {}
         super().log(logs, start_time)
 

@@ -1,31 +1,184 @@
-"""Plain matplotlib figures, written where a reader of the run looks for them: `<run>/figures/`."""
+"""Plain matplotlib figures: of one stage in `<run>/figures/`, of a whole recipe in its report.
+
+An .svg follows its viewer: text and axes take the light or dark colour scheme, its colours read on both, and the background is
+the page's. It is the same bytes for the same numbers. A .png is for light backgrounds.
+"""
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+# Contrast of 3 or more (WCAG 2.1, 1.4.11) both on white and on the page's dark #16181c.
+COLORS = ("#2f81d0", "#cf7a22", "#1f9e77", "#b565c4", "#d5544f", "#8f8f2f", "#5a7dab", "#8a8a8a")
+INK = "#345678"  # stands for the viewer's text colour until the file is written
+SCHEME = "svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#dfe3e8}}"
+SIZE = (4.6, 3.1)  # inches: shown at that size or a little larger, so that text stays legible on a phone
+
+
+class Series(NamedTuple):
+    """Points to draw. `low` and `high` are ends of intervals; `color` is a place in the palette (default: the next one),
+    `notes` are written beside the points."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    look: Literal["line", "dashed", "points", "star"] = "line"
+    color: int | None = None
+    notes: Sequence[str] | None = None
+
+
+Bar = tuple[float, float | None, float | None]  # value and the ends of its interval, None where there is no interval
 
 
 def lines(path: Path, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x: str, y: str, title: str = "",
           log_x: bool = False, log_y: bool = False, marks: Mapping[str, float] | None = None) -> Path:
     """One line a series `{label: (xs, ys)}`; `marks` draws named horizontal levels. Returns `path`."""
+    return plot(path, [Series(label, xs, ys) for label, (xs, ys) in series.items()], x=x, y=y, title=title, log_x=log_x,
+                log_y=log_y, marks=marks)
+
+
+def plot(path: Path, series: Sequence[Series], *, x: str, y: str, title: str = "", log_x: bool = False, log_y: bool = False,
+         marks: Mapping[str, float] | None = None, y_range: tuple[float, float] | None = None, diagonal: bool = False) -> Path:
+    """Lines and points, with intervals where there are any; points that are not finite are left out. Returns `path`.
+
+    `marks` draws named horizontal levels, `diagonal` the line on which y equals x.
+    """
+    figure, axes = _figure(path)
+    for place, s in enumerate(series):
+        color = COLORS[(place if s.color is None else s.color) % len(COLORS)]
+        kept = [i for i, pair in enumerate(zip(s.x, s.y, strict=True)) if all(map(math.isfinite, pair))]
+        xs, ys = [s.x[i] for i in kept], [s.y[i] for i in kept]
+        if s.low is not None and s.high is not None:
+            reach = [[max(0.0, s.y[i] - s.low[i]) for i in kept], [max(0.0, s.high[i] - s.y[i]) for i in kept]]
+            axes.errorbar(xs, ys, yerr=reach, fmt="none", ecolor=color, elinewidth=1, capsize=2, zorder=2)
+        if s.look in ("line", "dashed"):
+            axes.plot(xs, ys, color=color, linewidth=1.5 if s.look == "line" else 1, linestyle="-" if s.look == "line" else "--",
+                      marker="o" if s.look == "line" and len(xs) < 30 else None, markersize=3, label=s.label)
+        else:
+            star = s.look == "star"
+            axes.scatter(xs, ys, color=color, marker="*" if star else "o", s=90 if star else 16, label=s.label, zorder=3)
+        for i in kept if s.notes else ():
+            axes.annotate(f" {s.notes[i]}", (s.x[i], s.y[i]), fontsize=7, va="bottom")
+    for label, level in (marks or {}).items():
+        axes.axhline(level, linestyle=":", linewidth=1, color="#8a8a8a")
+        axes.annotate(label, (0.01, level), xycoords=("axes fraction", "data"), fontsize=7.5, va="bottom")
+    if diagonal:
+        ends = [*axes.get_xlim(), *axes.get_ylim()]
+        axes.plot([min(ends), max(ends)], [min(ends), max(ends)], linestyle=":", linewidth=1, color="#8a8a8a", zorder=1)
+    axes.set(xlabel=x, ylabel=y, title=title)
+    for axis, wanted, set_scale in ((axes.xaxis, log_x, axes.set_xscale), (axes.yaxis, log_y, axes.set_yscale)):
+        if wanted:
+            set_scale("log")
+            _plain_log_ticks(axis)
+    if y_range:
+        axes.set_ylim(*y_range)
+    axes.grid(alpha=0.3)
+    if sum(bool(s.label) for s in series) > 1:
+        _legend(axes, sum(bool(s.label) for s in series))
+    return _save(figure, path)
+
+
+def bars(path: Path, rows: Mapping[str, Mapping[str, Bar | None]], *, x: str, title: str = "",
+         x_range: tuple[float, float] | None = None, marks: Mapping[str, float] | None = None) -> Path:
+    """Horizontal bars with intervals, `{row: {group: bar}}`: a row has a bar for each group it names; None reads "not measured".
+
+    `marks` draws named vertical levels. Returns `path`.
+    """
+    groups = list(dict.fromkeys(group for row in rows.values() for group in row))
+    places, top = {}, 0.0
+    for row, named in rows.items():
+        for group in (g for g in groups if g in named):
+            places[row, group] = top
+            top += 1
+        top += 0.6 if len(groups) > 1 else 0.25
+    figure, axes = _figure(path, (SIZE[0], 0.95 + 0.17 * max(top, 4)))
+    left = x_range[0] if x_range else 0.0
+    for place, group in enumerate(groups):
+        color = COLORS[place % len(COLORS)]
+        found = [(y, rows[row][group]) for (row, g), y in places.items() if g == group]
+        shown = [(y, bar) for y, bar in found if bar is not None]
+        axes.barh([y for y, _ in shown], [b[0] for _, b in shown], height=0.84, color=color, alpha=0.75, label=group)
+        for y, (value, low, high) in shown:
+            if low is not None and high is not None:
+                axes.errorbar([value], [y], xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="none",
+                              ecolor=_ink(path), elinewidth=1, capsize=2)
+        for y in (y for y, bar in found if bar is None):
+            axes.annotate(" not measured", (left, y), fontsize=6.5, va="center", color="#8a8a8a")
+    for label, level in (marks or {}).items():
+        axes.axvline(level, linestyle=":", linewidth=1.2, color="#8a8a8a")
+        axes.annotate(f"{label} ", (level, top), fontsize=7.5, va="bottom", ha="right")
+    middle = {row: [y for (r, _), y in places.items() if r == row] for row in rows}
+    axes.set_yticks([sum(ys) / len(ys) for ys in middle.values() if ys], [row for row, ys in middle.items() if ys])
+    axes.set_ylim(top + (0.4 if marks else -0.2), -0.7)
+    if x_range:
+        axes.set_xlim(*x_range)
+    axes.set(xlabel=x, title=title)
+    axes.grid(alpha=0.3, axis="x")
+    if len(groups) > 1:
+        _legend(axes, len(groups))
+    return _save(figure, path)
+
+
+def _ink(path: Path) -> str:
+    return INK if path.suffix == ".svg" else "black"
+
+
+def _figure(path: Path, size: tuple[float, float] = SIZE) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    for label, (xs, ys) in series.items():
-        axes.plot(xs, ys, marker="o" if len(xs) < 30 else None, markersize=3, linewidth=1.3, label=label)
-    for label, level in (marks or {}).items():
-        axes.axhline(level, linestyle="--", linewidth=1, color="grey")
-        axes.annotate(label, (0.01, level), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
-    axes.set(xlabel=x, ylabel=y, title=title)
-    if log_x:
-        axes.set_xscale("log")
-    if log_y:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    if len(series) > 1:
-        axes.legend(fontsize=8)
+    ink = _ink(path)
+    with matplotlib.rc_context({"text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink, "xtick.color": ink,
+                                "ytick.color": ink, "font.size": 8.5, "axes.titlesize": 9, "axes.spines.top": False,
+                                "axes.spines.right": False}):
+        return plt.subplots(figsize=size, layout="constrained")
+
+
+def _legend(axes, count: int) -> None:
+    """Above the axes, where it hides nothing."""
+    axes.legend(fontsize=7.5, frameon=False, ncols=2 if count <= 4 else 3, loc="lower left", bbox_to_anchor=(0, 1.0),
+                borderaxespad=0.2, handlelength=1.5, columnspacing=1.2)
+    if axes.get_title():
+        axes.set_title(axes.get_title(), pad=6 + 12 * math.ceil(count / (2 if count <= 4 else 3)))
+
+
+def _plain_log_ticks(axis) -> None:
+    """Ticks at 1, 2 and 5 with units people read (200k, 2M), where the axis spans less than a few decades."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    if low > 0 and high / low < 1e4:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def short(value: float) -> str:
+    """`963968` as `964k`, `2e6` as `2M`, `1.69e13` as `1.69e+13`; numbers below a thousand with three digits."""
+    size = abs(value)
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if 0.9995 * unit <= size < 1000 * unit:
+            return f"{value / unit:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _save(figure, path: Path) -> Path:
+    import matplotlib
+    import matplotlib.pyplot as plt
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    if path.suffix == ".svg":
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):
+            figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
+        text = path.read_text(encoding="utf-8").replace(INK, "currentColor")
+        start = text.index("<svg")
+        end = text.index(">", start) + 1
+        path.write_text(f"{text[:end]}<style>{SCHEME}</style>{text[end:]}", encoding="utf-8")
+    else:
+        figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

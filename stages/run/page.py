@@ -1,0 +1,173 @@
+"""A report as plain records, and the two ways it is written: one HTML page that needs nothing else, and Markdown beside its figures.
+
+A number in a text carries where it comes from (`number`); the page shows that when one points at it, and `numbers` lists all
+of them, so that a test can follow each one back to its manifest.
+"""
+import base64
+import html
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+MARKED = re.compile("\x02([^\x02\x03\x04]*)\x03([^\x02\x03\x04]*)\x04")
+NUMERIC = re.compile(r"[-+\[]?\d|not measured|no interval|$")
+
+
+class Figure(NamedTuple):
+    """An image `file` inside the report's folder, what it shows, and the runs its numbers come from."""
+
+    file: str
+    caption: str
+    sources: list[str]
+
+
+class Table(NamedTuple):
+    """Cells are texts. `stack` makes a row a block of its own on narrow screens, for tables with sentences in them."""
+
+    header: list[str]
+    rows: list[list[str]]
+    caption: str
+    sources: list[str]
+    stack: bool = False
+
+
+class Section(NamedTuple):
+    key: str
+    title: str
+    paragraphs: list[str]
+    figures: list[Figure] = []
+    tables: list[Table] = []
+
+
+class Page(NamedTuple):
+    """`warnings` are what a reader must know before believing anything; `steps` are (stage, state), the state empty if missing."""
+
+    title: str
+    lead: str
+    warnings: list[str]
+    steps: list[tuple[str, str]]
+    summary: Table
+    sections: list[Section]
+
+
+def number(text: str, origin: str) -> str:
+    """`text` marked with the place that holds the number, such as `runs/tiny/sft/manifest.json#metrics/after/stop_rate`."""
+    return f"\x02{text}\x03{origin}\x04"
+
+
+def plain(text: str) -> str:
+    return MARKED.sub(r"\1", text)
+
+
+def texts(page: Page) -> Iterator[str]:
+    """Every text of the page in reading order, marks included."""
+    yield page.lead
+    yield from page.warnings
+    tables = [page.summary]
+    for section in page.sections:
+        yield from section.paragraphs
+        yield from (figure.caption for figure in section.figures)
+        tables += section.tables
+    for table in tables:
+        yield table.caption
+        for row in table.rows:
+            yield from row
+
+
+def numbers(page: Page) -> list[tuple[str, str]]:
+    """(text, origin) of every marked number."""
+    return [match.groups() for text in texts(page) for match in MARKED.finditer(text)]  # type: ignore[misc]
+
+
+# ---- HTML ----
+
+STYLE = Path(__file__).with_name("page.css")
+
+
+def marked(text: str) -> str:
+    """Escaped HTML with numbers that tell their origin."""
+    return MARKED.sub(lambda m: f'<span class="n" title="{m[2]}">{m[1]}</span>', html.escape(text))
+
+
+def source_line(sources: list[str]) -> str:
+    return "Source: " + "; ".join(sources) if sources else ""
+
+
+def numeric_columns(table: Table) -> list[bool]:
+    return [i > 0 and bool(table.rows) and all(NUMERIC.match(plain(row[i])) and len(plain(row[i])) < 32 for row in table.rows)
+            for i in range(len(table.header))]
+
+
+def table_html(table: Table) -> str:
+    aligned = numeric_columns(table)
+    kinds = [' class="num"' if numeric else "" for numeric in aligned]
+    head = "".join(f"<th{kind}>{html.escape(cell)}</th>" for cell, kind in zip(table.header, kinds, strict=True))
+    body = []
+    for row in table.rows:
+        cells = [f'<td{kind} data-label="{html.escape(name)}">{marked(cell)}</td>' if table.stack else f"<td{kind}>{marked(cell)}</td>"
+                 for cell, kind, name in zip(row, kinds, table.header, strict=True)]
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    rows, look = "\n".join(body), " class=stack" if table.stack else ""
+    return (f'<div class="table"><div class="scroll"><table{look}><caption>{marked(table.caption)}</caption>'
+            f"<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
+            f'<span class="source">{html.escape(source_line(table.sources))}</span></div>')
+
+
+def figure_html(figure: Figure, folder: Path) -> str:
+    data = base64.b64encode((folder / figure.file).read_bytes()).decode()
+    kind = "svg+xml" if figure.file.endswith(".svg") else "png"
+    source = html.escape(source_line(figure.sources))
+    return (f'<figure><img alt="{html.escape(plain(figure.caption))}" src="data:image/{kind};base64,{data}">'
+            f'<figcaption>{marked(figure.caption)}<span class="source">{source}</span></figcaption></figure>')
+
+
+def to_html(page: Page, folder: Path) -> str:
+    """The page as one file; figures are read from `folder` and put inside."""
+    parts = [f"<h1>{html.escape(page.title)}</h1><p>{marked(page.lead)}</p>"]
+    parts.append('<ul class="steps">' + "".join(
+        f'<li{"" if state else " class=missing"}><a href="#{key}">{html.escape(key.replace("_", " "))} '
+        f'<small>{html.escape(state or "missing")}</small></a></li>' for key, state in page.steps) + "</ul>")
+    if page.warnings:
+        items = "".join(f"<li>{marked(warning)}</li>" for warning in page.warnings)
+        parts.append(f'<div class="warn">Before you believe it:<ul>{items}</ul></div>')
+    parts.append(f'<div class="summary">{table_html(page.summary)}</div>')
+    for section in page.sections:
+        parts.append(f'<section id="{section.key}"><h2>{html.escape(section.title)}</h2>'
+                     + "".join(f"<p>{marked(p)}</p>" for p in section.paragraphs))
+        if section.figures:
+            parts.append('<div class="figures">' + "\n".join(figure_html(f, folder) for f in section.figures) + "</div>")
+        parts += [table_html(t) for t in section.tables]
+        parts.append("</section>")
+    style = STYLE.read_text(encoding="utf-8")
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{html.escape(page.title)}</title>\n<style>\n{style}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n")
+
+
+# ---- Markdown ----
+
+def table_markdown(table: Table) -> list[str]:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(plain(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    rule = "|" + "|".join("---:" if numeric else "---" for numeric in numeric_columns(table)) + "|"
+    return [plain(table.caption), "", line(table.header), rule, *map(line, table.rows), "", f"<sub>{source_line(table.sources)}</sub>", ""]
+
+
+def to_markdown(page: Page) -> str:
+    """The same report as text; figures are linked where they lie."""
+    out = [f"# {page.title}", "", plain(page.lead), ""]
+    out += ["Stages: " + ", ".join(f"{key} ({state or 'missing'})" for key, state in page.steps) + ".", ""]
+    out += [f"> **Note.** {plain(w)}\n" for w in page.warnings]
+    out += table_markdown(page.summary)
+    for section in page.sections:
+        out += [f"## {section.title}", ""]
+        for paragraph in section.paragraphs:
+            out += [plain(paragraph), ""]
+        for figure in section.figures:
+            out += [f"![{plain(figure.caption)}]({figure.file})", "", f"*{plain(figure.caption)}*  ",
+                    f"<sub>{source_line(figure.sources)}</sub>", ""]
+        for table in section.tables:
+            out += table_markdown(table)
+    return "\n".join(out).rstrip() + "\n"
