@@ -20,7 +20,7 @@ def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
     p, z2 = successes / n, z * z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return 0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half  # exact at the ends, not to rounding
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:

@@ -2,7 +2,6 @@
 
 Letters: B prompts, K responses a prompt (padded), R = responses of all prompts.
 """
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

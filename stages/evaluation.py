@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -60,6 +60,8 @@ class EvaluationConfig(StageConfig):
 
 def main(config: EvaluationConfig) -> Manifest:
     check(config)
+    needed = {"prepare"} | {MODELS[model][0] for model, chosen in config.models.items() if chosen}
+    config = replace(config, parents={name: path for name, path in config.parents.items() if name in needed})
     problems = Manifest(config.parents["prepare"]).product("problems")
     tasks = [load_task(spec, problems=problems, difficulties=config.difficulties, num_problems=config.num_problems,
                        seed=config.seed) for spec in config.tasks]
@@ -67,7 +69,6 @@ def main(config: EvaluationConfig) -> Manifest:
         raise ValueError(f"two tasks are called {[task.name for task in tasks]}: name them apart, as in train=gsm8k:train.jsonl")
     run = Run(config, inputs={f"task {task.name}": hash_data([task.rows, task.pool]) for task in tasks})
     if run.finished:
-        assert run.manifest is not None
         return run.manifest
     barrier()  # the run folder is there for all
 

@@ -4,6 +4,7 @@
 """
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +19,10 @@ from reward import preferences
 from reward.preferences import Record
 from reward.verifiers import annotator_name, gold_score, simulated_ranks
 from stages.data.curriculum import WORKED, user_turn
-from stages.data.tokenizer import END, chat_ids
-from stages.models.sampling import prompt_key, sample
-from stages.models.training import gather, rank, world_size
+from stages.data.problems import read_problems
+from stages.data.tokenizer import chat_ids
+from stages.models.responses import draw_responses, stop_ids
+from stages.models.training import gather
 from stages.run.config import StageConfig, option
 from stages.run.console import progress
 from stages.run.entry import launch
@@ -113,7 +115,8 @@ def from_samples(config: PreferencesConfig, run: Run, tokenizer) -> tuple[list[R
                          "a ranking needs 2 responses or more and an error rate between 0 and 0.5")
     sft = run.parents["sft"]
     model = AutoModelForCausalLM.from_pretrained(sft.product("model"), dtype="auto")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    eos_ids = stop_ids(model)
     origin = {"model": sft.data["products"]["model"]["sha256"], "temperature": config.temperature, "seed": config.seed}
     problems = read_problems(run.parents["prepare"].product("problems") / "preferences.jsonl", config.tasks, config.difficulties)
 
@@ -126,10 +129,16 @@ def from_samples(config: PreferencesConfig, run: Run, tokenizer) -> tuple[list[R
     starts = range(0, len(problems), config.chunk_prompts)
     for start in progress(starts, "sampling preferences (stops when there are enough)"):
         file = folder / f"{start:07d}.json"
-        done = gather([json.loads(file.read_text(encoding="utf-8")) if is_main() and file.is_file() else None])[0]
-        chunk = done or sorted(gather(judge_chunk(config, model, tokenizer, problems, start)), key=lambda row: row["index"])
-        if done is None and is_main():
-            write_json(file, chunk)
+        chunk = gather([json.loads(file.read_text(encoding="utf-8")) if is_main() and file.is_file() else None])[0]
+        if chunk is None:
+            part = problems[start:start + config.chunk_prompts]
+            prompts = [chat_ids(tokenizer, [{"role": "user", "content": user_turn(p["question"], WORKED)}], ask=True) for p in part]
+            drawn = draw_responses(model, prompts, [p["id"] for p in part], samples=config.responses_per_prompt, seed=config.seed,
+                                   temperature=config.temperature, max_new_tokens=config.max_new_tokens, eos_ids=eos_ids,
+                                   pad_id=tokenizer.pad_token_id)
+            chunk = judge(config, tokenizer, part, prompts, drawn, eos_ids)
+            if is_main():
+                write_json(file, chunk)
         for row in chunk:
             record = row["record"]
             if ranked + len(record["responses"] if record else []) > config.max_responses:
@@ -146,49 +155,29 @@ def from_samples(config: PreferencesConfig, run: Run, tokenizer) -> tuple[list[R
     return records, measure(judged), {"asked": len(judged), "samples": len(judged) * config.responses_per_prompt}
 
 
-def read_problems(path: Path, tasks: list[str], difficulties: list[int]) -> list[dict]:
-    """Problem rows of these tasks and difficulties. Raises ValueError naming those there are."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    kept = [r for r in rows if (not tasks or r["task"] in tasks) and (not difficulties or r["difficulty"] in difficulties)]
-    if not kept:
-        raise ValueError(f"no problem of {path} has tasks {tasks} and difficulties {difficulties}: choose from tasks "
-                         f"{sorted({r['task'] for r in rows})} and difficulties {sorted({r['difficulty'] for r in rows})}")
-    return kept
-
-
-def judge_chunk(config: PreferencesConfig, model, tokenizer, problems: list[dict], start: int) -> list[dict[str, Any]]:
-    """This process's share of a chunk: samples, gold scores and, unless all responses tie, the record with the simulated ranking.
+def judge(config: PreferencesConfig, tokenizer, problems: list[dict], prompts: list[list[int]], drawn: list[list[list[int]]],
+          eos_ids: list[int]) -> list[dict[str, Any]]:
+    """For each problem what was sampled and, unless all responses tie, the record with the simulated ranking.
 
     Equal responses are kept once: nobody ranks a text against itself, an erring judge would set one above the other, and the
     reward model would encode it again for nothing. How often each was drawn is kept in `drawn`.
     """
-    mine = list(range(start, min(start + config.chunk_prompts, len(problems))))[rank()::world_size()]
-    k = config.responses_per_prompt
-    end = tokenizer.convert_tokens_to_ids(END)
-    messages = [[{"role": "user", "content": user_turn(problems[i]["question"], WORKED)}] for i in mine]
-    prompts = [chat_ids(tokenizer, m, ask=True) for m in messages]
-    keys = [(prompt_key(problems[i]["id"]), j) for i in mine for j in range(k)]
-    drawn = sample(model, [p for p in prompts for _ in range(k)], keys=keys, seed=config.seed, temperature=config.temperature,
-                   max_new_tokens=config.max_new_tokens, eos_ids=[end], pad_id=tokenizer.pad_token_id)
     rows = []
-    for n, i in enumerate(mine):
-        counts: dict[tuple[int, ...], int] = {}
-        for ids in drawn[n * k:(n + 1) * k]:
-            counts[tuple(ids)] = counts.get(tuple(ids), 0) + 1
-        ids = [list(key) for key in counts]
-        texts = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        gold = [gold_score(problems[i], text, finished=r[-1] == end) for text, r in zip(texts, ids, strict=True)]
+    for problem, prompt, responses in zip(problems, prompts, drawn, strict=True):
+        counts = Counter(map(tuple, responses))  # in the order of first drawing
+        ids, times = [list(key) for key in counts], list(counts.values())
+        texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        gold = [gold_score(problem, text, finished=r[-1] in eos_ids) for text, r in zip(texts, ids, strict=True)]
         scores = [g.score for g in gold]
-        ranks = simulated_ranks(scores, error_rate=config.error_rate, row_id=problems[i]["id"], seed=config.seed)
-        times = list(counts.values())
+        ranks = simulated_ranks(scores, error_rate=config.error_rate, row_id=problem["id"], seed=config.seed)
         pairs = preferences.pairs(ranks)
-        record = None if not pairs else {
-            "id": problems[i]["id"], "prompt": messages[n], "responses": texts, "ranks": ranks, "simulated": True, "criterion": "overall",
-            "annotator": annotator_name(config.error_rate), "drawn": times, "gold_scores": scores,
-            "prompt_ids": prompts[n], "response_ids": ids}
-        rows.append({"index": i, "record": record, "pairs": len(pairs), "flipped": sum(scores[a] < scores[b] - 1e-9 for a, b, _ in pairs),
-                     "gold": sum(s * t for s, t in zip(scores, times, strict=True)) / k, "distinct": len(times),
-                     "correct": sum(g.correct * t for g, t in zip(gold, times, strict=True)) / k})
+        record = {"id": problem["id"], "prompt": [{"role": "user", "content": user_turn(problem["question"], WORKED)}],
+                  "responses": texts, "ranks": ranks, "annotator": annotator_name(config.error_rate), "simulated": True,
+                  "criterion": "overall", "drawn": times, "gold_scores": scores, "prompt_ids": prompt, "response_ids": ids}
+        rows.append({"record": record if pairs else None, "pairs": len(pairs), "distinct": len(times),
+                     "flipped": sum(scores[better] < scores[worse] - 1e-9 for better, worse, _ in pairs),
+                     "gold": sum(s * t for s, t in zip(scores, times, strict=True)) / len(responses),
+                     "correct": sum(g.correct * t for g, t in zip(gold, times, strict=True)) / len(responses)})
     return rows
 
 
@@ -197,7 +186,8 @@ def measure(judged: list[dict[str, Any]]) -> dict[str, dict]:
     n = len(judged)
     kept, pairs = sum(row["record"] is not None for row in judged), sum(row["pairs"] for row in judged)
     flipped = sum(row["flipped"] for row in judged)
-    metrics = {"kept_share": metric(kept / n, n=n, ci95=wilson(kept, n)), "all_tie_share": metric(1 - kept / n, n=n, ci95=wilson(n - kept, n)),
+    metrics = {"kept_share": metric(kept / n, n=n, ci95=wilson(kept, n)),
+               "all_tie_share": metric(1 - kept / n, n=n, ci95=wilson(n - kept, n)),
                "annotator_flipped_pairs": metric(flipped / max(1, pairs), n=pairs, ci95=wilson(flipped, pairs))}
     for name, key in (("gold_mean", "gold"), ("sample_accuracy", "correct"), ("distinct_responses", "distinct")):
         values = [float(row[key]) for row in judged]

@@ -126,7 +126,8 @@ def write_problems(config: PrepareConfig, folder: Path) -> None:
     """Problems of each split as jsonl, each question once."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, count in config.num_problems.items():
-        source = curriculum.problems(config.seed, split=split, difficulties=tuple(config.difficulties))
+        seed, drawn_from = (config.seed + (1 << 21), "train") if split == "sft" else (config.seed, split)  # SFT may repeat pretraining
+        source = curriculum.problems(seed, split=drawn_from, difficulties=tuple(config.difficulties))
         chosen: dict[str, dict] = {}
         for problem in progress(itertools.islice(source, 20 * count), f"problems of {split}", total=count):
             chosen.setdefault(problem.id, problem.as_row())

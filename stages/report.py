@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stages.laws.fit import law
-from stages.run import figures, page, story
+from stages.run import cited, figures, page, story, story_alignment
 from stages.run.config import StageConfig
 from stages.run.entry import launch
 from stages.run.manifest import MANIFEST, Manifest, Run, hash_path, say
 
-CODE = (figures, page, story)
+CODE = (cited, figures, page, story, story_alignment)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ def main(config: ReportConfig) -> Manifest:
     if run.finished:
         return run.manifest
 
-    stages = {name: story.Stage(run.parents[name]) for name in present}
+    stages = {name: cited.Stage(run.parents[name]) for name in present}
     told = story.tell(stages, missing, run.directory / "figures", recipe=config.recipe, law=law)
     (run.directory / "index.html").write_text(page.to_html(told, run.directory), encoding="utf-8")
     (run.directory / "report.md").write_text(page.to_markdown(told), encoding="utf-8")

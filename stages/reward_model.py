@@ -4,28 +4,26 @@
 """
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import RewardConfig as TrlRewardConfig
-from trl import RewardTrainer
 
 from reward import preferences
 from reward.calibration import Accuracy, accuracy, accuracy_by_distance, accuracy_difference, calibration, judged
-from reward.losses import centring_penalty, preferred, ranked_loss
-from reward.model import from_language_model, min_token_logprobs, normalize, pad_right, score_groups, set_normalization
+from reward.model import from_language_model, min_token_logprobs, normalize, set_normalization
 from reward.verifiers import dense_ranks, gold_score
 from stages.data.curriculum import WORKED, user_turn
+from stages.data.problems import read_problems
 from stages.data.tokenizer import chat_ids
-from stages.models.optimizer import build_optimizer
-from stages.models.sampling import prompt_key, sample
-from stages.models.training import Resumable, export, fit, gather, rank, share_batch, training_arguments, world_size
+from stages.models.ranking import RankedCollator, RankedRewardTrainer, shared_out
+from stages.models.responses import draw_responses, stop_ids
+from stages.models.training import export, fit, share_batch, training_arguments, world_size
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.config import StageConfig, option
@@ -43,6 +41,7 @@ class RewardModelConfig(StageConfig):
     epochs: float = option(2.0, "passes over the training prompts")
     batch_size: int = option(8, "prompts a step, each with all its responses, over all processes")
     micro_batch_size: int | None = option(None, "prompts a forward pass and process (default: all)")
+    share_prompts: bool = option(True, "read each prompt once for all its responses (not with sharded engines or checkpointed gradients)")
     optimizer: Literal["muon", "adamw"] = option("muon", "muon: Muon for matrices and AdamW for the rest; adamw: AdamW for all")
     matrix_lr: float = option(0.01, "peak learning rate of Muon")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
@@ -58,98 +57,41 @@ class RewardModelConfig(StageConfig):
     fresh_temperature: float = option(1.0, "of that sampling: the policy's at the start of PPO")
 
 
-class RankedCollator:
-    """Prompts with all their responses to one batch in which each response stands once, however many pairs it is in.
-
-    Gives `input_ids` and `attention_mask` (R, T), `slots` (B, K), the row of each response, and `ranks` (B, K), 0 for padding.
-    """
-
-    def __init__(self, pad_id: int):
-        self.pad_id = pad_id
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        ids, mask = pad_right([row["prompt_ids"] + response for row in rows for response in row["response_ids"]], self.pad_id)
-        ranks, _ = pad_right([row["ranks"] for row in rows], 0)
-        slots = torch.zeros_like(ranks)
-        slots[ranks > 0] = torch.arange(len(ids))
-        return {"input_ids": ids, "attention_mask": mask.long(), "slots": slots, "ranks": ranks}
-
-
-class RankedRewardTrainer(Resumable, RewardTrainer):
-    """TRL's RewardTrainer with the loss over all pairs of K ranked responses in place of one pair's."""
-
-    def __init__(self, *args, config: RewardModelConfig, **kwargs):
-        self.run_config = config
-        super().__init__(*args, **kwargs)
-
-    def _prepare_dataset(self, dataset, *args, **kwargs):
-        return dataset  # token ids already, and as they were sampled
-
-    def create_optimizer(self, model=None):
-        c = self.run_config
-        if c.optimizer == "adamw":
-            return super().create_optimizer(model) if model is not None else super().create_optimizer()
-        if self.optimizer is None:
-            self.optimizer = build_optimizer(self.model, matrix_lr=c.matrix_lr, lr=c.learning_rate,
-                                             embedding_lr_factor=c.embedding_lr_factor, weight_decay=c.weight_decay)
-            head = self.model.score.weight  # one row: orthogonalised it would move by its full length at every step
-            matrices, _, rest = self.optimizer.param_groups
-            matrices["params"] = [p for p in matrices["params"] if p is not head]
-            rest["params"] = [*(p for p in rest["params"] if p is not head), head]
-        return self.optimizer
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        scores, ranks = outputs.logits[:, 0].float()[inputs["slots"]], inputs["ranks"]
-        loss = ranked_loss(scores, ranks)
-        if self.run_config.centring:
-            loss = loss + self.run_config.centring * centring_penalty(scores, ranks)
-        with torch.no_grad():
-            pairs = preferred(ranks)
-            right = (scores[:, :, None] > scores[:, None, :]) & pairs
-            counts = self.accelerator.gather(torch.stack([right.sum(), pairs.sum()])[None]).sum(0)
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            metrics["accuracy"].append((counts[0] / counts[1].clamp_min(1)).item())
-        return (loss, outputs) if return_outputs else loss
-
-
 def main(config: RewardModelConfig) -> Manifest:
     run = Run(config)
     if run.finished:
         return run.manifest
-    sft, preferred_run = run.parents["sft"], run.parents["preferences"]
+    sft = run.parents["sft"]
     tokenizer = AutoTokenizer.from_pretrained(sft.product("model"))
-    records, _ = preferences.read(preferred_run.product("preferences"))
-    records = [r if r.get("response_ids") else preferences.encode(r, lambda m, ask: chat_ids(tokenizer, m, ask=ask)) for r in records]
-    train, heldout = split(records, config)
-    simulated = sum(bool(r["simulated"]) for r in records)
+    records, _ = preferences.read(run.parents["preferences"].product("preferences"))
+    train, heldout = split([preferences.encode(r, partial(chat_ids, tokenizer)) for r in records], config)
+    simulated = any(r["simulated"] for r in records)
     say(f"reward_model: {len(train):,} prompts with {sum(len(r['ranks']) for r in train):,} ranked responses to learn from, "
-        f"{len(heldout):,} prompts held out; {'simulated annotator' if simulated else 'ranked by people'}")
+        f"{len(heldout):,} prompts held out; ranked by {'a simulated annotator' if simulated else 'people'}")
 
     model = from_language_model(sft.product("model"), pad_id=tokenizer.pad_token_id, seed=config.seed, extra_layers=config.extra_layers)
+    check(config, train, tokenizer, model)
     local_batch = share_batch(config.batch_size, world_size(), "batch_size")
     micro = min(config.micro_batch_size or local_batch, local_batch)
-    if len(train) < config.batch_size or local_batch % micro:
-        raise ValueError(f"batch_size {config.batch_size} with {len(train)} training prompts and micro_batch_size {micro}: it must be at "
-                         "most the number of prompts, and each process's share a multiple of micro_batch_size")
     steps = max(1, int(len(train) // config.batch_size * config.epochs))
-    columns = ("prompt_ids", "response_ids", "ranks")
-    train_set, heldout_set = (datasets.Dataset.from_list([{c: r[c] for c in columns} for r in part]) for part in (train, heldout))
     trainer = RankedRewardTrainer(
-        config=config, model=model, processing_class=tokenizer, data_collator=RankedCollator(tokenizer.pad_token_id),
-        train_dataset=train_set, eval_dataset=heldout_set,
+        model=model, processing_class=tokenizer, data_collator=RankedCollator(tokenizer.pad_token_id, config.share_prompts),
+        train_dataset=datasets.Dataset.from_list([{key: r[key] for key in ("prompt_ids", "response_ids", "ranks")} for r in train]),
+        heldout=heldout, muon=None if config.optimizer == "adamw" else {
+            "matrix_lr": config.matrix_lr, "lr": config.learning_rate, "embedding_lr_factor": config.embedding_lr_factor,
+            "weight_decay": config.weight_decay},
         args=TrlRewardConfig(**training_arguments(
             run, seed=config.seed, report_to=config.report_to, logging_steps=max(1, steps // 30), save_steps=max(1, steps // 5),
-            per_device_train_batch_size=micro, per_device_eval_batch_size=micro, gradient_accumulation_steps=local_batch // micro,
-            max_steps=steps, learning_rate=config.learning_rate, lr_scheduler_type="linear", dataloader_drop_last=True,
-            warmup_steps=max(1, int(steps * config.warmup_share)), max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
-            eval_strategy="steps", eval_steps=max(1, steps // config.evaluations), prediction_loss_only=True,
-            gradient_checkpointing=config.gradient_checkpointing)))
+            per_device_train_batch_size=micro, gradient_accumulation_steps=local_batch // micro, max_steps=steps,
+            learning_rate=config.learning_rate, lr_scheduler_type="linear", dataloader_drop_last=True, max_length=None,
+            warmup_steps=max(1, int(steps * config.warmup_share)), max_grad_norm=config.max_grad_norm,
+            weight_decay=config.weight_decay, center_rewards_coefficient=config.centring, eval_strategy="steps",
+            eval_steps=max(1, steps // config.evaluations), gradient_checkpointing=config.gradient_checkpointing)))
     fit(trainer)
 
     trained = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    metrics = measure_heldout(trained, heldout)
-    metrics |= measure_fresh(trained, config, run, tokenizer, train, heldout)
+    scores = shared_out(trained, [(r["prompt_ids"], r["response_ids"]) for r in heldout])
+    metrics = quality(scores, [r["ranks"] for r in heldout], "heldout") | measure_fresh(trained, config, run, tokenizer, train, heldout)
     export(trainer, tokenizer, run.directory / "model")
     if is_main():
         show(run.directory)
@@ -157,13 +99,13 @@ def main(config: RewardModelConfig) -> Manifest:
         if name in metrics:
             low, high = metrics[name]["ci95"]
             say(f"{name}: {metrics[name]['value']:.3f} [{low:.3f}, {high:.3f}], {metrics[name]['n']:,} pairs")
-    return run.finish(metrics=metrics, products={"model": "model"}, notes={"simulated_annotator": bool(simulated)}, counts={
+    return run.finish(metrics=metrics, products={"model": "model"}, notes={"simulated_annotator": simulated}, counts={
         "parameters": sum(p.numel() for p in trained.parameters()), "steps": steps, "train_prompts": len(train),
         "train_responses": sum(len(r["ranks"]) for r in train), "heldout_prompts": len(heldout)})
 
 
 def split(records: list[dict], config: RewardModelConfig) -> tuple[list[dict], list[dict]]:
-    """Training and held-out records. Prompts are split, never pairs: one prompt's pairs share responses. Equal prompts stay together."""
+    """Training and held-out records. Prompts are split, never pairs: pairs of one prompt share responses. Equal prompts stay together."""
     groups: dict[tuple[int, ...], list[dict]] = {}
     for record in records:
         groups.setdefault(tuple(record["prompt_ids"]), []).append(record)
@@ -172,17 +114,23 @@ def split(records: list[dict], config: RewardModelConfig) -> tuple[list[dict], l
     count = max(1, round(config.heldout_share * len(order)))
     if count >= len(order):
         raise ValueError(f"{len(order)} prompts leave none to train on with heldout_share {config.heldout_share}: give more preferences")
-    parts = ([r for key in keys for r in groups[key]] for keys in (order[count:], order[:count]))
-    train, heldout = parts
-    return train, heldout
+    return [r for key in order[count:] for r in groups[key]], [r for key in order[:count] for r in groups[key]]
 
 
-def scores_of(model, groups: list[tuple[list[int], list[list[int]]]], function=score_groups) -> list[list[float]]:
-    """Scores of every prompt's responses, each process doing its share."""
-    mine = list(range(len(groups)))[rank()::world_size()]
-    part = function(model, [groups[i] for i in mine])
-    together = dict(gather(list(zip(mine, part, strict=True))))
-    return [together[i] for i in range(len(groups))]
+def check(config: RewardModelConfig, train: list[dict], tokenizer, model) -> None:
+    """Raises ValueError for batches that do not divide, and for ids that the model cannot read or score."""
+    local = share_batch(config.batch_size, world_size(), "batch_size")
+    if config.batch_size > len(train) or local % (config.micro_batch_size or local):
+        raise ValueError(f"batch_size {config.batch_size} ({local} a process), micro_batch_size {config.micro_batch_size}: batch_size must "
+                         f"be at most the {len(train)} training prompts and each process's share a multiple of micro_batch_size")
+    if config.share_prompts and config.gradient_checkpointing:
+        raise ValueError("share_prompts keeps a cache that gradient_checkpointing drops: set share_prompts to false")
+    ids = {i for r in train for part in [r["prompt_ids"], *r["response_ids"]] for i in part}
+    if max(ids) >= model.config.get_text_config().vocab_size:
+        raise ValueError(f"the preferences hold token {max(ids)}, the model has {model.config.get_text_config().vocab_size} tokens: "
+                         "they come from another tokenizer; drop prompt_ids and response_ids from the records")
+    if tokenizer.pad_token_id in ids:
+        raise ValueError(f"the preferences hold the padding token {tokenizer.pad_token_id}, behind which nothing is scored: remove it")
 
 
 def as_metric(a: Accuracy) -> dict[str, Any]:
@@ -191,15 +139,11 @@ def as_metric(a: Accuracy) -> dict[str, Any]:
 
 def quality(scores: list[list[float]], ranks: list[list[int]], name: str) -> dict[str, dict]:
     """Accuracy overall and by rank distance, and how far sigmoid(difference) can be taken as a probability."""
-    fit_ = calibration(scores, ranks)
+    as_probability = calibration(scores, ranks)
     metrics = {f"{name}_accuracy": as_metric(accuracy(judged(scores, ranks)))}
     metrics |= {f"{name}_accuracy_distance_{d}": as_metric(a) for d, a in accuracy_by_distance(scores, ranks).items()}
-    return metrics | {f"{name}_ece": metric(fit_.ece, n=fit_.n), f"{name}_brier": metric(fit_.brier, n=fit_.n)}
-
-
-def measure_heldout(model, heldout: list[dict]) -> dict[str, dict]:
-    scores = scores_of(model, [(r["prompt_ids"], r["response_ids"]) for r in heldout])
-    return quality(scores, [r["ranks"] for r in heldout], "heldout")
+    return metrics | {f"{name}_ece": metric(as_probability.ece, n=as_probability.n),
+                      f"{name}_brier": metric(as_probability.brier, n=as_probability.n)}
 
 
 def measure_fresh(model, config: RewardModelConfig, run: Run, tokenizer, train: list[dict], heldout: list[dict]) -> dict[str, dict]:
@@ -207,51 +151,47 @@ def measure_fresh(model, config: RewardModelConfig, run: Run, tokenizer, train: 
 
     Where the preferences came from a file there is no gold score: held-out prompts are sampled, for the normalisation alone.
     """
-    sft, source = run.parents["sft"], run.parents["preferences"].config
-    lm = AutoModelForCausalLM.from_pretrained(sft.product("model"), dtype=torch.float32).to(model.device)
-    problems: list[dict] = []
+    source = run.parents["preferences"].config
+    lm = AutoModelForCausalLM.from_pretrained(run.parents["sft"].product("model"), dtype=torch.float32).to(model.device)
+    problems: list[dict[str, Any]] = []
     if source["source"] is None:
-        problems = preferences.problems(run.parents["prepare"].product("problems") / "validation.jsonl", source["tasks"],
-                                        source["difficulties"])[:config.fresh_problems]
-        prompts = [chat_ids(tokenizer, [{"role": "user", "content": user_turn(p["question"], WORKED)}], ask=True) for p in problems]
+        path = run.parents["prepare"].product("problems") / "validation.jsonl"
+        problems = read_problems(path, source["tasks"], source["difficulties"])[:config.fresh_problems]
         names = [p["id"] for p in problems]
+        prompts = [chat_ids(tokenizer, [{"role": "user", "content": user_turn(p["question"], WORKED)}], ask=True) for p in problems]
     else:
         prompts, names = ([r[key] for r in heldout[:config.fresh_problems]] for key in ("prompt_ids", "id"))
-    k, stops = config.fresh_samples, lm.config.eos_token_id
-    eos_ids = stops if isinstance(stops, list) else [stops]
-    mine = list(range(len(prompts)))[rank()::world_size()]
-    drawn = sample(lm, [prompts[i] for i in mine for _ in range(k)], keys=[(prompt_key(names[i]), j) for i in mine for j in range(k)],
-                   seed=config.seed + 1, temperature=config.fresh_temperature, max_new_tokens=source["max_new_tokens"],
-                   eos_ids=eos_ids, pad_id=tokenizer.pad_token_id)
-    together = dict(gather([(i, drawn[n * k:(n + 1) * k]) for n, i in enumerate(mine)]))
-    groups = [(prompts[i], together[i]) for i in range(len(prompts))]
-    scores = scores_of(model, groups)
+    eos_ids = stop_ids(lm)
+    drawn = draw_responses(lm, prompts, names, samples=config.fresh_samples, seed=config.seed + 1, temperature=config.fresh_temperature,
+                           max_new_tokens=source["max_new_tokens"], eos_ids=eos_ids, pad_id=tokenizer.pad_token_id)
+    groups = list(zip(prompts, drawn, strict=True))
+    scores = shared_out(model, groups)
     flat = [s for group in scores for s in group]
     set_normalization(model, flat)
-    spread = normalize(model.config, flat)
-    metrics = {"score_mean": metric(sum(spread) / len(spread), n=len(spread)),
-               "score_std": metric(math.sqrt(sum(s * s for s in spread) / len(spread)), n=len(spread))}
+    unit = normalize(model.config, flat)
+    metrics = {"score_mean": metric(math.fsum(unit) / len(unit), n=len(unit)),
+               "score_std": metric(math.sqrt(math.fsum(s * s for s in unit) / len(unit)), n=len(unit))}
     if not problems:
         return metrics
-    gold = [[gold_score(p, text, finished=ids[-1] in eos_ids).score for text, ids in
-             zip(tokenizer.batch_decode(responses, skip_special_tokens=True), responses, strict=True)]
-            for p, (_, responses) in zip(problems, groups, strict=True)]
+    gold = [[gold_score(problem, text, finished=ids[-1] in eos_ids).score
+             for text, ids in zip(tokenizer.batch_decode(responses, skip_special_tokens=True), responses, strict=True)]
+            for problem, responses in zip(problems, drawn, strict=True)]
     ranks = [dense_ranks(g) for g in gold]
-    surprise = judged(scores_of(lm, groups, min_token_logprobs), ranks)
+    surprise = judged(shared_out(lm, groups, min_token_logprobs), ranks)
     seen = judged([[len(ids) for ids in r["response_ids"]] for r in train], [r["ranks"] for r in train])
-    direction = 1 if accuracy(seen).value >= 0.5 else -1  # longer or shorter, whichever the training rankings prefer
-    length = judged([[direction * len(ids) for ids in responses] for _, responses in groups], ranks)
+    direction = 1 if accuracy(seen).value >= 0.5 else -1  # longer or shorter: whichever the training rankings prefer
+    length = judged([[direction * len(ids) for ids in responses] for responses in drawn], ranks)
     difference, low, high = accuracy_difference(judged(scores, ranks), surprise)
     return metrics | quality(scores, ranks, "fresh") | {
         "baseline_min_logprob_accuracy": as_metric(accuracy(surprise)), "baseline_length_accuracy": as_metric(accuracy(length)),
-        "gain_over_min_logprob": metric(difference, n=accuracy(surprise).n, ci95=(low, high))}
+        "gain_over_min_logprob": metric(difference, n=sum(map(len, surprise)), ci95=(low, high))}
 
 
 def show(directory: Path) -> None:
     logged = read_metrics(directory / "metrics.jsonl")
     figures.lines(directory / "figures" / "accuracy.png", {
         label: ([r["step"] for r in logged if key in r], [r[key] for r in logged if key in r])
-        for label, key in (("training", "train/accuracy"), ("held out", "eval/accuracy"))}, x="step", y="pairwise accuracy")
+        for label, key in (("training", "train/accuracy"), ("held out", "heldout/accuracy"))}, x="step", y="pairwise accuracy")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig as TrlSftConfig
@@ -18,7 +19,7 @@ from prompts.intervals import wilson
 from stages.data import dialogues
 from stages.data.curriculum import CUES, user_turn
 from stages.data.packing import PackedCollator
-from stages.data.tokenizer import ASSISTANT, END, SYSTEM, USER, chat_ids
+from stages.data.tokenizer import ASSISTANT, END, EOS, SYSTEM, USER, chat_ids
 from stages.models.heldout import heldout
 from stages.models.sampling import prompt_key, sample
 from stages.models.training import Resumable, barrier, export, fit, gather, rank, save_model, share_batch, training_arguments, world_size
@@ -37,6 +38,7 @@ class SftConfig(StageConfig):
     data: str = option("curriculum", "`curriculum`, a local jsonl, json or parquet file, or a hub dataset id")
     prompt_column: str = option("prompt", "column of the prompt: text or messages")
     completion_column: str = option("completion", "column of the completion: text or messages")
+    hub_config: str | None = option(None, "configuration of the hub dataset")
     hub_split: str = option("train", "split of the hub dataset")
     num_rows: int = option(3000, "training dialogues (files and hub: at most; 0: all)")
     validation_rows: int = option(300, "dialogues of the validation set (files and hub: taken off the end)")
@@ -55,6 +57,7 @@ class SftConfig(StageConfig):
     evaluations: int = option(5, "validation measurements over the run")
     probe_prompts: int = option(200, "validation problems answered before and after, for format, stopping and accuracy")
     max_new_tokens: int = option(96, "longest answer in those")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     forgetting_rows: int = option(96, "held-out rows of the base corpus measured before and after (0: none)")
 
 
@@ -72,6 +75,7 @@ def main(config: SftConfig) -> Manifest:
     tokenizer = AutoTokenizer.from_pretrained(pretrained.product("model"))
     model = AutoModelForCausalLM.from_pretrained(pretrained.product("model"), dtype="auto")
     check_template(tokenizer, model)
+    give_meaning(model, tokenizer)
 
     train, validation = read(config, prepared)
     lengths = [len(chat_ids(tokenizer, r["prompt"] + r["completion"])) for r in train]
@@ -102,7 +106,7 @@ def main(config: SftConfig) -> Manifest:
             gradient_accumulation_steps=local_batch // micro, learning_rate=config.learning_rate, lr_scheduler_type="linear",
             warmup_steps=max(1, int(steps * config.warmup_share)), num_train_epochs=config.epochs, max_length=config.max_length,
             completion_only_loss=True, packing=config.packing, eval_strategy="steps", eval_steps=max(1, steps // config.evaluations),
-            gradient_checkpointing=False, max_grad_norm=1.0, weight_decay=0.0)))
+            gradient_checkpointing=config.gradient_checkpointing, max_grad_norm=1.0, weight_decay=0.0)))
     fit(trainer)
 
     final = trainer.evaluate()["eval_loss"]
@@ -141,12 +145,13 @@ def read(config: SftConfig, prepared: Manifest) -> tuple[list[dict], list[dict]]
     if config.data == "curriculum":
         def rows(split: str, count: int) -> list[dict[str, Any]]:
             text = (prepared.product("problems") / f"{split}.jsonl").read_text(encoding="utf-8")
-            known = [row for row in map(json.loads, text.splitlines()) if row["difficulty"] <= 4]
+            known = list(map(json.loads, text.splitlines()))
             return dialogues.curriculum_rows(known, seed=config.seed, count=count, worked_share=config.worked_share,
                                              few_shot_share=config.few_shot_share)
         return rows("sft", config.num_rows), rows("validation", config.validation_rows)
     rows_ = dialogues.file_rows(config.data, prompt_column=config.prompt_column, completion_column=config.completion_column,
-                                hub_split=config.hub_split, limit=config.num_rows + config.validation_rows if config.num_rows else 0)
+                                hub_config=config.hub_config, hub_split=config.hub_split,
+                                limit=config.num_rows + config.validation_rows if config.num_rows else 0)
     if len(rows_) <= config.validation_rows:
         raise ValueError(f"{config.data} has {len(rows_)} rows, not more than validation_rows {config.validation_rows}: lower it")
     return rows_[:-config.validation_rows], rows_[-config.validation_rows:]
@@ -157,6 +162,20 @@ def check_template(tokenizer, model) -> None:
         raise ValueError(f"the tokenizer has no chat template with {END}: take that of stages.prepare, or give this one a template")
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens but the model only {model.config.vocab_size}: they do not match")
+
+
+@torch.no_grad()
+def give_meaning(model, tokenizer) -> None:
+    """Start the chat tokens, which pretraining never saw, where the words stand that did their work in its documents.
+
+    From random rows the adapters first have to undo the noise, and what the base could do is lost on the way (LOG.md).
+    Averaging over the words' tokens follows Hewitt 2021 (Initializing new word embeddings).
+    """
+    ends = [model.get_input_embeddings().weight] + ([] if model.config.tie_word_embeddings else [model.get_output_embeddings().weight])
+    for token, word in {SYSTEM: "Question", USER: "Question", ASSISTANT: "Answer", END: EOS}.items():
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        for weight in ends:
+            weight[tokenizer.convert_tokens_to_ids(token)] = weight[ids].mean(0)
 
 
 def adapter(config: SftConfig, tokenizer, tied: bool) -> LoraConfig:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 WORKED, DIRECT = "worked", "direct"
 CUES = {WORKED: "Think step by step.", DIRECT: "Answer directly."}
-SPLITS = {"train": 60, "sft": 8, "preferences": 8, "ppo": 10, "validation": 4, "test": 10}  # shares of the problem space, percent
+# Shares of the problem space, percent. A small share is learned by heart: which numbers go together in it (LOG.md).
+SPLITS = {"train": 44, "preferences": 16, "ppo": 20, "validation": 6, "test": 14}
 
 NAMES = "Tom Ann Bob Mia Sam Eve Max Zoe Leo Ida Ben Amy Dan Joy Kim Ray".split()
 OBJECTS = "apples pens cards coins books shells stamps eggs".split()

@@ -32,13 +32,14 @@ def _answer(problem: dict, style: str, rng: random.Random) -> str:
     return f"{steps}The answer is {problem['answer']}."
 
 
-def file_rows(source: str, *, prompt_column: str, completion_column: str, hub_split: str = "train", limit: int = 0) -> list[dict[str, Any]]:
+def file_rows(source: str, *, prompt_column: str, completion_column: str, hub_config: str | None = None,
+              hub_split: str = "train", limit: int = 0) -> list[dict[str, Any]]:
     """Dialogues of a local file or a hub dataset. A column may hold text (one turn) or a list of messages.
 
     Raises ValueError naming file and row for a missing column, an empty completion or an unknown role.
     """
     rows = []
-    for where, row in itertools.islice(_source_rows(source, hub_split), limit or None):
+    for where, row in itertools.islice(_source_rows(source, hub_config, hub_split), limit or None):
         for column in (prompt_column, completion_column):
             if not row.get(column):
                 raise ValueError(f"{where} has nothing in column {column!r}: it has {', '.join(row)}; "
@@ -51,7 +52,7 @@ def file_rows(source: str, *, prompt_column: str, completion_column: str, hub_sp
     return rows
 
 
-def _source_rows(source: str, hub_split: str):
+def _source_rows(source: str, hub_config: str | None, hub_split: str):
     if corpora.is_local(source):
         for path in corpora.local_files(source):
             yield from corpora.read_rows(Path(path))
@@ -60,7 +61,7 @@ def _source_rows(source: str, hub_split: str):
         raise ValueError(f"{source} is neither a local file nor reachable: HF_HUB_OFFLINE=1 is set; give a path that exists")
     import datasets
 
-    for number, row in enumerate(datasets.load_dataset(source, split=hub_split, streaming=True)):
+    for number, row in enumerate(datasets.load_dataset(source, hub_config, split=hub_split, streaming=True)):
         yield f"{source}, row {number}", row
 
 

@@ -1,8 +1,10 @@
 """How a stage starts and ends as a process: config, launch check, threads, one clear line on bad input, an orderly exit."""
+import ctypes
 import errno
 import itertools
 import os
 import shutil
+import signal
 import sys
 import threading
 import traceback
@@ -28,6 +30,7 @@ def launch(main: Callable[[C], Any], config_class: type[C], *, distributed: bool
     if not distributed and not is_main():
         sys.exit(0)
     code, config = 2, None
+    die_with_parent()
     try:
         config = load_config(config_class, arguments)
         if distributed:
@@ -51,6 +54,12 @@ def launch(main: Callable[[C], Any], config_class: type[C], *, distributed: bool
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         os._exit(code)  # gloo threads can abort a finished process on their way out
     sys.exit(code)
+
+
+def die_with_parent() -> None:
+    """A killed launcher takes its workers along; left alone they would go on writing where the next attempt works."""
+    if sys.platform == "linux" and os.environ.get("ACCELERATE_MIXED_PRECISION"):  # set by `accelerate launch`
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def fail(message: str, config: StageConfig | None) -> None:

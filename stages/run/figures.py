@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 COLORS = ("#2f81d0", "#cf7a22", "#1f9e77", "#b565c4", "#d5544f", "#8f8f2f", "#5a7dab", "#8a8a8a")
 INK = "#345678"  # stands for the viewer's text colour until the file is written
 SCHEME = "svg{color:#24292f}@media(prefers-color-scheme:dark){svg{color:#dfe3e8}}"
-SIZE = (4.6, 3.1)  # inches: shown at that size or a little larger, so that text stays legible on a phone
+SIZE = (4.5, 3.1)  # inches: shown at that size or a little larger, so that text stays legible on a phone
 
 
 class Series(NamedTuple):
@@ -59,8 +59,8 @@ def plot(path: Path, series: Sequence[Series], *, x: str, y: str, title: str = "
         else:
             star = s.look == "star"
             axes.scatter(xs, ys, color=color, marker="*" if star else "o", s=90 if star else 16, label=s.label, zorder=3)
-        for i in kept if s.notes else ():
-            axes.annotate(f" {s.notes[i]}", (s.x[i], s.y[i]), fontsize=7, va="bottom")
+        for i, note in ((i, s.notes[i]) for i in kept if s.notes):
+            axes.annotate(f" {note}", (s.x[i], s.y[i]), fontsize=7, va="bottom")
     for label, level in (marks or {}).items():
         axes.axhline(level, linestyle=":", linewidth=1, color="#8a8a8a")
         axes.annotate(label, (0.01, level), xycoords=("axes fraction", "data"), fontsize=7.5, va="bottom")
@@ -71,7 +71,7 @@ def plot(path: Path, series: Sequence[Series], *, x: str, y: str, title: str = "
     for axis, wanted, set_scale in ((axes.xaxis, log_x, axes.set_xscale), (axes.yaxis, log_y, axes.set_yscale)):
         if wanted:
             set_scale("log")
-            _plain_log_ticks(axis)
+        _plain_ticks(axis, log=wanted)
     if y_range:
         axes.set_ylim(*y_range)
     axes.grid(alpha=0.3)
@@ -99,7 +99,7 @@ def bars(path: Path, rows: Mapping[str, Mapping[str, Bar | None]], *, x: str, ti
         color = COLORS[place % len(COLORS)]
         found = [(y, rows[row][group]) for (row, g), y in places.items() if g == group]
         shown = [(y, bar) for y, bar in found if bar is not None]
-        axes.barh([y for y, _ in shown], [b[0] for _, b in shown], height=0.84, color=color, alpha=0.75, label=group)
+        axes.barh([y for y, _ in shown], [b[0] for _, b in shown], height=0.84, color=color, label=group)
         for y, (value, low, high) in shown:
             if low is not None and high is not None:
                 axes.errorbar([value], [y], xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="none",
@@ -133,28 +133,29 @@ def _figure(path: Path, size: tuple[float, float] = SIZE) -> tuple[Any, Any]:
 
     ink = _ink(path)
     with matplotlib.rc_context({"text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink, "xtick.color": ink,
-                                "ytick.color": ink, "font.size": 8.5, "axes.titlesize": 9, "axes.spines.top": False,
+                                "ytick.color": ink, "font.size": 9, "axes.titlesize": 9.5, "axes.axisbelow": True, "axes.spines.top": False,
                                 "axes.spines.right": False}):
         return plt.subplots(figsize=size, layout="constrained")
 
 
 def _legend(axes, count: int) -> None:
     """Above the axes, where it hides nothing."""
-    axes.legend(fontsize=7.5, frameon=False, ncols=2 if count <= 4 else 3, loc="lower left", bbox_to_anchor=(0, 1.0),
+    axes.legend(fontsize=8, frameon=False, ncols=2 if count <= 4 else 3, loc="lower left", bbox_to_anchor=(0, 1.0),
                 borderaxespad=0.2, handlelength=1.5, columnspacing=1.2)
     if axes.get_title():
         axes.set_title(axes.get_title(), pad=6 + 12 * math.ceil(count / (2 if count <= 4 else 3)))
 
 
-def _plain_log_ticks(axis) -> None:
-    """Ticks at 1, 2 and 5 with units people read (200k, 2M), where the axis spans less than a few decades."""
+def _plain_ticks(axis, *, log: bool) -> None:
+    """Numbers as people read them (200k, 2M); on an axis of logs at 1, 2 and 5 where it spans less than a few decades."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
-    if low > 0 and high / low < 1e4:
+    if log and low > 0 and high / low < 1e4:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axis.set_minor_formatter(NullFormatter())
+    if (log and low > 0 and high / low < 1e4) or (not log and high >= 1e4):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
 
 def short(value: float) -> str:

@@ -23,13 +23,15 @@ class Figure(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Cells are texts. `stack` makes a row a block of its own on narrow screens, for tables with sentences in them."""
+    """Cells are texts. `stack` makes a row a block of its own on narrow screens, for tables with sentences in them; `folded`
+    shows the caption alone until one asks, for long ones that only detail a figure."""
 
     header: list[str]
     rows: list[list[str]]
     caption: str
     sources: list[str]
     stack: bool = False
+    folded: bool = False
 
 
 class Section(NamedTuple):
@@ -108,18 +110,27 @@ def table_html(table: Table) -> str:
         cells = [f'<td{kind} data-label="{html.escape(name)}">{marked(cell)}</td>' if table.stack else f"<td{kind}>{marked(cell)}</td>"
                  for cell, kind, name in zip(row, kinds, table.header, strict=True)]
         body.append(f"<tr>{''.join(cells)}</tr>")
-    rows, look = "\n".join(body), " class=stack" if table.stack else ""
-    return (f'<div class="table"><div class="scroll"><table{look}><caption>{marked(table.caption)}</caption>'
-            f"<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
-            f'<span class="source">{html.escape(source_line(table.sources))}</span></div>')
+    rows, look, caption = "\n".join(body), " class=stack" if table.stack else "", marked(table.caption)
+    inside = (f'<div class="scroll"><table{look}><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>'
+              + source_html(table.sources))
+    if table.folded:
+        return f'<details class="table"><summary>{caption} ({len(table.rows)} rows)</summary>{inside}</details>'
+    return f'<div class="table"><div class="caption">{caption}</div>{inside}</div>'
+
+
+def source_html(sources: list[str]) -> str:
+    """The small line; more than two runs unfold on demand."""
+    line = html.escape(source_line(sources))
+    if len(sources) > 2:
+        return f'<details class="source"><summary>Source: {len(sources)} runs</summary>{line}</details>'
+    return f'<span class="source">{line}</span>'
 
 
 def figure_html(figure: Figure, folder: Path) -> str:
     data = base64.b64encode((folder / figure.file).read_bytes()).decode()
     kind = "svg+xml" if figure.file.endswith(".svg") else "png"
-    source = html.escape(source_line(figure.sources))
     return (f'<figure><img alt="{html.escape(plain(figure.caption))}" src="data:image/{kind};base64,{data}">'
-            f'<figcaption>{marked(figure.caption)}<span class="source">{source}</span></figcaption></figure>')
+            f"<figcaption>{marked(figure.caption)}{source_html(figure.sources)}</figcaption></figure>")
 
 
 def to_html(page: Page, folder: Path) -> str:
@@ -137,12 +148,12 @@ def to_html(page: Page, folder: Path) -> str:
                      + "".join(f"<p>{marked(p)}</p>" for p in section.paragraphs))
         if section.figures:
             parts.append('<div class="figures">' + "\n".join(figure_html(f, folder) for f in section.figures) + "</div>")
-        parts += [table_html(t) for t in section.tables]
-        parts.append("</section>")
+        parts.append('<div class="tables">' + "\n".join(map(table_html, section.tables)) + "</div></section>")
     style = STYLE.read_text(encoding="utf-8")
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{html.escape(page.title)}</title>\n<style>\n{style}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n")
+            f"<title>{html.escape(page.title)}</title>\n<style>\n{style}</style></head>\n<body>\n"
+            + "\n".join(parts) + "\n</body></html>\n")
 
 
 # ---- Markdown ----
@@ -152,7 +163,8 @@ def table_markdown(table: Table) -> list[str]:
         return "| " + " | ".join(plain(cell).replace("|", "\\|") for cell in cells) + " |"
 
     rule = "|" + "|".join("---:" if numeric else "---" for numeric in numeric_columns(table)) + "|"
-    return [plain(table.caption), "", line(table.header), rule, *map(line, table.rows), "", f"<sub>{source_line(table.sources)}</sub>", ""]
+    source = [f"<sub>{source_line(table.sources)}</sub>", ""] if table.sources else []
+    return [plain(table.caption), "", line(table.header), rule, *map(line, table.rows), "", *source]
 
 
 def to_markdown(page: Page) -> str:

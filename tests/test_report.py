@@ -1,0 +1,410 @@
+"""The report: every number leads back to a manifest, what is missing is said, and the page needs nothing but itself."""
+import base64
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from stages.evals import scoring
+from stages.laws.fit import fit_law, law, predict
+from stages.report import ReportConfig, main
+from stages.run import figures, page, story
+from stages.run.cited import GAIN, SCORE, Stage
+from stages.run.config import build_config
+from stages.run.manifest import MANIFEST, Manifest, metric
+
+STAGES = ("prepare", "scaling", "pretrain", "sft", "preferences", "reward_model", "ppo", "evaluation")
+LAW = (0.3, 40.0, 400.0, 0.5, 0.55)
+
+
+def share(value: float, n: int, width: float = 0.03) -> dict:
+    return metric(value, n=n, ci95=(max(0.0, value - width), min(1.0, value + width)))
+
+
+def write_run(home: Path, stage: str, *, metrics, counts=None, notes=None, config=None, parents=(), files=None, log=(), seed=0) -> None:
+    folder = home / stage
+    folder.mkdir(parents=True)
+    for name, text in (files or {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    if log:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    products = {name.split(".")[0]: {"path": name, "sha256": "sha256:0"} for name in files or {} if "/" not in name}
+    (folder / MANIFEST).write_text(json.dumps({
+        "stage": stage.rsplit("/")[-1], "recipe": "tiny", "status": "finished", "fingerprint": f"sha256:{hash_of(stage)}",
+        "config": {"seed": seed, **(config or {})}, "parents": {p: f"sha256:{hash_of(p)}" for p in parents}, "inputs": {}, "seed": seed,
+        "products": products, "counts": counts or {}, "metrics": metrics, "notes": notes or {},
+        "provenance": {"commit": "0123456789abcdef0123", "dirty": False, "versions": {"torch": "2.13.0"}, "wall_s": 61.5, "attempts": 1,
+                       "hardware": "2 x Made-up Processor", "peak_rss_bytes": 1 << 30, "world_size": 1,
+                       "started": "2026-11-21T20:00:00+00:00"}}))
+
+
+def hash_of(stage: str) -> str:
+    return "".join(f"{ord(letter):02x}" for letter in stage)[:12].ljust(64, "0")
+
+
+def curve(start: float, end: float, steps: int, key: str, tokens: int | None = None) -> list[dict]:
+    return [{"step": i, **({"tokens": tokens * i} if tokens else {}), key: end + (start - end) * math.exp(-5 * i / steps)}
+            for i in range(1, steps + 1)]
+
+
+def records(strategy: str, right: float, seed: int) -> list[dict]:
+    """What the evaluation leaves of one cell: 40 problems with one sample each, eight for self-consistency."""
+    rng, found = random.Random(seed), []
+    for i in range(40):
+        samples = []
+        for _ in range(8 if strategy == "self_consistency" else 1):
+            answer = "7" if rng.random() < right else "8"
+            samples.append({"text": "", "tokens": 5 if strategy == "direct" else 40, "finished": True, "answer": answer,
+                            "gold_score": float(answer == "7"), "faults": []})
+        votes = [s["answer"] for s in samples]
+        answer = max(set(votes), key=votes.count)
+        found.append({"id": str(i), "task": "word_problems", "difficulty": 1 + i % 4, "gold": "7", "answer": answer,
+                      "correct": answer == "7", "tie": False, "samples": samples})
+    return found
+
+
+def make_runs(home: Path, stages=STAGES) -> Path:
+    """Small finished runs with the keys that the stages write."""
+    points = [{"run": f"d{d}-{D}", "N": N, "D": D, "loss": float(law(LAW, N, D)) * (1 + 0.002 * math.sin(N + D)), "flops": 6.0 * N * D}
+              for d, N in ((32, 60_000), (48, 130_000), (64, 220_000), (96, 480_000)) for D in (150_000, 300_000, 600_000)]
+    fit = fit_law(*zip(*[(p["N"], p["D"], p["loss"]) for p in points], strict=True), num_draws=20, conventions={"N": "matmul parameters"})
+    value, ends = predict(fit, 880_000, 2_000_000)
+    prediction = {"value": value, "interval": list(ends), "loss": "heldout_loss", "N": 880_000, "D": 2_000_000, "flops": 1e13,
+                  "tokens": 2_000_000, "hidden_size": 128, "written": "2026-11-21T19:59:00Z"}
+    cells = {("base", "word_problems", "direct"): 0.2, ("base", "word_problems", "zero_shot_cot"): 0.5,
+             ("sft", "word_problems", "direct"): 0.2, ("sft", "word_problems", "few_shot"): 0.25,
+             ("sft", "word_problems", "zero_shot_cot"): 0.85, ("sft", "word_problems", "self_consistency"): 0.6,
+             ("ppo", "word_problems", "zero_shot_cot"): 0.9}
+    judged = {key: records(key[2], right, i) for i, (key, right) in enumerate(cells.items())}
+    found = [{"model": m, "task": t, "strategy": s, **scoring.summary(rows)} for (m, t, s), rows in judged.items()]
+    found += [{"model": m, "task": t, "strategy": scoring.SAMPLED, **scoring.sampled_summary(rows)}
+              for (m, t, s), rows in judged.items() if s == "self_consistency"]
+    results = {"cells": found, "comparisons": scoring.comparisons(judged)}
+    values = {"score": 0.1, "gold": 0.8, "sampled_accuracy": 0.6, "kl": 0.0, "entropy": 0.3, "length": 40.0, "eos_rate": 0.98,
+              "greedy_accuracy": 0.8}
+    gains = {"score": 0.9, "gold": 0.21, "sampled_accuracy": 0.12, "kl": 4.1, "entropy": -0.1, "length": 1.0, "eos_rate": 0.01,
+             "greedy_accuracy": 0.01}
+    tuned = {"worked_accuracy": (0.11, 0.64), "direct_accuracy": (0.05, 0.21), "format_rate": (0.0, 1.0), "stop_rate": (0.0, 1.0)}
+    content = {
+        "prepare": {"metrics": {"kept_share": metric(0.925, n=50_000)}, "notes": {
+            "dropped": {"exact duplicate": 2827}, "kinds": {"worked": 17_946, "direct": 9839}, "row_length": 512}, "counts": {
+            "vocabulary": 620, "documents": 46_239, **{f"{p}_{k}": n for p in ("train", "heldout") for k, n in (
+                ("documents", 33_791), ("rows", 4207), ("tokens", 2_136_881))}}},
+        "scaling": {"metrics": {"predicted_loss": metric(value, n=12, ci95=ends), "holdout_error": metric(0.011, n=3),
+                                "holdout_coverage": metric(0.667, n=3),
+                                **{k: metric(fit[k], n=12, ci95=fit["intervals"][k]) for k in ("E", "A", "B", "alpha", "beta")}},
+                    "counts": {"runs": 12, "tokens": 4_200_000, "flops": 8.7e12}, "parents": ["prepare"],
+                    "config": {"parameters": "matmul"}, "files": {"fit.json": json.dumps(fit), "prediction.json": json.dumps(prediction),
+                              "points.jsonl": "".join(json.dumps(p) + "\n" for p in points),
+                              **{f"{p['run']}/metrics.jsonl": "".join(
+                                  json.dumps(row) + "\n" for key in ("heldout/loss", "train/loss")
+                                  for row in curve(5, p["loss"], 10, key, p["D"] // 10)) for p in points}}},
+        "pretrain": {"metrics": {"heldout_loss": metric(value * 1.01, n=192_055, ci95=(value, value * 1.02)),
+                                 "heldout_accuracy": metric(0.829, n=192_055), "heldout_loss/story": metric(1.2, n=900, ci95=(1.1, 1.3)),
+                                 "heldout_accuracy/story": metric(0.6, n=900)},
+                     "counts": {"parameters": 963_968, "matmul_parameters": 880_000, "tokens": 2_000_000, "steps": 1953, "flops": 1.7e13},
+                     "config": {"architecture": "qwen3", "num_layers": 4, "hidden_size": 128}, "parents": ["prepare"],
+                     "notes": {"forecast": prediction}, "log": [
+                         *curve(6.4, 0.45, 40, "train/loss", 50_000),
+                         *({**row, "heldout/accuracy": 0.8 - 0.5 / row["step"]} for row in curve(3, 0.46, 10, "heldout/loss", 200_000))]},
+        "sft": {"metrics": {"validation_loss": metric(0.08, n=300), "validation_gap": metric(0.017, n=300),
+                            **{f"{when}/{k}": share(pair[i], 200) for k, pair in tuned.items()
+                               for i, when in enumerate(("before", "after"))},
+                            "before/base_loss": metric(0.456, n=48_042, ci95=(0.44, 0.47)),
+                            "after/base_loss": metric(1.01, n=48_042, ci95=(0.98, 1.03))},
+                "counts": {"dialogues": 3000, "tokens": 427_758, "cut": 0, "steps": 375}, "config": {"method": "lora", "lora_rank": 16},
+                "parents": ["prepare", "pretrain"], "log": [*curve(2, 0.06, 20, "train/loss"), *curve(0.2, 0.08, 5, "eval/loss")]},
+        "preferences": {"metrics": {"kept_share": share(0.8, 1500), "all_tie_share": share(0.2, 1500), "gold_mean": share(0.7, 1500),
+                                    "annotator_flipped_pairs": share(0.0, 9000), "sample_accuracy": share(0.5, 1500),
+                                    "distinct_responses": metric(6.5, n=1500, ci95=(6.4, 6.6))},
+                        "counts": {"asked": 1500, "samples": 12_000, "prompts": 1200, "responses": 8000, "pairs": 9000, "tokens": 400_000},
+                        "notes": {"annotators": ["simulated-gold-error-0.0"], "simulated": True},
+                        "config": {"source": None, "temperature": 1.2}, "parents": ["prepare", "sft"]},
+        "reward_model": {"metrics": {
+            "heldout_accuracy": share(0.83, 900), "fresh_accuracy": share(0.82, 3000), "heldout_ece": metric(0.03, n=900),
+            "heldout_brier": metric(0.12, n=900), "fresh_ece": metric(0.04, n=3000), "fresh_brier": metric(0.13, n=3000),
+            **{f"{s}_accuracy_distance_{d}": share(0.7 + 0.05 * d, 400) for s in ("heldout", "fresh") for d in (1, 2, 3)},
+            "baseline_min_logprob_accuracy": share(0.71, 3000), "baseline_length_accuracy": share(0.52, 3000),
+            "gain_over_min_logprob": metric(0.11, n=3000, ci95=(0.08, 0.14)), "score_mean": metric(0.0, n=2400),
+            "score_std": metric(1.0, n=2400)},
+            "counts": {"parameters": 900_000, "steps": 300, "train_prompts": 1080, "train_responses": 7200, "heldout_prompts": 120},
+            "notes": {"simulated_annotator": True}, "parents": ["prepare", "sft", "preferences"],
+            "log": [*curve(0.5, 0.86, 20, "train/accuracy"), *curve(0.6, 0.83, 5, "eval/accuracy")]},
+        "ppo": {"metrics": {**{f"before/{k}": share(v, 300) for k, v in values.items()},
+                            **{f"after/{k}": metric(v + gains[k], n=300, ci95=(v + gains[k] - 0.03, v + gains[k] + 0.03))
+                               for k, v in values.items()},
+                            **{f"gain/{k}": metric(v, n=300, ci95=(v - 0.02, v + 0.02)) for k, v in gains.items()}},
+                "counts": {"responses": 7680, "tokens": 300_000, "steps": 160, "parameters": 1_800_000},
+                "parents": ["prepare", "sft", "reward_model"],
+                "config": {"iterations": 40, "epochs": 1, "minibatches": 4, "reward": {"model": 1.0}, "kl_coef": 0.05}, "log": [
+                    {"step": 4 * i, "objective/score": i / 40, "objective/gold": 0.8 + i / 200, "objective/accuracy": 0.6 + i / 400,
+                     "objective/kl": i / 10, "objective/entropy": 0.3 - i / 400, "response/eos_rate": 0.98, "policy/clip_fraction": 0.05,
+                     "value/explained_variance": i / 50} for i in range(1, 41)]},
+        "evaluation": {"metrics": {}, "counts": {"problems": 40, "cells": len(judged), "tokens": 30_000},
+                       "parents": ["prepare", "pretrain", "sft", "ppo"],
+                       "config": {"models": {"base": ["direct", "zero_shot_cot"], "ppo": ["zero_shot_cot", "self_consistency"],
+                                             "sft": ["direct", "few_shot", "zero_shot_cot", "self_consistency"]},
+                                  "num_samples": 8, "temperature": 1.0, "shots": 2},
+                       "files": {"results.json": json.dumps(results)}}}
+    for stage in stages:
+        write_run(home, stage, **content[stage])
+    return home
+
+
+def small_figure(path: Path, *content, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("<svg/>")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures cost a second in all; where they are not looked at they are not drawn."""
+    monkeypatch.setattr(figures, "plot", small_figure)
+    monkeypatch.setattr(figures, "bars", small_figure)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A recipe with all stages, and its report."""
+    home = make_runs(tmp_path_factory.mktemp("runs") / "tiny")
+    report(home)
+    return home
+
+
+def report(home: Path) -> Manifest:
+    return main(build_config(ReportConfig, {"run_dir": str(home / "report"), "parents": {s: str(home / s) for s in STAGES}}, recipe="tiny"))
+
+
+def tell(home: Path, folder: Path) -> page.Page:
+    stages = {s: Stage(Manifest(home / s)) for s in STAGES if (home / s / MANIFEST).is_file()}
+    return story.tell(stages, {s: f"{s} has not been run" for s in STAGES if s not in stages}, folder, recipe="tiny", law=law)
+
+
+@pytest.fixture
+def told(whole, tmp_path, undrawn) -> page.Page:
+    return tell(whole, tmp_path)
+
+
+class Reader(HTMLParser):
+    """Collects what a browser would fetch or open, the tags left open, and the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.links, self.open, self.text = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_needs_nothing_but_itself(whole):
+    text = (whole / "report" / "index.html").read_text()
+    reader = Reader()
+    reader.feed(text)
+    assert reader.open == []
+    assert len(reader.links) > 20 and all(link.startswith(("data:image/svg+xml;base64,", "#")) for link in reader.links)
+    assert "<script" not in text and "url(" not in text and "@import" not in text
+    anchors = {link[1:] for link in reader.links if link.startswith("#")}
+    assert anchors == set(STAGES) and all(f'id="{anchor}"' in text for anchor in anchors)
+    for link in reader.links:
+        if link.startswith("data:"):
+            svg = base64.b64decode(link.split(",", 1)[1]).decode()
+            assert "prefers-color-scheme:dark" in svg and not re.search(r'(href|src)="(?!#)', svg)
+
+
+def test_markdown_twin_says_the_same_and_its_figures_are_there(whole):
+    text = (whole / "report" / "report.md").read_text()
+    files = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert len(files) == Manifest(whole / "report").counts["figures"] == len(set(files)) >= 20
+    assert all((whole / "report" / file).read_text().lstrip().startswith("<?xml") for file in files)
+    assert not re.search("[\x02\x03\x04]", text)
+    reader = Reader()
+    reader.feed((whole / "report" / "index.html").read_text())
+    shown = "".join(reader.text)
+    for line in text.splitlines():
+        if line.startswith("| "):
+            assert all(cell in shown for cell in line.strip("| ").split(" | ")), line
+
+
+def follow(origin: str, home: Path):
+    """The number that a mark points at: manifest.json#metrics/<key>/value or #counts/<key>; None for other files and for computed ones."""
+    file, _, rest = origin.partition("#")
+    if not file.endswith(MANIFEST) or not file.startswith(str(home)) or " " in rest:
+        return None
+    group, _, key = rest.partition("/")
+    data = json.loads(Path(file).read_text())[group]
+    if group != "metrics":
+        for part in key.split("/"):
+            data = data[part]
+        return data
+    name, _, field = key.rpartition("/")
+    return data[name][field]
+
+
+def test_every_number_leads_back_to_the_manifest_that_holds_it(whole, told):
+    marks = page.numbers(told)
+    checked = 0
+    for text, origin in marks:
+        held = follow(origin, whole)
+        if isinstance(held, list):
+            ends = [float(part) for part in text.strip("[]").split(",")]
+            scale = 100 if max(map(abs, ends)) > 2 * max(map(abs, held)) else 1
+            assert ends == pytest.approx([scale * end for end in held], abs=0.051), (text, origin)
+        elif isinstance(held, int | float) and not origin.endswith(("wall_s", "peak_rss_bytes")):
+            shown = float(re.sub(r"[,%]| points", "", text))
+            assert any(shown == pytest.approx(held * scale, rel=2e-3, abs=allowed)
+                       for scale, allowed in ((1, 0.00501), (100, 0.0501))), (text, origin)
+        else:
+            continue
+        checked += 1
+    assert checked > 150 and len(marks) > 300
+
+
+def test_a_number_that_is_changed_in_a_manifest_changes_in_the_report(whole, told, tmp_path):
+    before = dict(reversed(mark) for mark in page.numbers(told))
+    home = make_runs(tmp_path / "tiny")
+    data = json.loads((home / "ppo" / MANIFEST).read_text())
+    data["metrics"]["gain/gold"]["value"] = 0.4567
+    (home / "ppo" / MANIFEST).write_text(json.dumps(data))
+    marks = page.numbers(tell(home, tmp_path))
+    key = f"{home / 'ppo' / MANIFEST}#metrics/gain/gold/value"
+    assert {text for text, origin in marks if origin == key} == {"+0.457"}
+    assert before[key.replace(str(home), str(whole))] == "+0.210"
+
+
+def test_each_figure_and_table_names_manifest_fingerprint_commit_and_seed(told):
+    blocks = [told.summary, *(b for section in told.sections for b in (*section.figures, *section.tables) if section.key != "records")]
+    assert len(blocks) > 35
+    for block in blocks:
+        line = page.source_line(block.sources)
+        assert re.search(r"Source: \S+/manifest\.json.* · \w+ [0-9a-f]{12} · commit 0123456789 · seed 0", line), (block.caption, line)
+
+
+def test_the_summary_states_the_effects(whole, told):
+    lines = {page.plain(row[0]): [page.plain(cell) for cell in row[1:]] for row in told.summary.rows}
+    prediction = lines["Held-out loss of the main model against the prediction"]
+    assert prediction[0] == "off by -1.0 %" and "written down before training" in prediction[3] and "inside the interval" in prediction[3]
+    found = {(p["a"], p["b"]): p for p in json.loads((whole / "evaluation" / "results.json").read_text())["comparisons"]}
+    cot = found["sft/zero_shot_cot", "sft/direct"]
+    assert lines["CoT over direct answers, word_problems"][0] == GAIN.text(cot["difference"])
+    assert lines["CoT over direct answers, word_problems"][2] == "40" and "above zero" in lines["CoT over direct answers, word_problems"][3]
+    assert "8 votes over one sampled chain, word_problems" in lines and "8 votes over greedy CoT, word_problems" in lines
+    assert lines["Reward model: pairs of fresh SFT samples ordered right"][:3] == ["82.0 %", "[79.0, 85.0]", "3,000"]
+    assert "greedy accuracy +1.0 points [-1.0, +3.0]" in lines["PPO: accuracy of sampled answers over SFT"][3]
+
+
+def test_sharpening_is_called_so(told):
+    text = " ".join(t for section in told.sections if section.key == "ppo" for t in section.paragraphs)
+    assert "may be mere sharpening" in text and "more than a sharper distribution" not in text
+
+
+def test_a_simulated_annotator_is_called_simulated_wherever_preferences_appear(told):
+    for key in ("preferences", "reward_model", "ppo"):
+        section = next(s for s in told.sections if s.key == key)
+        assert "simulated annotator" in " ".join(section.paragraphs), key
+    assert any("simulated annotator" in warning for warning in told.warnings)
+
+
+@pytest.mark.parametrize("present", [("pretrain",), ("prepare", "pretrain", "sft"), tuple(s for s in STAGES if s != "scaling")])
+def test_a_missing_stage_is_left_out_and_said_so(present, tmp_path, capsys, undrawn):
+    home = make_runs(tmp_path / "tiny", present)
+    manifest = report(home)
+    text = (home / "report" / "report.md").read_text()
+    absent = [s for s in STAGES if s not in present]
+    assert manifest.data["notes"]["missing"] == sorted(absent) and set(manifest.data["parents"]) == set(present)
+    printed = capsys.readouterr().out
+    for stage in absent:
+        assert f"`make {stage} RECIPE=tiny` makes it" in text and f"{stage} (missing)" in text
+        assert f"left out: {stage} has not been run" in printed
+    assert f"{home}/ppo/manifest.json" not in text or "ppo" in present
+
+
+def test_an_unfinished_stage_is_named_as_begun(tmp_path, undrawn):
+    home = make_runs(tmp_path / "tiny", ("pretrain",))
+    (home / "sft.partial").mkdir()
+    report(home)
+    assert "sft has begun but not finished" in (home / "report" / "report.md").read_text()
+
+
+def test_without_pretraining_there_is_no_report(tmp_path):
+    home = make_runs(tmp_path / "tiny", ("prepare",))
+    with pytest.raises(ValueError, match="run `make pretrain RECIPE=tiny` first"):
+        report(home)
+
+
+def test_missing_numbers_stay_missing(tmp_path):
+    home = make_runs(tmp_path / "tiny", ("pretrain", "sft", "ppo"))
+    for stage, keys in (("sft", ("after/stop_rate", "after/base_loss")), ("ppo", ("gain/greedy_accuracy", "after/kl"))):
+        data = json.loads((home / stage / MANIFEST).read_text())
+        for key in keys:
+            del data["metrics"][key]
+        (home / stage / MANIFEST).write_text(json.dumps(data))
+    told = tell(home, tmp_path)
+    lines = {row[0]: row for row in told.summary.rows}
+    assert lines["SFT: answers end by themselves"][1:4] == ["not measured"] * 3
+    assert "greedy accuracy not measured" in page.plain(lines["PPO: accuracy of sampled answers over SFT"][4])
+    assert "learned from rankings by an annotator whom no manifest names" in told.sections[6].paragraphs[0]
+    assert "not measured" in (tmp_path / "sft-answers.svg").read_text()
+
+
+def test_a_prediction_made_afterwards_is_not_called_a_forecast(tmp_path, undrawn):
+    home = make_runs(tmp_path / "tiny", ("scaling", "pretrain"))
+    data = json.loads((home / "pretrain" / MANIFEST).read_text())
+    data["notes"] = {}
+    (home / "pretrain" / MANIFEST).write_text(json.dumps(data))
+    told = tell(home, tmp_path)
+    assert "not on record before this training began" in page.plain(told.summary.rows[0][4])
+    assert any("a check of the law, not a forecast" in text for text in told.sections[1].paragraphs)
+
+
+def test_runs_of_different_pipelines_side_by_side_are_noticed(tmp_path, undrawn):
+    home = make_runs(tmp_path / "tiny", ("prepare", "pretrain", "sft"))
+    data = json.loads((home / "pretrain" / MANIFEST).read_text())
+    data["fingerprint"] = "sha256:" + "f" * 64
+    data["provenance"] |= {"dirty": True, "commit": None}
+    (home / "pretrain" / MANIFEST).write_text(json.dumps(data))
+    warnings = tell(home, tmp_path).warnings
+    assert any(w.startswith("sft was made from another pretrain") and "ffffffffffff" in w for w in warnings)
+    assert any("uncommitted changes" in w and "pretrain" in w for w in warnings) and any("2 different commits" in w for w in warnings)
+
+
+def test_a_finished_report_is_made_again_when_a_manifest_changes(tmp_path, capsys, undrawn):
+    home = make_runs(tmp_path / "tiny", ("pretrain",))
+    first = report(home).fingerprint
+    assert report(home).fingerprint == first and "nothing it depends on has changed" in capsys.readouterr().out
+    page_ = (home / "report" / "index.html").read_bytes()
+    data = json.loads((home / "pretrain" / MANIFEST).read_text())
+    data["provenance"]["wall_s"] = 99.0
+    (home / "pretrain" / MANIFEST).write_text(json.dumps(data))
+    assert report(home).fingerprint != first and (home / "report" / "index.html").read_bytes() != page_
+
+
+def test_text_is_escaped_and_marks_become_titles():
+    assert page.marked(f"a < b & {page.number('7', 'x.json#k')}") == 'a &lt; b &amp; <span class="n" title="x.json#k">7</span>'
+    table = page.Table(["a|b"], [["x|y"]], "", [])
+    assert "| x\\|y |" in page.table_markdown(table)
+
+
+def test_numbers_are_written_as_their_form_says():
+    assert SCORE.text(-0.0001) == "0.000" and GAIN.text(0.1234) == "+12.3 points" and GAIN.between([-0.01, 0.034]) == "[-1.0, +3.4]"
+
+
+@pytest.mark.slow
+def test_the_smoke_recipe_has_a_report_without_gaps(smoke):
+    folder = smoke.path("report")
+    text = (folder / "report.md").read_text()
+    assert json.loads((folder / MANIFEST).read_text())["notes"]["missing"] == []
+    gaps = [line for line in text.splitlines() if "not measured" in line and "Money and energy" not in line]
+    assert len(gaps) <= 12, gaps  # counts that a stage does not make, such as the FLOPs of preparing data

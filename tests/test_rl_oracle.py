@@ -1,0 +1,58 @@
+"""Our policy loss against TRL's GRPO loss on the same tokens: an independent implementation of the clipped surrogate, its
+temperature, its padding and its normalisation (`bnpo` divides by the tokens of the batch, as ours does)."""
+import copy
+
+import datasets
+import pytest
+import torch
+from trl import GRPOConfig, GRPOTrainer
+
+from stages.rl.models import PolicyWithCritic
+from stages.rl.trainer import PPOTrainer
+from tests.rl_tiny import PAD, classifier, policy, tokenizer, trainer
+
+
+def left(rows, pad):
+    width = max(map(len, rows))
+    return torch.tensor([[pad] * (width - len(r)) + list(r) for r in rows])
+
+
+def right(rows, pad):
+    width = max(map(len, rows))
+    return torch.tensor([list(r) + [pad] * (width - len(r)) for r in rows])
+
+
+def test_policy_loss_and_gradient_equal_trls(tmp_path):
+    model = PolicyWithCritic(policy(), classifier(), temperature=0.8)
+    t: PPOTrainer = trainer(tmp_path / "ppo", model=model, vf_coef=0.0)
+    e = t.rollout(0)
+    rows = [0, 3, 5, 9]
+    torch.manual_seed(0)
+    with torch.no_grad():  # a few updates later: some ratios lie outside the clipping range
+        for p in t.model.policy.parameters():
+            p.add_(0.03 * torch.randn_like(p))
+
+    grpo = GRPOTrainer(
+        model=copy.deepcopy(t.model.policy), reward_funcs=lambda **_: [0.0], processing_class=tokenizer(),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a"}] * 4),
+        args=GRPOConfig(output_dir=str(tmp_path / "grpo"), use_cpu=True, bf16=False, loss_type="bnpo", beta=0.0, temperature=0.8, epsilon=0.2,
+                        per_device_train_batch_size=4, num_generations=4, gradient_accumulation_steps=1, report_to="none"))
+    grpo.model.train()
+    grpo.current_gradient_accumulation_steps = 1
+    lengths = [len(e.responses[i].ids) for i in rows]
+    assert len(set(lengths)) > 1 and len({len(e.responses[i].prompt_ids) for i in rows}) > 1, "the case needs padding on both sides"
+    prompts, responses = [e.responses[i].prompt_ids for i in rows], [e.responses[i].ids for i in rows]
+    tokens = {"prompt_ids": left(prompts, PAD), "prompt_mask": left([[1] * len(p) for p in prompts], 0),
+              "completion_ids": right(responses, PAD), "completion_mask": right([[1] * n for n in lengths], 0)}
+    numbers = {key: right([values[i, -n:].tolist() for i, n in zip(rows, lengths, strict=True)], 0.0)
+               for key, values in (("advantages", e.advantages), ("old_per_token_logps", e.logprobs))}
+    theirs = grpo._compute_loss(grpo.model, tokens | numbers)
+    theirs.backward()
+
+    t.current_gradient_accumulation_steps = 1
+    ours = t.compute_loss(t.model, {**e.inputs(rows, PAD), "num_tokens": torch.tensor(sum(lengths))})
+    ours.backward()
+    assert float(t.sums["policy/clip_fraction"]) > 0.02, "the case needs clipped tokens"
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+    for (name, a), b in zip(t.model.policy.named_parameters(), grpo.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
