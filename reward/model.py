@@ -58,8 +58,8 @@ def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tenso
 def score_ids(model: PreTrainedModel, rows: Sequence[Sequence[int]], batch_size: int = 64) -> list[float]:
     """Raw score of each token sequence (prompt and response), in the order given. `normalize` brings them to SFT units.
 
-    Sequences of similar length share a batch; padding goes right. The last token that is not padding is scored, so ids must
-    not contain the padding token. The model is in eval mode meanwhile and then as it was.
+    Sequences of similar length share a batch; padding goes right. The last token that is not the padding token is
+    scored, so a sequence should not end with one. The model is in eval mode meanwhile and then as it was.
     """
     pad_id = model.config.get_text_config().pad_token_id
     scores = [0.0] * len(rows)

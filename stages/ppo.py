@@ -48,7 +48,7 @@ class PpoConfig(StageConfig):
     gamma: float = option(1.0, "discount a token")
     lam: float = option(0.95, "lambda of the advantage estimates")
     cliprange: float = option(0.2, "clipping of the probability ratio")
-    cliprange_value: float = option(0.2, "clipping of the value around the old one")
+    cliprange_value: float = option(0.2, "clipping of the value around the old one, in scores: how far it moves in one iteration")
     vf_coef: float = option(0.5, "weight of the value loss")
     max_grad_norm: float = option(1.0, "gradient norm of each model")
     temperature: float = option(1.0, "of the sampling")

@@ -32,7 +32,7 @@ class PrepareConfig(StageConfig):
     num_documents: int = option(40_000, "documents of the curriculum, or at most this many of a hub dataset (0: all)")
     num_easy_documents: int = option(8_000, "documents of the curriculum's easy beginning")
     num_problems: dict[str, int] = option(
-        {"sft": 6000, "preferences": 4000, "ppo": 10_000, "validation": 3000, "test": 12_000}, "embedded problems a split")
+        {"sft": 6000, "preferences": 10_000, "ppo": 10_000, "validation": 3000, "test": 12_000}, "embedded problems a split")
     difficulties: list[int] = option([1, 2, 3, 4, 5], "steps of the embedded problems")
     document_chars: int = option(4000, "plain text is cut into documents of at most this many characters")
     decode_errors: Literal["strict", "replace"] = option("strict", "what to do with bytes that are not UTF-8")

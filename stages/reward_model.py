@@ -70,7 +70,7 @@ def main(config: RewardModelConfig) -> Manifest:
         f"{len(heldout):,} prompts held out; ranked by {'a simulated annotator' if simulated else 'people'}")
 
     model = from_language_model(sft.product("model"), pad_id=tokenizer.pad_token_id, seed=config.seed, extra_layers=config.extra_layers)
-    check(config, train, tokenizer, model)
+    check(config, train, model)
     local_batch = share_batch(config.batch_size, world_size(), "batch_size")
     micro = min(config.micro_batch_size or local_batch, local_batch)
     steps = max(1, int(len(train) // config.batch_size * config.epochs))
@@ -117,8 +117,8 @@ def split(records: list[dict], config: RewardModelConfig) -> tuple[list[dict], l
     return [r for key in order[count:] for r in groups[key]], [r for key in order[:count] for r in groups[key]]
 
 
-def check(config: RewardModelConfig, train: list[dict], tokenizer, model) -> None:
-    """Raises ValueError for batches that do not divide, and for ids that the model cannot read or score."""
+def check(config: RewardModelConfig, train: list[dict], model) -> None:
+    """Raises ValueError for batches that do not divide, prompts that cannot be shared and ids outside the vocabulary."""
     local = share_batch(config.batch_size, world_size(), "batch_size")
     if config.batch_size > len(train) or local % (config.micro_batch_size or local):
         raise ValueError(f"batch_size {config.batch_size} ({local} a process), micro_batch_size {config.micro_batch_size}: batch_size must "
@@ -129,8 +129,6 @@ def check(config: RewardModelConfig, train: list[dict], tokenizer, model) -> Non
     if max(ids) >= model.config.get_text_config().vocab_size:
         raise ValueError(f"the preferences hold token {max(ids)}, the model has {model.config.get_text_config().vocab_size} tokens: "
                          "they come from another tokenizer; drop prompt_ids and response_ids from the records")
-    if tokenizer.pad_token_id in ids:
-        raise ValueError(f"the preferences hold the padding token {tokenizer.pad_token_id}, behind which nothing is scored: remove it")
 
 
 def as_metric(a: Accuracy) -> dict[str, Any]:

@@ -14,7 +14,7 @@ RIGHT = "Start 5. Monday 5 + 6 = 11. Tuesday 11 - 2 = 9. The answer is 9."
     (RIGHT, True, 1.5, True, 1.0, ()),
     ("Start 5. Tuesday 5 - 2 = 3. Monday 3 + 6 = 9. The answer is 9.", True, 1.5, True, 1.0, ()),  # the other accepted order
     ("Start 5. Monday 5 + 6 = 12. Tuesday 12 - 2 = 10. The answer is 10.", True, 0.5 / 3, False, 1 / 3, ()),
-    ("Start 5. Monday 5 + 6 = 12. Tuesday 11 - 2 = 9. The answer is 9.", True, 1 + 0.5 / 3, True, 1 / 3, ()),  # steps end at the first error
+    ("Start 5. Monday 5 + 6 = 12. Tuesday 11 - 2 = 9. The answer is 9.", True, 1 + 0.5 / 3, True, 1 / 3, ()),  # up to the first error
     ("The answer is 9.", True, 1.0, True, 0.0, ()),
     ("Start 5. Monday 5 + 6 = 11. Tuesday 11 - 2 = 9.", True, 0.4, False, 1.0, ("no answer sentence",)),
     (RIGHT + " Start 5.", True, 1.4, True, 1.0, ("text after the answer",)),

@@ -35,8 +35,9 @@ def test_policy_loss_and_gradient_equal_trls(tmp_path):
     grpo = GRPOTrainer(
         model=copy.deepcopy(t.model.policy), reward_funcs=lambda **_: [0.0], processing_class=tokenizer(),
         train_dataset=datasets.Dataset.from_list([{"prompt": "a"}] * 4),
-        args=GRPOConfig(output_dir=str(tmp_path / "grpo"), use_cpu=True, bf16=False, loss_type="bnpo", beta=0.0, temperature=0.8, epsilon=0.2,
-                        per_device_train_batch_size=4, num_generations=4, gradient_accumulation_steps=1, report_to="none"))
+        args=GRPOConfig(output_dir=str(tmp_path / "grpo"), use_cpu=True, bf16=False, loss_type="bnpo", beta=0.0,
+                        temperature=0.8, epsilon=0.2, per_device_train_batch_size=4, num_generations=4,
+                        gradient_accumulation_steps=1, report_to="none"))
     grpo.model.train()
     grpo.current_gradient_accumulation_steps = 1
     lengths = [len(e.responses[i].ids) for i in rows]

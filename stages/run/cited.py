@@ -15,6 +15,8 @@ from stages.run.page import Figure, Section, number
 
 MISSING = "not measured"
 MEASURED = ["", "value", "95 % interval", "n"]  # header of a table of `Stage.row`
+TITLES = {"prepare": "Data", "scaling": "Scaling law", "pretrain": "Pretraining", "sft": "Supervised fine-tuning",
+          "preferences": "Preferences", "reward_model": "Reward model", "ppo": "PPO", "evaluation": "Evaluation"}
 Told = tuple[Section, list[list[str]]]  # a section, and its lines of the summary: effect, result, 95 % interval, n, beside it
 
 
@@ -138,5 +140,5 @@ def annotator(stages: Stages) -> str:
     s = stages.get("preferences")
     if s is None or "simulated" not in s.notes:
         return "an annotator whom no manifest names"
-    names = ", ".join(s.notes.get("annotators", [])) or "unnamed"
+    names = ", ".join(name.removeprefix("simulated: ") for name in s.notes.get("annotators", [])) or "unnamed"
     return f"a simulated annotator ({names}), not by people" if s.notes["simulated"] else f"people ({names})"

@@ -4,7 +4,8 @@ An .svg follows its viewer: text and axes take the light or dark colour scheme, 
 the page's. It is the same bytes for the same numbers. A .png is for light backgrounds.
 """
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,19 +17,19 @@ SIZE = (4.5, 3.1)  # inches: shown at that size or a little larger, so that text
 
 
 class Series(NamedTuple):
-    """Points to draw. `low` and `high` are ends of intervals; `color` is a place in the palette (default: the next one),
-    `notes` are written beside the points."""
+    """Points to draw. `low` and `high` are ends of intervals; `color` is a place in the palette (default: the next one);
+    a series without a label is not in the legend."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
-    look: Literal["line", "dashed", "points", "star"] = "line"
+    look: Literal["line", "dashed", "points", "squares", "diamonds", "star"] = "line"
     color: int | None = None
-    notes: Sequence[str] | None = None
 
 
+MARKERS = {"points": ("o", 16), "squares": ("s", 20), "diamonds": ("D", 18), "star": ("*", 90)}
 Bar = tuple[float, float | None, float | None]  # value and the ends of its interval, None where there is no interval
 
 
@@ -45,39 +46,38 @@ def plot(path: Path, series: Sequence[Series], *, x: str, y: str, title: str = "
 
     `marks` draws named horizontal levels, `diagonal` the line on which y equals x.
     """
-    figure, axes = _figure(path)
-    for place, s in enumerate(series):
-        color = COLORS[(place if s.color is None else s.color) % len(COLORS)]
-        kept = [i for i, pair in enumerate(zip(s.x, s.y, strict=True)) if all(map(math.isfinite, pair))]
-        xs, ys = [s.x[i] for i in kept], [s.y[i] for i in kept]
-        if s.low is not None and s.high is not None:
-            reach = [[max(0.0, s.y[i] - s.low[i]) for i in kept], [max(0.0, s.high[i] - s.y[i]) for i in kept]]
-            axes.errorbar(xs, ys, yerr=reach, fmt="none", ecolor=color, elinewidth=1, capsize=2, zorder=2)
-        if s.look in ("line", "dashed"):
-            axes.plot(xs, ys, color=color, linewidth=1.5 if s.look == "line" else 1, linestyle="-" if s.look == "line" else "--",
-                      marker="o" if s.look == "line" and len(xs) < 30 else None, markersize=3, label=s.label)
-        else:
-            star = s.look == "star"
-            axes.scatter(xs, ys, color=color, marker="*" if star else "o", s=90 if star else 16, label=s.label, zorder=3)
-        for i, note in ((i, s.notes[i]) for i in kept if s.notes):
-            axes.annotate(f" {note}", (s.x[i], s.y[i]), fontsize=7, va="bottom")
-    for label, level in (marks or {}).items():
-        axes.axhline(level, linestyle=":", linewidth=1, color="#8a8a8a")
-        axes.annotate(label, (0.01, level), xycoords=("axes fraction", "data"), fontsize=7.5, va="bottom")
-    if diagonal:
-        ends = [*axes.get_xlim(), *axes.get_ylim()]
-        axes.plot([min(ends), max(ends)], [min(ends), max(ends)], linestyle=":", linewidth=1, color="#8a8a8a", zorder=1)
-    axes.set(xlabel=x, ylabel=y, title=title)
-    for axis, wanted, set_scale in ((axes.xaxis, log_x, axes.set_xscale), (axes.yaxis, log_y, axes.set_yscale)):
-        if wanted:
-            set_scale("log")
-        _plain_ticks(axis, log=wanted)
-    if y_range:
-        axes.set_ylim(*y_range)
-    axes.grid(alpha=0.3)
-    if sum(bool(s.label) for s in series) > 1:
-        _legend(axes, sum(bool(s.label) for s in series))
-    return _save(figure, path)
+    with _axes(path) as axes:
+        for place, s in enumerate(series):
+            color = COLORS[(place if s.color is None else s.color) % len(COLORS)]
+            kept = [i for i, pair in enumerate(zip(s.x, s.y, strict=True)) if all(map(math.isfinite, pair))]
+            xs, ys = [s.x[i] for i in kept], [s.y[i] for i in kept]
+            if s.low is not None and s.high is not None:
+                reach = [[max(0.0, s.y[i] - s.low[i]) for i in kept], [max(0.0, s.high[i] - s.y[i]) for i in kept]]
+                axes.errorbar(xs, ys, yerr=reach, fmt="none", ecolor=color, elinewidth=1, capsize=2, zorder=2)
+            if s.look in ("line", "dashed"):
+                axes.plot(xs, ys, color=color, linewidth=1.5 if s.look == "line" else 1, linestyle="-" if s.look == "line" else "--",
+                          marker="o" if s.look == "line" and len(xs) < 30 else None, markersize=3, label=s.label)
+            else:
+                marker, size = MARKERS[s.look]
+                axes.scatter(xs, ys, color=color, marker=marker, s=size, label=s.label, zorder=3)
+        for label, level in (marks or {}).items():
+            axes.axhline(level, linestyle=":", linewidth=1, color="#8a8a8a")
+            axes.annotate(label, (0.01, level), xycoords=("axes fraction", "data"), fontsize=7.5, va="bottom")
+        if diagonal:
+            ends = [*axes.get_xlim(), *axes.get_ylim()]
+            axes.plot([min(ends), max(ends)], [min(ends), max(ends)], linestyle=":", linewidth=1, color="#8a8a8a", zorder=1)
+        axes.set(xlabel=x, ylabel=y, title=title)
+        for axis, wanted, set_scale in ((axes.xaxis, log_x, axes.set_xscale), (axes.yaxis, log_y, axes.set_yscale)):
+            if wanted:
+                set_scale("log")
+            _plain_ticks(axis, log=wanted)
+        if y_range:
+            axes.set_ylim(*y_range)
+        axes.grid(alpha=0.22)
+        if not log_x:
+            axes.xaxis.get_major_locator().set_params(nbins=6, integer=all(float(value).is_integer() for s in series for value in s.x))
+        _legend(axes, [s.label for s in series if s.label])
+    return path
 
 
 def bars(path: Path, rows: Mapping[str, Mapping[str, Bar | None]], *, x: str, title: str = "",
@@ -93,57 +93,69 @@ def bars(path: Path, rows: Mapping[str, Mapping[str, Bar | None]], *, x: str, ti
             places[row, group] = top
             top += 1
         top += 0.6 if len(groups) > 1 else 0.25
-    figure, axes = _figure(path, (SIZE[0], 0.95 + 0.17 * max(top, 4)))
-    left = x_range[0] if x_range else 0.0
-    for place, group in enumerate(groups):
-        color = COLORS[place % len(COLORS)]
-        found = [(y, rows[row][group]) for (row, g), y in places.items() if g == group]
-        shown = [(y, bar) for y, bar in found if bar is not None]
-        axes.barh([y for y, _ in shown], [b[0] for _, b in shown], height=0.84, color=color, label=group)
-        for y, (value, low, high) in shown:
-            if low is not None and high is not None:
-                axes.errorbar([value], [y], xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="none",
-                              ecolor=_ink(path), elinewidth=1, capsize=2)
-        for y in (y for y, bar in found if bar is None):
-            axes.annotate(" not measured", (left, y), fontsize=6.5, va="center", color="#8a8a8a")
-    for label, level in (marks or {}).items():
-        axes.axvline(level, linestyle=":", linewidth=1.2, color="#8a8a8a")
-        axes.annotate(f"{label} ", (level, top), fontsize=7.5, va="bottom", ha="right")
-    middle = {row: [y for (r, _), y in places.items() if r == row] for row in rows}
-    axes.set_yticks([sum(ys) / len(ys) for ys in middle.values() if ys], [row for row, ys in middle.items() if ys])
-    axes.set_ylim(top + (0.4 if marks else -0.2), -0.7)
-    if x_range:
-        axes.set_xlim(*x_range)
-    axes.set(xlabel=x, title=title)
-    axes.grid(alpha=0.3, axis="x")
-    if len(groups) > 1:
-        _legend(axes, len(groups))
-    return _save(figure, path)
+    with _axes(path, (SIZE[0], 0.95 + 0.17 * max(top, 4))) as axes:
+        left = x_range[0] if x_range else 0.0
+        for place, group in enumerate(groups):
+            color = COLORS[place % len(COLORS)]
+            found = [(y, rows[row][group]) for (row, g), y in places.items() if g == group]
+            shown = [(y, bar) for y, bar in found if bar is not None]
+            axes.barh([y for y, _ in shown], [b[0] for _, b in shown], height=0.84, color=color, label=group)
+            for y, (value, low, high) in shown:
+                if low is not None and high is not None:
+                    axes.errorbar([value], [y], xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="none",
+                                  ecolor=_ink(path), elinewidth=1, capsize=2)
+            for y in (y for y, bar in found if bar is None):
+                axes.annotate(" not measured", (left, y), fontsize=6.5, va="center", color="#8a8a8a")
+        for label, level in (marks or {}).items():
+            axes.axvline(level, linestyle=":", linewidth=1.2, color="#8a8a8a")
+            axes.annotate(f"{label} ", (level, top), fontsize=7.5, va="bottom", ha="right")
+        middle = {row: [y for (r, _), y in places.items() if r == row] for row in rows}
+        axes.set_yticks([sum(ys) / len(ys) for ys in middle.values() if ys], [row for row, ys in middle.items() if ys])
+        axes.set_ylim(top + (0.4 if marks else -0.2), -0.7)
+        if x_range:
+            axes.set_xlim(*x_range)
+        axes.set(xlabel=x, title=title)
+        axes.grid(alpha=0.22, axis="x")
+        _legend(axes, groups)
+    return path
 
 
-def _ink(path: Path) -> str:
-    return INK if path.suffix == ".svg" else "black"
-
-
-def _figure(path: Path, size: tuple[float, float] = SIZE) -> tuple[Any, Any]:
+@contextmanager
+def _axes(path: Path, size: tuple[float, float] = SIZE) -> Iterator[Any]:
+    """Axes to draw on, written to `path` afterwards."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     ink = _ink(path)
-    with matplotlib.rc_context({"text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink, "xtick.color": ink,
-                                "ytick.color": ink, "font.size": 9, "axes.titlesize": 9.5, "axes.axisbelow": True, "axes.spines.top": False,
-                                "axes.spines.right": False}):
-        return plt.subplots(figsize=size, layout="constrained")
+    with matplotlib.rc_context({
+            "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink, "xtick.color": ink, "ytick.color": ink, "font.size": 9,
+            "axes.titlesize": 9.5, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
+            "svg.fonttype": "none", "svg.hashsalt": path.stem}):
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        yield axes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".svg":
+            figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
+            head, rest = path.read_text(encoding="utf-8").replace(INK, "currentColor").split("<svg", 1)
+            attributes, rest = rest.split(">", 1)
+            path.write_text(f"{head}<svg{attributes}><style>{SCHEME}</style>{rest}", encoding="utf-8")
+        else:
+            figure.savefig(path, dpi=150)
+        plt.close(figure)
 
 
-def _legend(axes, count: int) -> None:
-    """Above the axes, where it hides nothing."""
-    axes.legend(fontsize=8, frameon=False, ncols=2 if count <= 4 else 3, loc="lower left", bbox_to_anchor=(0, 1.0),
-                borderaxespad=0.2, handlelength=1.5, columnspacing=1.2)
-    if axes.get_title():
-        axes.set_title(axes.get_title(), pad=6 + 12 * math.ceil(count / (2 if count <= 4 else 3)))
+def _ink(path: Path) -> str:
+    return INK if path.suffix == ".svg" else "black"
+
+
+def _legend(axes, labels: Sequence[str]) -> None:
+    """Above the axes, where it hides nothing; one label needs none."""
+    if len(labels) > 1:
+        columns = next((n for n in (5, 4, 3) if n * (max(map(len, labels)) + 5) <= 62), 2)
+        axes.figure.legend(fontsize=8, frameon=False, ncols=min(columns, len(labels)), loc="outside upper left", borderpad=0.1,
+                      handlelength=1.5, columnspacing=1.2)
 
 
 def _plain_ticks(axis, *, log: bool) -> None:
@@ -165,21 +177,3 @@ def short(value: float) -> str:
         if 0.9995 * unit <= size < 1000 * unit:
             return f"{value / unit:.3g}{letter}"
     return f"{value:.3g}"
-
-
-def _save(figure, path: Path) -> Path:
-    import matplotlib
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".svg":
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):
-            figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
-        text = path.read_text(encoding="utf-8").replace(INK, "currentColor")
-        start = text.index("<svg")
-        end = text.index(">", start) + 1
-        path.write_text(f"{text[:end]}<style>{SCHEME}</style>{text[end:]}", encoding="utf-8")
-    else:
-        figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path

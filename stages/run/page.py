@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 MARKED = re.compile("\x02([^\x02\x03\x04]*)\x03([^\x02\x03\x04]*)\x04")
-NUMERIC = re.compile(r"[-+\[]?\d|not measured|no interval|$")
+NUMERIC = re.compile(r"[-+\[]?\d[\d.,]*(e[-+]\d+| ?%| points| GiB|[hm]\d\d[ms]|s|, [-+\d.e]+\])?$|not measured|no |$")
 
 
 class Figure(NamedTuple):
@@ -88,8 +88,9 @@ STYLE = Path(__file__).with_name("page.css")
 
 
 def marked(text: str) -> str:
-    """Escaped HTML with numbers that tell their origin."""
-    return MARKED.sub(lambda m: f'<span class="n" title="{m[2]}">{m[1]}</span>', html.escape(text))
+    """Escaped HTML with numbers that tell their origin, and `code`."""
+    coded = re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    return MARKED.sub(lambda m: f'<span class="n" title="{m[2]}">{m[1]}</span>', coded)
 
 
 def source_line(sources: list[str]) -> str:
@@ -97,7 +98,7 @@ def source_line(sources: list[str]) -> str:
 
 
 def numeric_columns(table: Table) -> list[bool]:
-    return [i > 0 and bool(table.rows) and all(NUMERIC.match(plain(row[i])) and len(plain(row[i])) < 32 for row in table.rows)
+    return [i > 0 and bool(table.rows) and all(NUMERIC.match(plain(row[i])) for row in table.rows)
             for i in range(len(table.header))]
 
 

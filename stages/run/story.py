@@ -8,7 +8,7 @@ from typing import Any
 
 from stages.run import figures, story_alignment
 from stages.run.checkpoint import read_metrics
-from stages.run.cited import ERROR, LOSS, MEASURED, MISSING, SHARE, Form, Stage, Stages, Told, annotator, draw
+from stages.run.cited import ERROR, LOSS, MEASURED, MISSING, SHARE, TITLES, Stage, Stages, Told, annotator, draw
 from stages.run.console import clock
 from stages.run.figures import Series, short
 from stages.run.manifest import MANIFEST
@@ -25,7 +25,7 @@ def tell(stages: Stages, missing: Mapping[str, str], folder: Path, *, recipe: st
     told: dict[str, Told] = {}
     for name, section in sections.items():
         told[name] = section(stages, folder) if name in stages else (
-            Section(name, name.replace("_", " ").capitalize(), [f"Not in this report: {missing[name]}."]), [])
+            Section(name, TITLES[name], [f"Not in this report: {missing[name]}."]), [])
     lines = [line for name in ("scaling", "sft", "evaluation", "reward_model", "ppo") for line in told[name][1]]
     seeds = ", ".join(map(str, sorted({s.data["seed"] for s in stages.values()})))
     lead = (f"From raw text to an aligned, evaluated model: what each stage of the recipe \"{recipe}\" did and what came out, on "
@@ -59,7 +59,7 @@ def warnings(stages: Stages) -> list[str]:
 
 def prepare(stages: Stages, folder: Path) -> Told:
     s = stages["prepare"]
-    dropped = "; ".join(f"{s.note(n, 'dropped', why)} {why}" for why, n in s.notes.get("dropped", {}).items()) or "nothing"
+    dropped = "; ".join(f"{why}: {s.note(n, 'dropped', why)}" for why, n in s.notes.get("dropped", {}).items()) or "nothing"
     text = (f"{s.count('documents')} documents were kept, {s.value('kept_share', SHARE)} of {s.n('kept_share')} read (left out: "
             f"{dropped}). A tokenizer of {s.count('vocabulary')} tokens was trained on them and the text packed into rows of "
             f"{s.note(s.notes.get('row_length', MISSING), 'row_length')} tokens. Held-out documents are chosen by their hash.")
@@ -71,7 +71,7 @@ def prepare(stages: Stages, folder: Path) -> Told:
     if len(kinds) > 1:
         tables.append(Table(["kind of text", "documents"], [[kind, s.note(n, "kinds", kind)] for kind, n in kinds],
                             "Documents of each kind, training and held out together.", [s.cite()]))
-    return Section("prepare", "Data", [text], tables=tables), []
+    return Section("prepare", TITLES["prepare"], [text], tables=tables), []
 
 
 def scaling(stages: Stages, folder: Path, law: Law) -> Told:
@@ -109,10 +109,12 @@ def scaling(stages: Stages, folder: Path, law: Law) -> Told:
         [p["run"], *(number(t, f"{s.manifest.product('points')}#{p['run']}") for t in (
             f"{p['N']:,}", f"{p['D']:,}", LOSS.text(p["loss"]), LOSS.text(fitted(p)), ERROR.text(fitted(p) / p["loss"] - 1)))]
         for p in points], "Every run of the ladder.", [s.cite("points.jsonl", "fit.json")], folded=True)
-    letters = Table(MEASURED, [s.row(name, name, Form(2 if name in "AB" else 3)) for name in CONSTANTS],
-                    "The law's constants; their intervals are those of a residual bootstrap.", [s.cite()])
+    letters = Table(MEASURED, [[name, constant(name), number("[{:.3g}, {:.3g}]".format(*fit["intervals"][name]),
+                                                             f"{s.manifest.product('fit')}#intervals/{name}")
+                                if name in fit["intervals"] else "no interval", s.n(name)] for name in CONSTANTS],
+                    "The law's constants; their intervals are those of a residual bootstrap.", [s.cite("fit.json")])
     drawn = scaling_figures(s, main, folder, points, prediction, measured, fitted)
-    return Section("scaling", "Scaling law", paragraphs, drawn, [table, letters]), lines
+    return Section("scaling", TITLES["scaling"], paragraphs, drawn, [table, letters]), lines
 
 
 def prediction_and_result(s: Stage, main: Stage, prediction: Mapping[str, Any],
@@ -196,8 +198,8 @@ def pretrain(stages: Stages, folder: Path) -> Told:
     s = stages["pretrain"]
     text = (f"The main model ({s.config['architecture']}, {s.config['num_layers']} layers of width {s.config['hidden_size']}, "
             f"{s.count('parameters')} parameters) was trained on {s.count('tokens')} tokens in {s.count('steps')} steps. Its held-out "
-            f"loss is {s.short_form('heldout_loss', LOSS)} nats a token, measured on {s.n('heldout_loss')}, its next-token accuracy "
-            f"{s.value('heldout_accuracy', SHARE)}.")
+            f"loss is {s.short_form('heldout_loss', LOSS)} nats a token, measured on {s.n('heldout_loss')} tokens, its next-token "
+            f"accuracy {s.value('heldout_accuracy', SHARE)}.")
     source = [s.cite("metrics.jsonl")]
     loss = [*s.series("training", "train/loss", "tokens"), *s.series("held out", "heldout/loss", "tokens")]
     drawn = [draw(figures.plot, folder, "pretrain-loss", loss, "Loss of the main model on its training batches and on held-out text.",
@@ -214,7 +216,7 @@ def pretrain(stages: Stages, folder: Path) -> Told:
         tables.append(Table(["kind of text", "loss", "95 % interval", "n", "accuracy"], [
             [*s.row(kind, f"heldout_loss/{kind}", LOSS), s.value(f"heldout_accuracy/{kind}", SHARE)] for kind in kinds],
             "Held-out loss by kind of text, which the mean hides.", [s.cite()]))
-    return Section("pretrain", "Pretraining", [text], drawn, tables), []
+    return Section("pretrain", TITLES["pretrain"], [text], drawn, tables), []
 
 
 def costs(stages: Stages) -> Section:
@@ -222,7 +224,7 @@ def costs(stages: Stages) -> Section:
     rows = []
     for name, s in stages.items():
         p = s.provenance
-        shown = (("wall_s", clock(p["wall_s"])), ("wall_s", f"{p['wall_s'] / max(total, 1e-9):.0%}"),
+        shown = (("wall_s", clock(p["wall_s"])), ("wall_s", f"{p['wall_s'] / max(total, 1e-9) * 100:.0f} %"),
                  ("peak_rss_bytes", f"{p['peak_rss_bytes'] / 2**30:.2f} GiB"), ("world_size", str(p.get("world_size", MISSING))),
                  ("attempts", str(p.get("attempts", MISSING))))
         rows.append([name, *(number(t, s.origin("provenance", key)) for key, t in shown), s.count("tokens"), s.count("flops")])
@@ -241,10 +243,10 @@ def hardware(stages: Stages) -> str:
 
 
 def records(stages: Stages) -> Section:
-    rows = [[name, str(s.path / MANIFEST), s.short, s.commit, str(s.data["seed"]), s.provenance["started"],
+    rows = [[name, str(s.path / MANIFEST), s.short, s.commit, str(s.data["seed"]), s.provenance["started"][:16].replace("T", " "),
              ", ".join(f"{k} {v}" for k, v in s.provenance.get("versions", {}).items() if k in ("torch", "transformers", "trl"))]
             for name, s in stages.items()]
     return Section("records", "Where every number comes from", [
         "Each manifest holds the resolved config, the seed, the hashes of data and parents, and the metrics. Point at a number on the page "
-        "to see the file and key that hold it, or what it was computed from."], tables=[
-            Table(["stage", "manifest", "fingerprint", "commit", "seed", "started", "versions"], rows, "The runs of this report.", [])])
+        "to see the file and key that hold it, or what it was computed from."], tables=[Table(
+            ["stage", "manifest", "fingerprint", "commit", "seed", "started (UTC)", "versions"], rows, "The runs of this report.", [])])

@@ -6,13 +6,13 @@ from typing import Any
 
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
-from stages.run.cited import CHANGE, GAIN, LOSS, MEASURED, MISSING, SCORE, SHARE, Form, Stages, Told, annotator, draw, verdict
+from stages.run.cited import CHANGE, GAIN, LOSS, MEASURED, MISSING, SCORE, SHARE, TITLES, Form, Stages, Told, annotator, draw, verdict
 from stages.run.figures import Series
 from stages.run.page import Figure, Section, Table, number
 
 STRATEGIES = {"direct": "direct", "few_shot": "few-shot", "zero_shot_cot": "CoT", "few_shot_cot": "few-shot CoT",
               "sampled_cot": "one sampled CoT", "self_consistency": "self-consistency"}
-MODELS = {"base": "base", "base_chat": "base, chat form", "sft": "SFT", "ppo": "PPO"}
+MODELS = {"base": "base", "sft": "SFT", "ppo": "PPO", "base_chat": "base, chat form"}
 
 
 def sft(stages: Stages, folder: Path) -> Told:
@@ -46,7 +46,7 @@ def sft(stages: Stages, folder: Path) -> Told:
     line = [*s.row("SFT: answers end by themselves", "after/stop_rate", SHARE),
             f"before {s.value('before/stop_rate', SHARE)}; in format {s.value('before/format_rate', SHARE)} before, "
             f"{s.value('after/format_rate', SHARE)} after"]
-    return Section("sft", "Supervised fine-tuning", paragraphs, drawn, [table]), [line]
+    return Section("sft", TITLES["sft"], paragraphs, drawn, [table]), [line]
 
 
 def preferences(stages: Stages, folder: Path) -> Told:
@@ -68,7 +68,7 @@ def preferences(stages: Stages, folder: Path) -> Told:
         ("distinct_responses", "different responses a prompt", Form(2))) if s.get(key)]
     if measured:
         tables.append(Table(MEASURED, measured, "What was sampled and how it was judged.", [s.cite()]))
-    return Section("preferences", "Preferences", [text], tables=tables), []
+    return Section("preferences", TITLES["preferences"], [text], tables=tables), []
 
 
 def reward_model(stages: Stages, folder: Path) -> Told:
@@ -89,8 +89,8 @@ def reward_model(stages: Stages, folder: Path) -> Told:
         drawn.append(draw(figures.plot, folder, "reward-training", curves, "Pairs ordered as the annotator ordered them, over training.",
                           [s.cite("metrics.jsonl")], x="step", y="pairwise accuracy"))
     if distances:
-        by_distance = {f"rank distance {d}": {label: s.bar(f"{name}_accuracy_distance_{d}") for name, label in sets.items()}
-                       for d in distances}
+        by_distance = {f"rank distance {d}": {label: s.bar(key) for name, label in sets.items()
+                                              if s.get(key := f"{name}_accuracy_distance_{d}")} for d in distances}
         drawn.append(draw(figures.bars, folder, "reward-distance", by_distance, "Accuracy by how far apart two responses are ranked, with "
                           "95 % intervals.", [s.cite()], x="pairwise accuracy", x_range=(0, 1.02), marks={"chance": 0.5}))
     if "fresh" in sets:
@@ -101,14 +101,14 @@ def reward_model(stages: Stages, folder: Path) -> Told:
     short = [s.row(f"reward model, {label}", f"{name}_accuracy", SHARE) for name, label in sets.items()]
     short += [s.row("least log-probability, fresh samples", base, SHARE), s.row("length, fresh samples", length, SHARE)]
     rows = [s.row(f"rank distance {d}, {label}", f"{name}_accuracy_distance_{d}", SHARE)
-             for name, label in sets.items() for d in distances]
+             for name, label in sets.items() for d in distances if s.get(f"{name}_accuracy_distance_{d}")]
     rows += [s.row(f"{what}, {label}", f"{name}_{key}") for name, label in sets.items()
              for key, what in (("ece", "calibration error"), ("brier", "Brier score"))]
     tables = [Table(MEASURED, short, "Share of pairs ordered right. Intervals know that pairs of one prompt are related.", [s.cite()]),
               Table(MEASURED, rows, "By rank distance, and how far scores can be read as probabilities.", [s.cite()], folded=True)]
     line = [*s.row("Reward model: pairs of fresh SFT samples ordered right", "fresh_accuracy", SHARE),
             f"log-probability baseline {s.value(base, SHARE)}; gain {s.short_form('gain_over_min_logprob', GAIN)}"]
-    return Section("reward_model", "Reward model", paragraphs, drawn, tables), [line]
+    return Section("reward_model", TITLES["reward_model"], paragraphs, drawn, tables), [line]
 
 
 PPO_ROWS = (("gold", "gold score", SCORE, CHANGE), ("score", "reward (proxy)", SCORE, CHANGE),
@@ -119,10 +119,12 @@ PPO_ROWS = (("gold", "gold score", SCORE, CHANGE), ("score", "reward (proxy)", S
 
 def ppo(stages: Stages, folder: Path) -> Told:
     s = stages["ppo"]
-    reward = ", ".join(f"{weight:g} x {name}" for name, weight in s.config.get("reward", {}).items()) or MISSING
+    sources = s.config.get("reward", {})
+    reward = ", ".join(f"{weight:g} x {name}" for name, weight in sources.items()) or MISSING
+    learned = f" (the reward model, learned from rankings by {annotator(stages)})" if "model" in sources else ""
     paragraphs = [
-        f"{s.count('responses')} responses in {s.config.get('iterations', MISSING)} iterations, rewarded by {reward} (`model` is the "
-        f"reward model, learned from rankings by {annotator(stages)}), at a price of {s.config.get('kl_coef', MISSING)} a nat of KL. On "
+        f"{s.count('responses')} responses in {s.config.get('iterations', MISSING)} iterations, rewarded by {reward}{learned}, at a price "
+        f"of {s.config.get('kl_coef', MISSING)} a nat of KL. The gold score is a program's: right answer, right steps, format. On "
         f"{s.n('gain/gold')} validation problems the gold score changed by {s.short_form('gain/gold', CHANGE)} and the accuracy of "
         f"sampled answers by {s.short_form('gain/sampled_accuracy', GAIN)}, at a KL of {s.value('after/kl', Form(2))} nats a response."]
     greedy, entropy, sampled = (s.ends(f"gain/{key}") for key in ("greedy_accuracy", "entropy", "sampled_accuracy"))
@@ -176,7 +178,7 @@ def ppo(stages: Stages, folder: Path) -> Told:
               f"{s.value('gain/score', CHANGE)}; KL {s.value('after/kl', Form(2))} nats a response"],
              [*s.row("PPO: accuracy of sampled answers over SFT", "gain/sampled_accuracy", GAIN), f"{verdict(sampled)}; greedy accuracy "
               f"{s.short_form('gain/greedy_accuracy', GAIN)}; entropy {s.value('gain/entropy', CHANGE)}"]]
-    return Section("ppo", "PPO", paragraphs, drawn, [table]), lines
+    return Section("ppo", TITLES["ppo"], paragraphs, drawn, [table]), lines
 
 
 Cells = Mapping[tuple[str, str, str], Mapping[str, Any]]  # by task, strategy, model
@@ -194,7 +196,8 @@ def evaluation(stages: Stages, folder: Path) -> Told:
             "cannot be read counts as wrong. Intervals are Wilson's (of one sampled chain: a bootstrap over problems).")
     source = [s.cite(results.name)]
     rows = []
-    for (task, strategy, model), c in cells.items():
+    order = {name: place for place, name in enumerate((*STRATEGIES, *MODELS))}
+    for (task, strategy, model), c in sorted(cells.items(), key=lambda cell: [order.get(name, -1) for name in reversed(cell[0])]):
         where = f"{results}#{model}/{task}/{strategy}"
         rows.append([MODELS.get(model, model), task, STRATEGIES.get(strategy, strategy), *(number(t, f"{where}/{key}") for key, t in (
             ("accuracy", SHARE.text(c["accuracy"])), ("interval", SHARE.between(interval(c))), ("n", f"{c['n']:,}"),
@@ -210,7 +213,7 @@ def evaluation(stages: Stages, folder: Path) -> Told:
     asked = {(strategy, model) for model, chosen in s.config.get("models", {}).items() for strategy in chosen}
     tasks = dict.fromkeys(c["task"] for c in found["cells"])
     drawn = [figure for task in tasks for figure in task_figures(cells, task, asked, folder, source)]
-    return Section("evaluation", "Evaluation", [text], drawn, tables), effects(found["comparisons"], cells, votes, results)
+    return Section("evaluation", TITLES["evaluation"], [text], drawn, tables), effects(found["comparisons"], cells, votes, results)
 
 
 def interval(c: Mapping[str, Any]) -> list[float]:
@@ -230,13 +233,14 @@ def task_figures(cells: Cells, task: str, asked: set[tuple[str, str]], folder: P
     drawn = [draw(figures.bars, folder, f"accuracy-{file}", {label: row for label, row in by_strategy.items() if row},
                   f"{task}: accuracy by strategy and model, with 95 % intervals.", source, x="accuracy", x_range=(0, 1.02))]
     bought = []
-    for color, (model, name) in enumerate(MODELS.items()):
-        if shown := [(strategy, here[strategy, model]) for strategy in STRATEGIES if (strategy, model) in here and model != "base_chat"]:
-            low, high = ([interval(c)[i] for _, c in shown] for i in (0, 1))
-            bought.append(Series(name, [c["tokens_mean"] for _, c in shown], [c["accuracy"] for _, c in shown], low, high, "points",
-                                 color, [STRATEGIES[strategy] for strategy, _ in shown]))
-    drawn.append(draw(figures.plot, folder, f"tokens-{file}", bought, f"{task}: what each strategy buys for the tokens it generates.",
-                      source, x="generated tokens a question", y="accuracy", log_x=True, y_range=(0, 1.02)))
+    for color, (strategy, label) in enumerate(STRATEGIES.items()):
+        for model, look in (("base", "points"), ("sft", "squares"), ("ppo", "diamonds")):
+            if c := here.get((strategy, model)):
+                bought.append(Series(label, [c["tokens_mean"]], [c["accuracy"]], look=look, color=color))  # type: ignore[arg-type]
+                label = ""
+    drawn.append(draw(figures.plot, folder, f"tokens-{file}", bought, f"{task}: what each strategy buys for the tokens it generates. "
+                      "Circles: base model; squares: SFT; diamonds: PPO.", source, x="generated tokens a question", y="accuracy",
+                      log_x=True, y_range=(0, 1.02)))
     model = next((m for m in ("sft", "ppo", "base") if any(key[1] == m for key in here)), "")
     harder = []
     for color, strategy in enumerate(("direct", "zero_shot_cot", "self_consistency")):

@@ -1,0 +1,154 @@
+"""The stages preferences and reward_model on a random tiny model with hand-made parents, in this process."""
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from reward import preferences
+from reward.model import normalize, score_ids
+from stages import preferences as preferences_stage
+from stages import reward_model as reward_model_stage
+from stages.data import curriculum
+from stages.data.tokenizer import END, train_tokenizer
+from stages.models.sizes import decoder_config
+from stages.run.config import build_config
+from stages.run.manifest import write_json
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory):
+    """Finished runs `prepare` and `sft`: problems of three splits, and a random model that ends its turn now and then."""
+    root = tmp_path_factory.mktemp("runs")
+    source = {split: curriculum.problems(0, split=split, difficulties=(2,)) for split in ("preferences", "validation")}
+    rows = {split: [next(it).as_row() for _ in range(48)] for split, it in source.items()}
+    (root / "prepare" / "problems").mkdir(parents=True)
+    for split, part in rows.items():
+        (root / "prepare" / "problems" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    tokenizer = train_tokenizer([r["question"] for r in rows["preferences"]], vocab_size=300)
+    torch.manual_seed(0)
+    config = decoder_config(tokenizer, hidden_size=32, num_layers=2)
+    config.eos_token_id = tokenizer.convert_tokens_to_ids(END)
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "sft" / "model")
+    tokenizer.save_pretrained(root / "sft" / "model")
+    for stage, products in (("prepare", {"problems": "problems"}), ("sft", {"model": "model"})):
+        write_json(root / stage / "manifest.json", {
+            "stage": stage, "fingerprint": f"sha256:{stage}", "config": {}, "counts": {}, "metrics": {},
+            "products": {name: {"path": path, "sha256": f"sha256:{name}"} for name, path in products.items()}})
+    return root
+
+
+def configured(stage, config_class, parents, tmp_path, **values):
+    where = {name: str(tmp_path / name if (tmp_path / name).exists() else parents / name) for name in config_class.PARENTS}
+    return build_config(config_class, {"run_dir": str(tmp_path / stage), "parents": where, **values}, recipe="test")
+
+
+def rank(parents, tmp_path, **values):
+    settings = {"tasks": [], "difficulties": [], "responses_per_prompt": 4, "temperature": 1.0, "max_new_tokens": 60, "chunk_prompts": 16}
+    return preferences_stage.main(configured("preferences", preferences_stage.PreferencesConfig, parents, tmp_path, **settings | values))
+
+
+def train(parents, tmp_path, **values):
+    settings = {"epochs": 1, "batch_size": 4, "evaluations": 1, "fresh_problems": 12, "fresh_samples": 3, "heldout_share": 0.25}
+    return reward_model_stage.main(configured("reward_model", reward_model_stage.RewardModelConfig, parents, tmp_path, **settings | values))
+
+
+@pytest.fixture(scope="module")
+def ranked(parents, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranked")
+    return folder, rank(parents, folder)
+
+
+def test_records_are_simulated_ranked_by_gold_and_never_all_tied(ranked):
+    _, manifest = ranked
+    records, _ = preferences.read(manifest.product("preferences"))
+    assert len(records) == manifest.counts["prompts"] > 4
+    for record in records:
+        assert record["simulated"] is True and record["annotator"].startswith("simulated")
+        assert len(set(record["ranks"])) > 1
+        assert len({tuple(ids) for ids in record["response_ids"]}) == len(record["responses"])  # equal samples stand once
+        assert sum(record["drawn"]) == 4
+        best = max(record["gold_scores"])
+        assert [r == 1 for r in record["ranks"]] == [abs(g - best) < 1e-9 for g in record["gold_scores"]]
+        assert record["origin"]["model"] == "sha256:model" and record["origin"]["temperature"] == 1.0
+    kept = manifest.metrics["kept_share"]
+    assert kept["n"] == manifest.counts["asked"] == 48 and kept["value"] + manifest.metrics["all_tie_share"]["value"] == pytest.approx(1)
+    assert {"gold_mean", "sample_accuracy", "annotator_flipped_pairs"} <= set(manifest.metrics)
+
+
+def test_sampling_does_not_depend_on_the_chunks_and_stops_when_there_is_enough(parents, ranked, tmp_path):
+    whole, _ = preferences.read(ranked[1].product("preferences"))
+    part, _ = preferences.read(rank(parents, tmp_path, chunk_prompts=7, max_responses=12).product("preferences"))
+    assert sum(len(r["responses"]) for r in part) <= 12
+    assert [r["response_ids"] for r in part] == [r["response_ids"] for r in whole[:len(part)]]
+
+
+def test_errors_of_the_annotator_are_measured(parents, tmp_path):
+    flipped = rank(parents, tmp_path, error_rate=0.5).metrics["annotator_flipped_pairs"]
+    assert 0.2 < flipped["value"] < 0.8 and flipped["n"] > 5
+
+
+def test_reward_model_is_measured_normalised_and_plain(parents, ranked, tmp_path):
+    (tmp_path / "preferences").symlink_to(ranked[0] / "preferences")
+    manifest = train(parents, tmp_path)
+    for name in ("heldout_accuracy", "fresh_accuracy", "baseline_min_logprob_accuracy", "baseline_length_accuracy"):
+        low, high = manifest.metrics[name]["ci95"]
+        assert 0 <= low <= manifest.metrics[name]["value"] <= high <= 1 and manifest.metrics[name]["n"] > 0
+    assert manifest.metrics["fresh_accuracy_distance_1"]["n"] <= manifest.metrics["fresh_accuracy"]["n"]
+    assert manifest.metrics["score_mean"]["value"] == pytest.approx(0, abs=1e-5)
+    assert manifest.metrics["score_std"]["value"] == pytest.approx(1, abs=1e-5)
+    model = AutoModelForSequenceClassification.from_pretrained(manifest.product("model"))
+    assert normalize(model.config, score_ids(model, [[9, 8, 7]]))[0] != score_ids(model, [[9, 8, 7]])[0]
+    assert manifest.data["notes"]["simulated_annotator"] is True
+
+
+def test_held_out_prompts_are_disjoint_from_training_prompts():
+    records = [{"prompt_ids": [i % 20], "response_ids": [[1], [2]], "ranks": [1, 2], "id": str(i)} for i in range(50)]
+    config = build_config(reward_model_stage.RewardModelConfig, {"heldout_share": 0.2}, recipe="test")
+    train_part, heldout = reward_model_stage.split(records, config)
+    prompts = [{tuple(r["prompt_ids"]) for r in part} for part in (train_part, heldout)]
+    assert not prompts[0] & prompts[1] and len(prompts[1]) == 4 and len(train_part) + len(heldout) == 50
+    shuffled = reward_model_stage.split(records[::-1], config)[1]
+    assert {r["id"] for r in shuffled} == {r["id"] for r in heldout}  # the split belongs to the prompts, not to their order
+
+
+def test_a_file_of_human_preferences_takes_the_place_of_samples(parents, tmp_path):
+    names = ["Tom", "Ann", "Bob", "Mia", "Sam", "Eve", "Max", "Zoe"]
+    rows = [{"chosen": f"\n\nHuman: {n} has 3 pens.\n\nAssistant: Yes {n}.", "rejected": f"\n\nHuman: {n} has 3 pens.\n\nAssistant: No"}
+            for n in names]
+    rows.append({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: " + "c " * 400})
+    path = tmp_path / "hh.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    manifest = rank(parents, tmp_path, source=str(path), max_length=200)
+    assert manifest.counts["prompts"] == 8 and manifest.counts["too_long"] == 1 and manifest.data["notes"]["simulated"] is False
+    trained = train(parents, tmp_path, batch_size=2)
+    assert "fresh_accuracy" not in trained.metrics and trained.metrics["heldout_accuracy"]["n"] == 2
+    assert trained.metrics["score_std"]["value"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"tasks": ["riddles"]}, r"no problem .* tasks \['riddles'\].*choose from"),
+    ({"error_rate": 0.6}, r"error_rate 0\.6"), ({"responses_per_prompt": 1}, r"responses_per_prompt 1"),
+    ({"source": "missing.jsonl"}, r"missing\.jsonl does not exist"), ({"temperature": 0.0}, r"prompts tie: raise temperature")])
+def test_bad_settings_of_preferences_say_what_to_do(parents, tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        rank(parents, tmp_path, **values)
+    assert not (tmp_path / "preferences").exists()
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"batch_size": 5000}, "batch_size 5000"), ({"batch_size": 4, "micro_batch_size": 3}, "micro_batch_size 3"),
+    ({"gradient_checkpointing": True}, "share_prompts")])
+def test_bad_settings_of_the_reward_model_say_what_to_do(parents, ranked, tmp_path, values, message):
+    (tmp_path / "preferences").symlink_to(ranked[0] / "preferences")
+    with pytest.raises(ValueError, match=message):
+        train(parents, tmp_path, **values)
+
+
+def test_ids_of_another_tokenizer_are_refused(parents, ranked, tmp_path):
+    records, _ = preferences.read(ranked[1].product("preferences"))
+    foreign = [{**r, "response_ids": [[9999], *r["response_ids"][1:]]} for r in records]
+    preferences.write(tmp_path / "foreign.parquet", foreign)
+    rank(parents, tmp_path, source=str(tmp_path / "foreign.parquet"))
+    with pytest.raises(ValueError, match=r"token 9999.*another tokenizer"):
+        train(parents, tmp_path)
