@@ -63,7 +63,8 @@ def test_shared_prompts_give_the_scores_and_gradients_of_separate_rows(model):
 def arguments(tmp_path, name, **changes):
     return RewardConfig(**{
         "output_dir": str(tmp_path / name / "checkpoints"), "use_cpu": True, "bf16": False, "max_steps": 60,
-        "per_device_train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 20, "save_steps": 60, "eval_strategy": "steps", "eval_steps": 30, "report_to": "none",
+        "per_device_train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 20, "save_steps": 60,
+        "eval_strategy": "steps", "eval_steps": 30, "report_to": "none",
         "disable_tqdm": True, "gradient_checkpointing": False, "dataloader_drop_last": True, "remove_unused_columns": False,
         "dataloader_pin_memory": False, "seed": 0, "data_seed": 0, **changes})
 
