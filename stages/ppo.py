@@ -155,9 +155,11 @@ def check_lengths(prompts: list[tuple[dict, list[int]]], config: PpoConfig, poli
 
 
 def report(group: str, values: dict[str, list[float]]) -> None:
-    figures_ = {name.split("/")[1]: m for name, m in summarise(values, group).items()}
-    say(f"{group} (n={len(values['gold'])}): " + "  ".join(f"{name} {m['value']:.3f} [{m['ci95'][0]:.3f}, {m['ci95'][1]:.3f}]"
-                                                         for name, m in figures_.items()))
+    def text(m: dict) -> str:
+        return f"{m['value']:.3f}" + (f" [{m['ci95'][0]:.3f}, {m['ci95'][1]:.3f}]" if "ci95" in m else "")
+
+    measured = {name.split("/")[1]: m for name, m in summarise(values, group).items()}
+    say(f"{group} (n={len(values['gold'])}): " + "  ".join(f"{name} {text(m)}" for name, m in measured.items()))
 
 
 def show(directory: Path) -> None:

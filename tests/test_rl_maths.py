@@ -119,3 +119,12 @@ def test_explained_variance():
 @pytest.mark.parametrize(("kl", "expected"), [(6.0, 0.1), (6.6, 0.1 * (1 + 0.1 * 0.02)), (60.0, 0.1 * 1.004), (0.0, 0.1 * 0.996)])
 def test_adaptive_kl_coefficient(kl, expected):
     assert adapt_kl_coef(0.1, kl, target=6.0, horizon=10_000, num_responses=200) == pytest.approx(expected)
+
+
+def test_a_column_without_spread_gets_no_interval_of_zero_width():
+    from stages.rl.measure import summarise
+
+    metrics = summarise({"greedy_accuracy": [1.0] * 10, "length": [5.0] * 10, "gold": [1.0, 2.0, 3.0]}, "after")
+    assert metrics["after/greedy_accuracy"]["ci95"] == pytest.approx([0.7225, 1.0], abs=1e-3)  # Wilson, 10 of 10
+    assert "ci95" not in metrics["after/length"]
+    assert metrics["after/gold"]["ci95"] == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5], abs=1e-3)  # t, 2 degrees

@@ -99,7 +99,7 @@ class Resumable:
             row["tokens"] = state.global_step * self.tokens_per_step
         for key, value in logs.items():
             if key != "epoch":
-                row[key if "/" in key else f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"] = value
+                row[key if "/" in key or key == "tokens" else f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"] = value
         self.metrics_log.append(row)
         say(self._line(row, state.max_steps))
 

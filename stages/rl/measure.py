@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prompts.intervals import mean_interval
+from prompts.intervals import mean_interval, wilson
 from stages.models.sampling import prompt_key, sample
 from stages.models.training import gather, rank, world_size
 from stages.rl.models import PolicyWithCritic
@@ -54,11 +54,18 @@ def measure(model: PolicyWithCritic, reference: PreTrainedModel, tokenizer: PreT
 
 
 def summarise(values: Mapping[str, Sequence[float]], group: str) -> dict[str, dict]:
-    """Manifest metrics `group/name`: mean over prompts, n prompts, and the 95 % interval of that mean over prompts (Student's t)."""
+    """Manifest metrics `group/name`: mean over prompts, n prompts, and the 95 % interval of that mean over prompts (Student's t).
+
+    A column without spread says nothing about its error by that: shares get Wilson's interval then, other figures none.
+    """
     metrics = {}
     for name, column in values.items():
         mean, low, high = mean_interval(column)
-        metrics[f"{group}/{name}"] = metric(mean, n=len(column), ci95=(low, high))
+        if low < high:
+            interval: tuple[float, float] | None = (low, high)
+        else:
+            interval = wilson(sum(column), len(column)) if name.endswith(("accuracy", "rate")) and group != "gain" else None
+        metrics[f"{group}/{name}"] = metric(mean, n=len(column), ci95=interval)
     return metrics
 
 
