@@ -62,7 +62,17 @@ class SftConfig(StageConfig):
 
 
 class ResumableSFTTrainer(Resumable, SFTTrainer):
-    pass
+    """SFTTrainer whose validation loss is a mean over tokens; Trainer's own is one over batches and moves with their division."""
+
+    def evaluate(self, *args, **kwargs):
+        measured = heldout(self.model, self.eval_dataset, self.data_collator)
+        self.validation = measured["heldout_loss"]
+        logs = {"eval_loss": self.validation["value"], "eval_mean_token_accuracy": measured["heldout_accuracy"]["value"]}
+        self.model.eval()  # by this SFTTrainer.log tells training from evaluation
+        self.log(logs)
+        self.model.train()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
 
 
 def main(config: SftConfig) -> Manifest:
@@ -109,7 +119,8 @@ def main(config: SftConfig) -> Manifest:
             gradient_checkpointing=config.gradient_checkpointing, max_grad_norm=1.0, weight_decay=0.0)))
     fit(trainer)
 
-    final = trainer.evaluate()["eval_loss"]
+    trainer.evaluate()
+    final = trainer.validation
     trained = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     if config.method == "lora" and is_main():
         trained.save_pretrained(run.directory / "adapter")
@@ -124,8 +135,7 @@ def main(config: SftConfig) -> Manifest:
 
     logged = read_metrics(run.directory / "metrics.jsonl")
     train_loss = [row["train/loss"] for row in logged if "train/loss" in row][-5:]
-    metrics = {"validation_loss": metric(final, n=len(validation)),
-               "validation_gap": metric(final - sum(train_loss) / len(train_loss), n=len(validation))}
+    metrics = {"validation_loss": final, "validation_gap": metric(final["value"] - sum(train_loss) / len(train_loss), n=final["n"])}
     metrics |= {f"before/{k}": v for k, v in before.items()} | {f"after/{k}": v for k, v in after.items()}
     if forgetting_before:
         forgetting = heldout(merged, base_rows, collator)["heldout_loss"]
@@ -166,13 +176,13 @@ def check_template(tokenizer, model) -> None:
 
 @torch.no_grad()
 def give_meaning(model, tokenizer) -> None:
-    """Start the chat tokens, which pretraining never saw, where the words stand that did their work in its documents.
+    """Start the chat tokens, which pretraining never saw, where the words stand that did their work in "Question: ... Answer: ...".
 
     From random rows the adapters first have to undo the noise, and what the base could do is lost on the way (LOG.md).
     Averaging over the words' tokens follows Hewitt 2021 (Initializing new word embeddings).
     """
     ends = [model.get_input_embeddings().weight] + ([] if model.config.tie_word_embeddings else [model.get_output_embeddings().weight])
-    for token, word in {SYSTEM: "Question", USER: "Question", ASSISTANT: "Answer", END: EOS}.items():
+    for token, word in {SYSTEM: "Question", USER: "Question", ASSISTANT: ":", END: EOS}.items():
         ids = tokenizer(word, add_special_tokens=False)["input_ids"]
         for weight in ends:
             weight[tokenizer.convert_tokens_to_ids(token)] = weight[ids].mean(0)
