@@ -92,11 +92,12 @@ def rows(path: Path) -> Iterator[tuple[str, Record]]:
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line.decode("utf-8"))
+                    text = line.decode("utf-8")
+                    row = json.loads(text)
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{where} is not UTF-8 (byte {line[error.start]:#04x}): convert the file") from None
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{where} is not JSON ({error.msg} at column {error.colno}): {line[:60]!r}") from None
+                    raise ValueError(f"{where} is not JSON ({error.msg} at column {error.colno}): {text.strip()[:60]!r}") from None
                 if not isinstance(row, dict):
                     raise ValueError(f"{where} is a {type(row).__name__}, expected an object")
                 yield where, row

@@ -45,6 +45,7 @@ class ScalingConfig(StageConfig):
         f"sizes of the ladder, three at least; each changes some of {', '.join(SIZE_KEYS)}")
     tokens: list[int] = option(
         [200_000, 400_000, 800_000], "training tokens, three budgets at least; each run has a whole schedule")
+    evaluations: int = option(2, "held-out evaluations over each run, for its curve; the law takes the last measurement")
     parameters: Literal["matmul", "non_embedding", "total"] = option("matmul", "the convention by which N counts parameters")
     loss: str = option("heldout_loss", "metric of the runs that the law is fitted to")
     holdout_fraction: float = option(0.25, "share of the runs, the dearest, that a second fit has to predict (0: no such check)")
@@ -140,7 +141,7 @@ def ladder_configs(config: ScalingConfig, base: Any) -> dict[str, Any]:
     if len(names) < 3 or len(set(config.tokens)) < 3:
         raise ValueError(f"{len(names)} sizes and {len(set(config.tokens))} budgets cannot determine a law: give three of each")
     return {f"{name}-{tokens}": replace(base, **changed, tokens=tokens, seed=config.seed, parents=config.parents,
-                                                    report_to=config.report_to)
+                                        evaluations=config.evaluations, report_to=config.report_to)
             for name, changed in names.items() for tokens in sorted(set(config.tokens))}
 
 
