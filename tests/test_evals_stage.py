@@ -108,8 +108,8 @@ def stage(model_folder, tmp_path):
     """A config of the stage over parents that all hold the random model."""
     problems = tmp_path / "prepare" / "problems"
     problems.mkdir(parents=True)
-    for split in ("sft", "test"):
-        made = {p.id: p.as_row() for p in itertools.islice(curriculum.problems(0, split=split, difficulties=(1, 2)), 200)}
+    for split, drawn_from in (("sft", "train"), ("test", "test")):
+        made = {p.id: p.as_row() for p in itertools.islice(curriculum.problems(0, split=drawn_from, difficulties=(1, 2)), 200)}
         (problems / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made.values()))
     own = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(9)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))

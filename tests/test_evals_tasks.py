@@ -14,8 +14,8 @@ GSM8K = {"question": "How many?", "answer": "48/2 = <<48/2=24>>24 in May\nTotal 
 
 @pytest.fixture
 def problems(tmp_path):
-    for split in ("sft", "test"):
-        source = curriculum.problems(0, split=split, difficulties=(1, 2, 3))
+    for split, drawn_from in (("sft", "train"), ("test", "test")):
+        source = curriculum.problems(0, split=drawn_from, difficulties=(1, 2, 3))
         rows = {p.id: p.as_row() for p, _ in zip(source, range(300), strict=False)}
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
     return tmp_path

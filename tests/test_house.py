@@ -57,7 +57,7 @@ def test_every_make_target_of_the_documents_exists():
     targets = set(re.findall(r"^([a-z_-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for line in re.findall(r"(?:^    |`)(?:[A-Z_]+=\S+ )*make ([^`#\n]*)", page.read_text(encoding="utf-8"), re.MULTILINE):
-            for word in re.sub(r'[A-Z_]+=("[^"]*"|\S*)|-\S+|\.\.\.', " ", line).split():
+            for word in re.sub(r'[A-Z_]+=("[^"]*"|\S*)|(?<!\S)-\S+|\.\.\.', " ", line).split():
                 assert word in targets, f"{page.name}: make {word}"
 
 

@@ -80,7 +80,7 @@ def disk_full(error: BaseException, config: StageConfig | None) -> str | None:
     """The message for a full disk, whichever library ran into it: safetensors and torch do not raise OSError."""
     text = str(error)
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "StorageFull" in text
-    if not full and config is not None and isinstance(error, RuntimeError) and "writ" in text:
+    if not full and config is not None and isinstance(error, RuntimeError):  # torch.save: "enforce fail ... unexpected pos"
         parent = next((p for p in Path(config.run_dir).resolve().parents if p.exists()), Path("/"))
         full = shutil.disk_usage(parent).free < 1 << 20
     if not full:
