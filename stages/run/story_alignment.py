@@ -20,7 +20,8 @@ def sft(stages: Stages, folder: Path) -> Told:
     how = f"LoRA of rank {s.config['lora_rank']}" if s.config.get("method") == "lora" else "all weights"
     paragraphs = [
         f"The pretrained model was tuned on {s.count('dialogues')} dialogues ({how}). The validation loss ends at "
-        f"{s.full('validation_loss', LOSS)} completion tokens; its gap to the training loss is {s.value('validation_gap', Form(4, sign='+'))}. "
+        f"{s.full('validation_loss', LOSS)} completion tokens; "
+        f"its gap to the training loss is {s.value('validation_gap', Form(4, sign='+'))}. "
         f"Answers that end by themselves: {s.value('before/stop_rate', SHARE)} before, {s.full('after/stop_rate', SHARE)} after; in "
         f"format: {s.value('before/format_rate', SHARE)} before, {s.full('after/format_rate', SHARE)} after."]
     old, new = s.get("before/base_loss"), s.get("after/base_loss")
