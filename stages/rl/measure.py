@@ -56,15 +56,14 @@ def measure(model: PolicyWithCritic, reference: PreTrainedModel, tokenizer: PreT
 def summarise(values: Mapping[str, Sequence[float]], group: str) -> dict[str, dict]:
     """Manifest metrics `group/name`: mean over prompts, n prompts, and the 95 % interval of that mean over prompts (Student's t).
 
-    A column without spread says nothing about its error by that: shares get Wilson's interval then, other figures none.
+    Zeros and ones get Wilson's interval, which stays between them. A column without spread says nothing about its error: no interval.
     """
     metrics = {}
     for name, column in values.items():
         mean, low, high = mean_interval(column)
-        if low < high:
-            interval: tuple[float, float] | None = (low, high)
-        else:
-            interval = wilson(sum(column), len(column)) if name.endswith(("accuracy", "rate")) and group != "gain" else None
+        interval = (low, high) if low < high else None
+        if name.endswith(("accuracy", "rate")) and group != "gain" and set(column) <= {0.0, 1.0}:
+            interval = wilson(sum(column), len(column))
         metrics[f"{group}/{name}"] = metric(mean, n=len(column), ci95=interval)
     return metrics
 
