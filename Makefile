@@ -37,7 +37,7 @@ prepare: setup ## raw text to tokens, tokenizer and problem sets
 	$(call STAGE,prepare)
 
 scaling: prepare ## a ladder of small models and the prediction for the main one
-	$(call STAGE,scaling)
+	$(if $(wildcard recipes/$(RECIPE)/scaling.yaml),$(call STAGE,scaling),@echo "scaling: recipe $(RECIPE) has no ladder")
 
 pretrain: scaling ## prepare, scaling, then the main model
 	$(call STAGE,pretrain)

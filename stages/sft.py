@@ -95,7 +95,9 @@ def main(config: SftConfig) -> Manifest:
     datasets.disable_progress_bars()
     datasets.disable_caching()  # the cache is keyed by the pickled function, not by what it calls
 
-    problems = [json.loads(line) for line in (prepared.product("problems") / "validation.jsonl").read_text().splitlines()]
+    problems: list[dict] = []
+    if config.probe_prompts:
+        problems = [json.loads(line) for line in (prepared.product("problems") / "validation.jsonl").read_text().splitlines()]
     base_rows = datasets.load_from_disk(str(prepared.product("tokens") / "heldout"))
     base_rows = base_rows.select(range(min(config.forgetting_rows, len(base_rows))))
     collator = PackedCollator(eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
