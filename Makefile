@@ -3,6 +3,7 @@ RECIPE ?= tiny
 ARGS ?=
 PYTHON ?= python3
 PIP_FLAGS ?=
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 1)
 RUNS = $(or $(PLUMBLINE_RUNS),runs)
 
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
@@ -17,7 +18,7 @@ LAUNCH = .venv/bin/accelerate launch --config_file recipes/accelerate/$(ACCELERA
 STAGE = $(LAUNCH) -m stages.$(1) --config recipes/$(RECIPE)/$(1).yaml $(ARGS)
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rlhf evaluation evaluate report times test test-quick check plan \
-	study-sc clean
+	study-sc study-seeds clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -73,6 +74,9 @@ plan: setup ## parameters, FLOPs, memory and hours of RECIPE, without training
 
 study-sc: setup ## self-consistency against greedy chain of thought, pooled over seeds
 	$(PY) -m stages.evals.study_sc $(ARGS)
+
+study-seeds: setup ## the whole road at seeds 0, 1 and 2, averaged (over an hour)
+	$(PY) -m stages.evals.study_seeds $(ARGS)
 
 test: setup ## all tests, one full pass of the smoke recipe included
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q

@@ -18,17 +18,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 Group = tuple[list[int], list[list[int]]]  # prompt ids, ids of each response
 
 
-def from_language_model(path: str | Path, *, pad_id: int, seed: int, extra_layers: int = 0, matrix_std: float = 0.05) -> PreTrainedModel:
-    """A reward model on a language model's trunk, in float32, dropout off, with the score head at zero: no opinion at first.
-
-    `extra_layers` fresh decoder layers go on top, output projections at zero, so that at first they change nothing. They
-    give the depth to compare what the trunk expected at each token, known only in its last layer, with what came.
-    """
+def from_language_model(path: str | Path, *, pad_id: int, seed: int) -> PreTrainedModel:
+    """A reward model on a language model's trunk, in float32, dropout off, with the score head at zero: no opinion at first."""
     config = AutoConfig.from_pretrained(path)
     text = config.get_text_config()
-    text.num_hidden_layers += extra_layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = [*text.layer_types, *text.layer_types[-1:] * extra_layers]
     for name in vars(text):
         if name.endswith(("dropout", "pdrop")):
             setattr(text, name, 0.0)
@@ -40,10 +33,6 @@ def from_language_model(path: str | Path, *, pad_id: int, seed: int, extra_layer
     model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=torch.float32)
     transformers.logging.set_verbosity(verbosity)
     nn.init.zeros_(model.score.weight)
-    for layer in list(model.base_model.layers)[text.num_hidden_layers - extra_layers:]:
-        for name, parameter in layer.named_parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else matrix_std)
     return model
 
 

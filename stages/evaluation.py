@@ -67,7 +67,8 @@ def main(config: EvaluationConfig) -> Manifest:
                        seed=config.seed) for spec in config.tasks]
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError(f"two tasks are called {[task.name for task in tasks]}: name them apart, as in train=gsm8k:train.jsonl")
-    run = Run(config, inputs={f"task {task.name}": hash_data([task.rows, task.pool]) for task in tasks})
+    run = Run(config, inputs={"prompts": hash_data(first_prompts(config, tasks)),
+                              **{f"task {task.name}": hash_data([task.rows, task.pool]) for task in tasks}})
     if run.finished:
         return run.manifest
     barrier()  # the run folder is there for all
@@ -101,6 +102,13 @@ def check(config: EvaluationConfig) -> None:
 
 def cells(config: EvaluationConfig, tasks: list[Task]) -> list[tuple[str, str, str]]:
     return [(model, task.name, strategy) for model, chosen in config.models.items() for task in tasks for strategy in chosen]
+
+
+def first_prompts(config: EvaluationConfig, tasks: list[Task]) -> list[list[str]]:
+    """What each cell asks first, problem by problem: cells answered under other words are out of date."""
+    by_name = {task.name: task for task in tasks}
+    return [[str(next(make(row))[0].prompt) for row in by_name[task].rows] for model, task, strategy in cells(config, tasks)
+            for make in [strategy_of(config, by_name[task], MODELS[model][1], strategy)]]
 
 
 def file_of(model: str, task: str, strategy: str) -> Path:

@@ -2,7 +2,6 @@
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m stages.ppo --config recipes/tiny/ppo.yaml
 """
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from stages.data.curriculum import user_turn
+from stages.data.problems import read_problems
 from stages.data.tokenizer import chat_ids
 from stages.models.training import barrier, fit, save_model, training_arguments, world_size
 from stages.rl.measure import differences, measure, summarise
@@ -125,17 +125,9 @@ def main(config: PpoConfig) -> Manifest:
 
 
 def read(path: Path, config: PpoConfig, tokenizer, *, limit: int) -> list[tuple[dict, list[int]]]:
-    """The first `limit` problem rows of the tasks and difficulties asked for, with the token ids of their prompts.
-
-    Raises ValueError when none is left, naming the tasks and difficulties there are.
-    """
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    kept = [r for r in rows if (not config.tasks or r["task"] in config.tasks)
-            and (not config.difficulties or r["difficulty"] in config.difficulties)][:limit]
-    if not kept:
-        raise ValueError(f"no problem of {path} has tasks {config.tasks} and difficulties {config.difficulties}: choose from tasks "
-                         f"{sorted({r['task'] for r in rows})} and difficulties {sorted({r['difficulty'] for r in rows})}")
-    return [(r, chat_ids(tokenizer, [{"role": "user", "content": user_turn(r["question"], config.style)}], ask=True)) for r in kept]
+    """The first `limit` problem rows of the tasks and difficulties asked for, with the token ids of their prompts."""
+    rows = read_problems(path, config.tasks, config.difficulties)[:limit]
+    return [(r, chat_ids(tokenizer, [{"role": "user", "content": user_turn(r["question"], config.style)}], ask=True)) for r in rows]
 
 
 def check(config: PpoConfig) -> None:

@@ -36,7 +36,6 @@ class RewardModelConfig(StageConfig):
     STAGE = "reward_model"
     PARENTS = ("prepare", "sft", "preferences")
 
-    extra_layers: int = option(0, "fresh decoder layers on top of the SFT model's, which at first change nothing")
     heldout_share: float = option(0.1, "share of the prompts held out, with all their responses")
     epochs: float = option(2.0, "passes over the training prompts")
     batch_size: int = option(8, "prompts a step, each with all its responses, over all processes")
@@ -69,7 +68,7 @@ def main(config: RewardModelConfig) -> Manifest:
     say(f"reward_model: {len(train):,} prompts with {sum(len(r['ranks']) for r in train):,} ranked responses to learn from, "
         f"{len(heldout):,} prompts held out; ranked by {'a simulated annotator' if simulated else 'people'}")
 
-    model = from_language_model(sft.product("model"), pad_id=tokenizer.pad_token_id, seed=config.seed, extra_layers=config.extra_layers)
+    model = from_language_model(sft.product("model"), pad_id=tokenizer.pad_token_id, seed=config.seed)
     check(config, train, model)
     local_batch = share_batch(config.batch_size, world_size(), "batch_size")
     micro = min(config.micro_batch_size or local_batch, local_batch)

@@ -1,12 +1,13 @@
 import itertools
 import json
 import random
+from collections import Counter
 
 import pytest
 import torch
 
 from prompts.answers import equal, extract
-from stages.data import corpora, curriculum
+from stages.data import corpora, curriculum, dialogues
 from stages.data.packing import PackedCollator, pack, to_dataset
 from stages.data.tokenizer import END, train_tokenizer
 from stages.models.sizes import build_decoder, decoder_config
@@ -60,6 +61,18 @@ def test_same_seed_same_documents_and_cue_in_every_problem():
         style = d["kind"].removesuffix("-few-shot")
         if style in curriculum.CUES:
             assert d["text"].count(curriculum.CUES[style]) == d["text"].count("Answer:")
+
+
+def test_dialogues_hold_as_many_of_each_task_and_examples_of_that_task():
+    known = list({p.id: p.as_row() for p in itertools.islice(curriculum.problems(0, split="train"), 400)}.values())
+    task_of = {p["question"]: p["task"] for p in known}
+    rows = dialogues.curriculum_rows(known, seed=0, count=400, worked_share=0.7, few_shot_share=0.5)
+    assert Counter(next(p["task"] for p in known if p["id"] == row["id"]) for row in rows) == dict.fromkeys(curriculum.TASKS, 100)
+    for row in rows:
+        asked = [turn["content"].rsplit(" " + curriculum.CUES[row["style"]])[0] for turn in row["prompt"] if turn["role"] == "user"]
+        assert len(set(asked)) == len(asked)  # no example is the question itself
+        assert len({task_of[question] for question in asked}) == 1
+    assert {len(row["prompt"]) for row in rows} == {1, 3, 5, 7}
 
 
 def test_unknown_split_and_task():

@@ -148,6 +148,13 @@ def test_every_figure_recomputes_from_the_items(stage):
     assert evaluation.main(stage()).fingerprint == manifest.fingerprint  # finished: nothing runs again
 
 
+def test_other_words_in_a_prompt_are_another_run(stage, monkeypatch):
+    config = stage(models={"base": ["direct"]})
+    before = evaluation.main(config).fingerprint
+    monkeypatch.setattr(strategies, "render", lambda question, *more: f"Q: {question}")
+    assert evaluation.main(config).fingerprint != before
+
+
 def test_an_interrupted_run_continues_where_it_was(stage, monkeypatch):
     whole = evaluation.main(stage("whole"))
     write, written = scoring.write_records, []

@@ -9,18 +9,22 @@ from stages.data import corpora, curriculum
 
 
 def curriculum_rows(problems: list[dict], *, seed: int, count: int, worked_share: float, few_shot_share: float) -> list[dict[str, Any]]:
-    """`count` dialogues over the problem rows, worked and direct, some with earlier turns as examples.
+    """`count` dialogues over the problem rows, as many of each task, worked and direct, some after examples of their task as earlier turns.
 
-    Rows are `{"id", "style", "prompt": [messages], "completion": [message]}`; problems repeat when there are fewer than `count`.
+    Rows are `{"id", "style", "prompt": [messages], "completion": [message]}`; problems repeat where a task has too few.
     """
     rng = random.Random(f"dialogues:{seed}")
-    order = rng.sample(problems, len(problems))
+    by_task: dict[str, list[dict]] = {}
+    for problem in rng.sample(problems, len(problems)):
+        by_task.setdefault(problem["task"], []).append(problem)
+    turns = itertools.chain.from_iterable(zip(*map(itertools.cycle, by_task.values()), strict=True))
     rows = []
-    for problem in itertools.islice(itertools.cycle(order), count):
+    for problem in itertools.islice(turns, count):
         style = curriculum.WORKED if rng.random() < worked_share else curriculum.DIRECT
         shots = rng.randint(1, 3) if rng.random() < few_shot_share else 0
         prompt = []
-        for shot in [*rng.sample(problems, shots), problem]:
+        others = [p for p in rng.sample(by_task[problem["task"]], min(shots + 1, len(by_task[problem["task"]]))) if p is not problem]
+        for shot in [*others[:shots], problem]:
             prompt.append({"role": "user", "content": curriculum.user_turn(shot["question"], style)})
             prompt.append({"role": "assistant", "content": _answer(shot, style, rng)})
         rows.append({"id": problem["id"], "style": style, "prompt": prompt[:-1], "completion": prompt[-1:]})

@@ -1,4 +1,5 @@
 """One pretraining run, from a config to a manifest. `stages.pretrain` runs one, `stages.scaling` runs a ladder of them."""
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -131,7 +132,7 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
 
     rows = select_rows(tokens, steps * config.batch_tokens // row_length, config.easy_share, config.seed)
     held = datasets.load_from_disk(str(tokens / "heldout"))
-    every = max(1, steps // config.evaluations)
+    every = math.ceil(steps / config.evaluations)
     arguments = TrainingArguments(**training_arguments(
         run, seed=config.seed, report_to=config.report_to, logging_steps=max(1, steps // 50),
         save_steps=max(1, steps // (config.checkpoints + 1)), max_steps=steps, per_device_train_batch_size=micro,

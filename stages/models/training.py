@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from stages.run.checkpoint import MetricsLog, mark_complete, newest_complete, remove_incomplete, step_of
@@ -50,7 +50,8 @@ def share_batch(global_batch: int, processes: int, name: str) -> int:
 def training_arguments(run: Run, *, seed: int, report_to: str = "none", logging_steps: int, save_steps: int, **more: Any) -> dict[str, Any]:
     """Keyword arguments common to every TrainingArguments subclass; `more` wins.
 
-    Precision follows the launch config: bf16 where it says so and a GPU is there.
+    Precision follows the launch config: bf16 where it says so and a GPU is there. `gradient_checkpointing` goes by the name
+    that the installed transformers has for it.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -61,6 +62,8 @@ def training_arguments(run: Run, *, seed: int, report_to: str = "none", logging_
         "bf16": not cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16", "dataloader_pin_memory": not cpu,
         "logging_steps": logging_steps, "logging_first_step": True, "logging_nan_inf_filter": False, "disable_tqdm": True,
         "save_strategy": "steps", "save_steps": save_steps, "save_total_limit": 2, "remove_unused_columns": False}
+    if "gradient_checkpointing" in more and "activation_checkpointing" in TrainingArguments.__dataclass_fields__:
+        more["activation_checkpointing"] = more.pop("gradient_checkpointing")
     return common | more
 
 

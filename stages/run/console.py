@@ -20,8 +20,8 @@ def progress(items: Iterable[T], what: str, *, total: int | None = None) -> Iter
     """A bar with ETA on the main process; in a log file, a line every ten seconds at most."""
     from tqdm import tqdm
 
-    return tqdm(items, desc=what, total=total, disable=not is_main(), mininterval=0.5 if sys.stderr.isatty() else 10.0,
-                dynamic_ncols=True, leave=False)
+    pause = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm(items, desc=what, total=total, disable=not is_main(), mininterval=pause, delay=pause, dynamic_ncols=True, leave=False)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

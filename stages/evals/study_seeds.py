@@ -1,0 +1,118 @@
+"""Study: the whole road at several seeds, and its figures averaged over them.
+
+    python -m stages.evals.study_seeds --seeds 0 1 2
+
+Every stage of every seed runs through `make` into a folder of its own and is not run again once it is finished, so the same
+command continues where it was. One JSON line a seed goes to `--out`; the tables (markdown) go to the console.
+"""
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prompts.intervals import mean_interval
+from stages.evals.scoring import write_records
+from stages.run.console import clock
+from stages.run.entry import fail
+from stages.run.manifest import Manifest, say
+
+RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
+TARGETS = ("pretrain", "sft", "rlhf", "evaluate")
+STAGES = ("scaling", "pretrain", "sft", "preferences", "reward_model", "ppo", "evaluation")
+ASSUMED_MINUTES = 24  # a seed of the tiny recipe on two CPU cores, for the budget alone
+STRATEGIES = {"direct": "direct", "few_shot": "few-shot", "zero_shot_cot": "CoT", "few_shot_cot": "few-shot CoT",
+              "sampled_cot": "one sampled chain", "self_consistency": "vote"}
+MEASURES = {  # what the table of the stages shows
+    "prediction/error": "held-out loss predicted by the ladder, against the one measured: relative error",
+    "pretrain/heldout_loss": "held-out loss of the main model (nats a token)",
+    "sft/before/stop_rate": "answers that stop, before SFT", "sft/after/stop_rate": "answers that stop, after SFT",
+    "sft/before/base_loss": "held-out loss of the base corpus, before SFT", "sft/after/base_loss": "the same after SFT",
+    "reward_model/fresh_accuracy": "reward model: pairs of fresh SFT samples ranked right",
+    "reward_model/baseline_min_logprob_accuracy": "least token log-probability on the same pairs",
+    "reward_model/gain_over_min_logprob": "the reward model's lead",
+    "ppo/before/gold": "gold score before PPO", "ppo/after/gold": "gold score after PPO", "ppo/gain/gold": "its gain",
+    "ppo/gain/sampled_accuracy": "PPO's gain in sampled accuracy", "ppo/gain/greedy_accuracy": "PPO's gain in greedy accuracy",
+    "ppo/before/entropy": "entropy before PPO (nats a token)", "ppo/after/entropy": "entropy after PPO",
+    "ppo/after/kl": "KL to the SFT model after PPO (nats a response)"}
+
+
+def figures(folder: Path) -> dict[str, float]:
+    """Every metric of a seed's finished stages as stage/metric, the prediction's error, and the minutes each stage took."""
+    found: dict[str, float] = {}
+    for stage in STAGES:
+        run = Manifest(folder / stage)
+        found |= {f"{stage}/{name}": value["value"] for name, value in run.metrics.items()}
+        found[f"{stage}/minutes"] = run.data["provenance"]["wall_s"] / 60
+    found["prediction/error"] = found["scaling/predicted_loss"] / found["pretrain/heldout_loss"] - 1
+    return found
+
+
+def mean(values: Sequence[float], digits: int = 3) -> str:
+    """Mean over seeds with its 95 % interval by Student's t; the value alone where there is one seed."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    centre, low, high = mean_interval(values)
+    return f"{centre:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def report(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown tables: the stages' measures, accuracy by strategy, and the differences that the study is about."""
+    seeds = [line["figures"] for line in lines]
+    stages = [[label, mean([s[key] for s in seeds]), ", ".join(f"{s[key]:.3f}" for s in seeds)]
+              for key, label in MEASURES.items() if all(key in s for s in seeds)]
+    cells = sorted({tuple(key.split("/")[1:3]) for key in seeds[0] if key.startswith("evaluation/") and key.count("/") == 3})
+    cells = [cell for cell in cells if f"evaluation/{cell[0]}/{cell[1]}/zero_shot_cot" in seeds[0]]
+
+    def accuracy(cell: tuple[str, ...], strategy: str) -> list[float]:
+        key = f"evaluation/{cell[0]}/{cell[1]}/{strategy}"
+        return [s[key] for s in seeds if key in s]
+
+    def gain(cell: tuple[str, ...], a: str, b: str) -> str:
+        first, second = accuracy(cell, a), accuracy(cell, b)
+        return mean([100 * (x - y) for x, y in zip(first, second, strict=True)], 1) if first and second else "-"
+
+    strategies = [[f"{model}, {task.replace('_', ' ')}",
+                   *(f"{sum(values) / len(values):.3f}" if values else "-" for s in STRATEGIES for values in [accuracy((model, task), s)])]
+                  for model, task in cells]
+    differences = [[f"{cell[0]}, {cell[1].replace('_', ' ')}", gain(cell, "zero_shot_cot", "direct"),
+                    gain(cell, "self_consistency", "sampled_cot"), gain(cell, "self_consistency", "zero_shot_cot")]
+                   for cell in cells if accuracy(cell, "direct")]
+    return "\n\n".join([
+        markdown(["measure", "mean over seeds [95 %]", "each seed"], stages),
+        markdown(["model, task", *STRATEGIES.values()], strategies),
+        markdown(["points, mean over seeds [95 %]", "CoT - direct", "vote - one sampled chain", "vote - CoT"], differences)])
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m stages.evals.study_seeds", description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--runs", type=Path, default=Path(RUNS) / "seeds", help="a folder a seed in here")
+    parser.add_argument("--out", type=Path, help="one JSON line a seed (default: study_seeds.jsonl in --runs)")
+    given = parser.parse_args(argv)
+    say(f"budget: {len(given.seeds)} seeds x about {ASSUMED_MINUTES} minutes = {clock(60 * ASSUMED_MINUTES * len(given.seeds))}")
+    lines = []
+    for seed in given.seeds:
+        runs = given.runs / str(seed)
+        command = ["make", *TARGETS, f"RECIPE={given.recipe}", f"PLUMBLINE_RUNS={runs}", f"ARGS=--seed {seed}"]
+        if subprocess.run(command, check=False).returncode:
+            raise ValueError(f"seed {seed} stopped, see above; the same command continues there")
+        lines.append({"seed": seed, "runs": str(runs / given.recipe), "figures": figures(runs / given.recipe)})
+        given.runs.mkdir(parents=True, exist_ok=True)
+        write_records(given.out or given.runs / "study_seeds.jsonl", lines)
+    say("\n" + report(lines))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        fail(str(error), None)
+        sys.exit(2)
