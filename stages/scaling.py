@@ -41,7 +41,7 @@ class ScalingConfig(StageConfig):
         "", "the main model's file, whose settings the ladder shares (default recipes/<recipe>/pretrain.yaml)",
         recorded_only=True)  # its content is fingerprinted instead
     sizes: list[dict[str, int]] = option(
-        [{"hidden_size": 32}, {"hidden_size": 48}, {"hidden_size": 64}, {"hidden_size": 96}],
+        [{"hidden_size": 32, "num_heads": 1}, {"hidden_size": 48, "num_heads": 2}, {"hidden_size": 64, "num_heads": 2}],
         f"sizes of the ladder, three at least; each changes some of {', '.join(SIZE_KEYS)}")
     tokens: list[int] = option(
         [200_000, 400_000, 800_000], "training tokens, three budgets at least; each run has a whole schedule")

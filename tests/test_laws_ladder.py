@@ -8,6 +8,7 @@ from stages import scaling
 from stages.laws.commands import command
 from stages.laws.fit import fit_law, law, predict, read_points
 from stages.models import pretraining
+from stages.models.counts import build_meta, planned_decoder
 from stages.run.config import build_config
 from stages.run.manifest import Manifest
 
@@ -158,3 +159,11 @@ def test_subcommands_print_json(tmp_path, capsys):
     assert "needs --flops" in capsys.readouterr().err
     assert command(["fit", str(tmp_path / "none.csv")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("width", "expected"), [(None, 0.02), (64, 0.04)])
+def test_muons_rate_can_follow_the_width(width, expected):
+    trainer = object.__new__(pretraining.PretrainTrainer)
+    trainer.run_config = pretraining.PretrainConfig(hidden_size=32, matrix_lr_width=width)
+    trainer.model, trainer.optimizer = build_meta(planned_decoder(trainer.run_config, vocabulary=32, row_length=16)), None
+    assert trainer.create_optimizer().param_groups[0]["lr"] == expected
