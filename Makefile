@@ -37,8 +37,9 @@ setup: .venv/.installed ## install the pinned packages into .venv
 prepare: setup ## raw text to tokens, tokenizer and problem sets
 	$(call STAGE,prepare)
 
-scaling: prepare ## a ladder of small models and the prediction for the main one
-	$(if $(wildcard recipes/$(RECIPE)/scaling.yaml),$(call STAGE,scaling),@echo "scaling: recipe $(RECIPE) has no ladder")
+scaling: prepare ## a ladder of small models and the prediction for the main one (LADDER=0 leaves it out)
+	$(if $(filter 0,$(LADDER)),@echo "scaling: left out",$(if $(wildcard recipes/$(RECIPE)/scaling.yaml),$(call STAGE,scaling),\
+		@echo "scaling: recipe $(RECIPE) has no ladder"))
 
 pretrain: scaling ## prepare, scaling, then the main model
 	$(call STAGE,pretrain)

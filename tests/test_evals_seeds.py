@@ -8,12 +8,13 @@ from stages.evals import study_seeds
 
 
 def finished(folder, accuracy, predicted, measured):
-    metrics = {"scaling": {"predicted_loss": predicted}, "pretrain": {"heldout_loss": measured}, "evaluation": {
+    metrics = {"pretrain": {"heldout_loss": measured}, "evaluation": {
         "sft/last_letters/direct": 0.1, "sft/last_letters/zero_shot_cot": accuracy, "sft/last_letters/zero_shot_cot/finished": 1.0}}
     for stage in study_seeds.STAGES:
         (folder / stage).mkdir(parents=True)
         (folder / stage / "manifest.json").write_text(json.dumps({
-            "metrics": {name: {"value": value} for name, value in metrics.get(stage, {}).items()}, "provenance": {"wall_s": 60}}))
+            "metrics": {name: {"value": value} for name, value in metrics.get(stage, {}).items()}, "provenance": {"wall_s": 60},
+            "notes": {"forecast": {"value": predicted}}}))
 
 
 def test_seeds_are_averaged_with_an_interval(tmp_path, monkeypatch, capsys):
@@ -22,7 +23,7 @@ def test_seeds_are_averaged_with_an_interval(tmp_path, monkeypatch, capsys):
 
     def make(command, check):
         calls.append(command)
-        seed = int(command[-1].split()[-1])
+        seed = int(next(word for word in command if word.startswith("ARGS=")).split()[-1])
         if not (tmp_path / str(seed)).exists():
             finished(tmp_path / str(seed) / "tiny", *given[seed])
         return subprocess.CompletedProcess(command, 0)

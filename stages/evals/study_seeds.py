@@ -21,8 +21,8 @@ from stages.run.manifest import Manifest, say
 
 RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 TARGETS = ("pretrain", "sft", "rlhf", "evaluate")
-STAGES = ("scaling", "pretrain", "sft", "preferences", "reward_model", "ppo", "evaluation")
-ASSUMED_MINUTES = 24  # a seed of the tiny recipe on two CPU cores, for the budget alone
+STAGES = ("pretrain", "sft", "preferences", "reward_model", "ppo", "evaluation")
+ASSUMED_MINUTES = 22  # a seed of the tiny recipe on two CPU cores, for the budget alone
 STRATEGIES = {"direct": "direct", "few_shot": "few-shot", "zero_shot_cot": "CoT", "few_shot_cot": "few-shot CoT",
               "sampled_cot": "one sampled chain", "self_consistency": "vote"}
 MEASURES = {  # what the table of the stages shows
@@ -40,13 +40,12 @@ MEASURES = {  # what the table of the stages shows
 
 
 def figures(folder: Path) -> dict[str, float]:
-    """Every metric of a seed's finished stages as stage/metric, the prediction's error, and the minutes each stage took."""
-    found: dict[str, float] = {}
-    for stage in STAGES:
-        run = Manifest(folder / stage)
-        found |= {f"{stage}/{name}": value["value"] for name, value in run.metrics.items()}
-        found[f"{stage}/minutes"] = run.data["provenance"]["wall_s"] / 60
-    found["prediction/error"] = found["scaling/predicted_loss"] / found["pretrain/heldout_loss"] - 1
+    """Every metric of a seed's finished stages as stage/metric, the minutes each took, and the error of the ladder's prediction."""
+    runs = {stage: Manifest(folder / stage) for stage in STAGES}
+    found = {f"{stage}/{name}": value["value"] for stage, run in runs.items() for name, value in run.metrics.items()}
+    found |= {f"{stage}/minutes": run.data["provenance"]["wall_s"] / 60 for stage, run in runs.items()}
+    if forecast := runs["pretrain"].data["notes"].get("forecast"):
+        found["prediction/error"] = forecast["value"] / found["pretrain/heldout_loss"] - 1
     return found
 
 
@@ -65,8 +64,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def report(lines: Sequence[dict[str, Any]]) -> str:
     """Markdown tables: the stages' measures, accuracy by strategy, and the differences that the study is about."""
     seeds = [line["figures"] for line in lines]
-    stages = [[label, mean([s[key] for s in seeds]), ", ".join(f"{s[key]:.3f}" for s in seeds)]
-              for key, label in MEASURES.items() if all(key in s for s in seeds)]
+    stages = [[label, mean(values), ", ".join(f"{value:.3f}" for value in values)]
+              for key, label in MEASURES.items() if (values := [s[key] for s in seeds if key in s])]
     cells = sorted({tuple(key.split("/")[1:3]) for key in seeds[0] if key.startswith("evaluation/") and key.count("/") == 3})
     cells = [cell for cell in cells if f"evaluation/{cell[0]}/{cell[1]}/zero_shot_cot" in seeds[0]]
 
@@ -96,12 +95,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--runs", type=Path, default=Path(RUNS) / "seeds", help="a folder a seed in here")
     parser.add_argument("--out", type=Path, help="one JSON line a seed (default: study_seeds.jsonl in --runs)")
+    parser.add_argument("--no-ladder", action="store_true", help="train no ladder, which is a third of the time")
     given = parser.parse_args(argv)
     say(f"budget: {len(given.seeds)} seeds x about {ASSUMED_MINUTES} minutes = {clock(60 * ASSUMED_MINUTES * len(given.seeds))}")
     lines = []
     for seed in given.seeds:
         runs = given.runs / str(seed)
-        command = ["make", *TARGETS, f"RECIPE={given.recipe}", f"PLUMBLINE_RUNS={runs}", f"ARGS=--seed {seed}"]
+        command = ["make", *TARGETS, *["LADDER=0"] * given.no_ladder, f"RECIPE={given.recipe}", f"PLUMBLINE_RUNS={runs}",
+                   f"ARGS=--seed {seed}"]
         if subprocess.run(command, check=False).returncode:
             raise ValueError(f"seed {seed} stopped, see above; the same command continues there")
         lines.append({"seed": seed, "runs": str(runs / given.recipe), "figures": figures(runs / given.recipe)})
