@@ -13,8 +13,11 @@ def timetable(folder: Path) -> str:
     runs = [Manifest(folder / stage) for stage in ORDER if (folder / stage / MANIFEST).is_file()]
     if not runs:
         raise ValueError(f"no finished stage in {folder}: run make pretrain first")
-    rows = [[run.path.name, clock(run.data["provenance"]["wall_s"]), f"{run.data['provenance']['peak_rss_bytes'] / 2**30:.2f} GiB"]
-            for run in runs]
+    rows = []
+    for run in runs:
+        made = run.data["provenance"]
+        again = f" (the last of {made['attempts']} attempts)" if made.get("attempts", 1) > 1 else ""
+        rows.append([run.path.name, clock(made["wall_s"]) + again, f"{made['peak_rss_bytes'] / 2**30:.2f} GiB"])
     total = sum(run.data["provenance"]["wall_s"] for run in runs)
     return table(["stage", "time", "peak memory"], [*rows, ["sum", clock(total), ""]])
 
