@@ -8,14 +8,20 @@ RUNS = $(or $(PLUMBLINE_RUNS),runs)
 
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 ACCELERATE ?= $(if $(filter 0,$(GPUS)),cpu,$(if $(filter 1,$(GPUS)),gpu,ddp))
-# Several nodes: the same command on each, with these four in the environment.
+# Several nodes: the same command on each, with these in the environment.
+MAIN_PORT ?= 29500
 NODES = $(if $(NUM_MACHINES),--num_machines $(NUM_MACHINES) --machine_rank $(MACHINE_RANK) --main_process_ip $(MAIN_ADDRESS) \
 	--main_process_port $(MAIN_PORT) --num_processes $(shell expr $(NUM_MACHINES) \* $(GPUS)))
 PROCESSES = $(if $(NUM_MACHINES),,$(if $(filter-out cpu cpu-2 gpu,$(ACCELERATE)),--num_processes $(GPUS)))
 
 PY := .venv/bin/python
-LAUNCH = .venv/bin/accelerate launch --config_file recipes/accelerate/$(ACCELERATE).yaml $(NODES) $(PROCESSES)
-STAGE = $(LAUNCH) -m stages.$(1) --config recipes/$(RECIPE)/$(1).yaml $(ARGS)
+LAUNCH = .venv/bin/accelerate launch -q --config_file recipes/accelerate/$(ACCELERATE).yaml $(NODES) $(PROCESSES)
+# ARGS goes to the stages named on the command line (rlhf names three), not to those that run because others need them.
+STAGE = $(LAUNCH) -m stages.$(1) --config recipes/$(RECIPE)/$(1).yaml $(if $(filter $(1) $(GROUP_$(1)),$(MAKECMDGOALS)),$(ARGS))
+GROUP_preferences := rlhf
+GROUP_reward_model := rlhf
+GROUP_ppo := rlhf
+GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rlhf evaluation evaluate report times test test-quick check plan \
 	study-sc study-seeds clean
@@ -24,7 +30,7 @@ STAGE = $(LAUNCH) -m stages.$(1) --config recipes/$(RECIPE)/$(1).yaml $(ARGS)
 
 help: ## this list
 	@grep -hE '^[a-z][a-zA-Z_-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
-	@echo; echo "RECIPE=$(RECIPE)  ACCELERATE=$(ACCELERATE)  ARGS='--key value ...' passes overrides to the stage"
+	@echo; echo "RECIPE=$(RECIPE)  ACCELERATE=$(ACCELERATE)  ARGS='--key value ...' overrides settings of the stages named"
 
 .venv/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -58,7 +64,7 @@ ppo: setup ## PPO against the reward model
 
 rlhf: preferences reward_model ppo times ## preferences, reward_model, ppo
 
-evaluation: setup
+evaluation: setup ## the same as evaluate
 	$(call STAGE,evaluation)
 
 evaluate: evaluation ## base, SFT and PPO model under every prompting strategy

@@ -13,6 +13,7 @@ from typing import Literal
 from datasets import Dataset, disable_progress_bars
 
 from stages.data import corpora, curriculum
+from stages.data.entropy import document_nats, token_nats
 from stages.data.packing import pack, to_dataset
 from stages.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from stages.run.config import StageConfig, option
@@ -88,9 +89,14 @@ def main(config: PrepareConfig) -> Manifest:
                 tokens_of(texts, tokenizer, config.row_length, kind).save_to_disk(run.directory / "tokens" / "heldout-kinds" / kind)
 
     write_problems(config, run.directory / "problems")
-    kept = len(documents) / drops.read
+    metrics = {"kept_share": metric(len(documents) / drops.read, n=drops.read)}
+    if config.sources == ["curriculum"]:
+        texts = [d["text"] for d in documents if d["heldout"] and d["phase"] == "main"]
+        ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(texts)["input_ids"]]
+        metrics["text_entropy"] = metric(token_nats(ids, document_nats(config.seed)), n=len(texts))
+        say(f"entropy of the generated text: {metrics['text_entropy']['value']:.4f} nats a token, below which no loss can go")
     return run.finish(
-        metrics={"kept_share": metric(kept, n=drops.read)}, counts=counts,
+        metrics=metrics, counts=counts,
         products={"tokens": "tokens", "tokenizer": "tokenizer", "problems": "problems"},
         notes={"dropped": dict(drops.reasons), "kinds": dict(kinds), "row_length": config.row_length})
 

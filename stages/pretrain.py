@@ -5,9 +5,9 @@
 import json
 from pathlib import Path
 
-from stages.models.pretraining import PretrainConfig, pretrain
+from stages.models.pretraining import PretrainConfig, identity, pretrain
 from stages.run.entry import launch
-from stages.run.manifest import Manifest, say
+from stages.run.manifest import MANIFEST, Manifest, say
 
 
 def main(config: PretrainConfig) -> Manifest:
@@ -21,12 +21,16 @@ def main(config: PretrainConfig) -> Manifest:
 
 
 def read_forecast(config: PretrainConfig) -> dict | None:
-    """The ladder's prediction for this size and budget, when the recipe has one; it does not change the run."""
-    file = Path(config.run_dir).parent / "scaling" / "prediction.json"
-    if not file.is_file():
+    """The ladder's prediction, when there is one for these settings (any seed) and these tokens; it does not change the run."""
+    folder = Path(config.run_dir).parent / "scaling"
+    if not (folder / MANIFEST).is_file():
         return None
-    prediction = json.loads(file.read_text(encoding="utf-8"))
-    return prediction if prediction.get("tokens") == config.tokens and prediction.get("hidden_size") == config.hidden_size else None
+    prediction = json.loads((folder / "prediction.json").read_text(encoding="utf-8"))
+    made_for = (prediction.get("main_model"), prediction.get("prepare"))
+    if made_for != (identity(config), Manifest(config.parents["prepare"]).fingerprint):
+        say(f"the prediction in {folder} is for another model or other tokens: no comparison")
+        return None
+    return prediction
 
 
 if __name__ == "__main__":

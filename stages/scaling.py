@@ -48,13 +48,15 @@ class ScalingConfig(StageConfig):
     evaluations: int = option(2, "held-out evaluations over each run, for its curve; the law takes the last measurement")
     parameters: Literal["matmul", "non_embedding", "total"] = option("matmul", "the convention by which N counts parameters")
     loss: str = option("heldout_loss", "metric of the runs that the law is fitted to")
+    floor: Literal["fitted", "text"] = option(
+        "fitted", "E of the law: fitted, or text: the entropy a token that prepare computed for text it generated")
     holdout_fraction: float = option(0.25, "share of the runs, the dearest, that a second fit has to predict (0: no such check)")
     bootstrap_draws: int = option(300, "draws of the residual bootstrap")
 
 
 def main(config: ScalingConfig) -> Manifest:
     from stages.models.counts import CONVENTIONS, FLOPS, count_parameters, planned_decoder, train_flops_per_token
-    from stages.models.pretraining import pretrain  # torch takes seconds to import, which the subcommands do without
+    from stages.models.pretraining import identity, pretrain  # torch takes seconds to import, which the subcommands do without
     from stages.models.training import barrier
 
     base = main_config(config)
@@ -63,6 +65,7 @@ def main(config: ScalingConfig) -> Manifest:
     if run.finished:
         return run.manifest
     prepared = run.parents["prepare"]
+    floor = known_floor(config, prepared)
     vocabulary, row_length = prepared.counts["vocabulary"], prepared.data["notes"]["row_length"]
 
     def cost(c) -> tuple[int, int, dict[str, int]]:
@@ -89,17 +92,17 @@ def main(config: ScalingConfig) -> Manifest:
         points.append(point(name, manifest, config))
 
     N, D, loss = (np.array([p[key] for p in points], dtype=float) for key in ("N", "D", "loss"))
-    fit = fit_law(N, D, loss, num_draws=config.bootstrap_draws, seed=config.seed, conventions={
+    fit = fit_law(N, D, loss, floor=floor, num_draws=config.bootstrap_draws, seed=config.seed, conventions={
         "N": f"{config.parameters}: {CONVENTIONS[config.parameters]}", "D": "tokens trained on, padding included",
         "loss": f"{config.loss}, nats a token", "flops": FLOPS, "schedule": "each run has its own, decayed to zero"})
     flops, tokens, counts = cost(base)
     size = counts[config.parameters]
     value, interval = predict(fit, size, tokens)
     prediction = {"value": value, "interval": list(interval), "loss": config.loss, "N": size, "D": tokens, "flops": flops,
-                  "tokens": base.tokens, **{k: getattr(base, k) for k in SIZE_KEYS}, "seed": base.seed,
+                  "main_model": identity(base), "prepare": prepared.fingerprint,
                   "beyond": {"N": size / N.max(), "D": tokens / D.max()},
                   "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    checked = check(config, N, D, loss, [costs[p["run"]][0] for p in points])
+    checked = check(config, N, D, loss, floor, [costs[p["run"]][0] for p in points])
     if is_main():
         write_json(run.directory / "fit.json", fit)
         write_json(run.directory / "prediction.json", prediction)
@@ -117,6 +120,16 @@ def main(config: ScalingConfig) -> Manifest:
                  **{name: metric(fit[name], n=len(points), ci95=fit["intervals"].get(name)) for name in PARAMETERS}},
         counts={"runs": len(points), "tokens": sum(int(p["D"]) for p in points), "flops": total},
         products={"fit": "fit.json", "prediction": "prediction.json", "points": "points.jsonl"})
+
+
+def known_floor(config: ScalingConfig, prepared: Manifest) -> float | None:
+    """E where it is not to be fitted. Raises ValueError where the entropy of the text, or of the part that is asked for, is not known."""
+    if config.floor == "fitted":
+        return None
+    if config.loss != "heldout_loss" or "text_entropy" not in prepared.metrics:
+        raise ValueError("floor: text needs heldout_loss on the embedded curriculum alone, whose entropy prepare computes; "
+                         "set floor to fitted")
+    return prepared.metrics["text_entropy"]["value"]
 
 
 def main_config(config: ScalingConfig) -> Any:
@@ -159,12 +172,12 @@ def point(name: str, manifest: Manifest, config: ScalingConfig) -> dict[str, Any
             "loss": manifest.metrics[config.loss]["value"], "flops": manifest.counts["flops"], **losses}
 
 
-def check(config: ScalingConfig, N, D, loss, flops) -> dict[str, dict]:
+def check(config: ScalingConfig, N, D, loss, floor, flops) -> dict[str, dict]:
     """How well a fit on the cheaper runs predicts the dearer ones, as metrics; none when too few would be left to fit."""
     if config.holdout_fraction <= 0:
         return {}
     try:
-        report = holdout(N, D, loss, fraction=config.holdout_fraction, flops=flops, num_draws=config.bootstrap_draws,
+        report = holdout(N, D, loss, fraction=config.holdout_fraction, flops=flops, floor=floor, num_draws=config.bootstrap_draws,
                          seed=config.seed)
     except ValueError as error:
         say(f"no hold-out check of the law: {error}")

@@ -55,6 +55,19 @@ def test_variable_projection_finds_the_same_exponents():
     assert [fit["alpha"], fit["beta"]] == pytest.approx(best[1:], abs=0.01)
 
 
+def test_a_known_floor_is_kept_and_decides_far_predictions():
+    N, D = (grid.ravel() for grid in np.meshgrid([1e5, 2e5, 4e5], [2e5, 4e5, 8e5]))
+    constants = [1.2, 30.0, 900.0, 0.4, 0.55]
+    loss = law(constants, N, D) * np.exp(np.random.default_rng(0).normal(0, 0.01, len(N)))
+    known, fitted = (fit_law(N, D, loss, floor=floor, num_draws=20) for floor in (1.2, None))
+    assert known["E"] == pytest.approx(1.2) and known["intervals"]["E"] == pytest.approx([1.2, 1.2])
+    assert known["conventions"]["E"] == "known beforehand" and fitted["conventions"]["E"] == "fitted"
+    target = float(law(constants, 1e9, 1e9))
+    assert abs(predict(known, 1e9, 1e9)[0] / target - 1) < 0.05 < abs(predict(fitted, 1e9, 1e9)[0] / target - 1)
+    with pytest.raises(ValueError, match="lowest loss"):
+        fit_law(N, D, loss, floor=float(loss.min()))
+
+
 def test_one_outlier_does_not_move_a_huber_fit():
     clean = law(TRUE, SIZES, BUDGETS)
     loss = clean.copy()

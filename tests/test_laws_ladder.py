@@ -64,7 +64,7 @@ def test_ladder_writes_runs_fit_and_prediction(ladder):
     assert again["objective"] == pytest.approx(fit["objective"], rel=1e-6, abs=1e-12)
     assert fit["conventions"]["N"].startswith("matmul")
     prediction = json.loads(ladder.product("prediction").read_text())
-    assert (prediction["hidden_size"], prediction["tokens"], prediction["D"]) == (40, 8192, 8192)
+    assert prediction["D"] == 8192
     assert prediction["value"] == predict(fit, prediction["N"], prediction["D"])[0]
     assert prediction["interval"][0] <= prediction["value"] <= prediction["interval"][1]
     assert ladder.metrics["predicted_loss"]["value"] == prediction["value"]
@@ -129,6 +129,18 @@ def test_a_ladder_that_cannot_work_fails_before_training(prepared, tmp_path, cha
     with pytest.raises(ValueError, match=message):
         scaling.main(config_for(prepared, tmp_path / "scaling", **changes))
     assert not (tmp_path / "scaling.partial").exists()
+
+
+def test_the_floor_of_generated_text_is_known(ladder, prepared, tmp_path):
+    import shutil
+
+    entropy = Manifest(prepared).metrics["text_entropy"]["value"]
+    shutil.copytree(ladder.path, tmp_path / "scaling")
+    known = scaling.main(config_for(prepared, tmp_path / "scaling", floor="text"))
+    assert known.metrics["E"]["value"] == pytest.approx(entropy) and 0.1 < entropy < min(
+        json.loads(line)["loss"] for line in known.product("points").read_text().splitlines())
+    with pytest.raises(ValueError, match="floor: text needs heldout_loss"):
+        scaling.main(config_for(prepared, tmp_path / "scaling", floor="text", loss="heldout_loss/worked"))
 
 
 def test_missing_metric_names_those_there_are(ladder, prepared):

@@ -29,6 +29,9 @@ PETS = "cat dog bird fox frog mouse".split()
 MOODS = "happy sad tired proud calm brave".split()
 MAX_NUMBER = 20
 TRAINED = (1, 2, 3, 4, 5)  # steps of the problems in the pretraining documents
+WORD_CHANGE, CHAIN_CHANGE = 9, 5  # largest step of a total, in word problems and in chained variables
+# Shares of the main documents; the rest are problems, of which some stand in documents of two to four.
+COPYING_SHARE, STORY_SHARE, SEVERAL_SHARE, WORKED_SHARE = 0.1, 0.1, 0.15, 0.65
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ def word_problem(rng: random.Random, steps: int) -> Problem:
     """A running total over weekdays, solved forward, backward, or gains first."""
     while True:
         start = rng.randint(1, 9)
-        changes = [rng.choice([1, -1]) * rng.randint(1, 9) for _ in range(steps)]
+        changes = [rng.choice([1, -1]) * rng.randint(1, WORD_CHANGE) for _ in range(steps)]
         totals = [start + sum(changes[:i]) for i in range(steps + 1)]
         if all(0 <= t <= MAX_NUMBER for t in totals):
             break
@@ -100,7 +103,7 @@ def chained_variables(rng: random.Random, steps: int) -> Problem:
     """Assignments in order with an irrelevant one among them; each step repeats one, puts the value in and computes."""
     while True:
         start = rng.randint(1, 9)
-        changes = [rng.choice([1, -1]) * rng.randint(1, 5) for _ in range(steps)]
+        changes = [rng.choice([1, -1]) * rng.randint(1, CHAIN_CHANGE) for _ in range(steps)]
         values = [start + sum(changes[:i]) for i in range(steps + 1)]
         if all(0 <= v <= MAX_NUMBER for v in values):
             break
@@ -207,11 +210,11 @@ def copying(rng: random.Random) -> str:
     return f"Question: {text} How many {thing} does {name} have? {CUES[DIRECT]}\nAnswer: The answer is {number}."
 
 
-def documents(seed: int, *, phase: str = "main", split: str = "train", worked_share: float = 0.65) -> Iterator[dict]:
+def documents(seed: int, *, phase: str = "main", split: str = "train", worked_share: float = WORKED_SHARE) -> Iterator[dict]:
     """Endless pretraining documents `{"text", "kind"}`.
 
     `phase="easy"` holds copying, lookups and problems of one or two steps, for the beginning of training: without it the
-    jump to following steps comes later or not at all (LOG.md). One document in five holds several worked or direct
+    jump to following steps comes later or not at all (LOG.md). One document in eight holds several worked or direct
     examples, so that few-shot prompts are in distribution.
     """
     if phase not in ("easy", "main"):
@@ -221,12 +224,12 @@ def documents(seed: int, *, phase: str = "main", split: str = "train", worked_sh
     source = problems(seed + (1 << 20 if easy else 0), split=split, difficulties=(1, 2) if easy else TRAINED)
     while True:
         draw = rng.random()
-        if draw < (0.5 if easy else 0.1):
+        if draw < (0.5 if easy else COPYING_SHARE):
             yield {"text": copying(rng), "kind": "copying"}
-        elif draw < (0.55 if easy else 0.2):
+        elif draw < (0.55 if easy else COPYING_SHARE + STORY_SHARE):
             yield {"text": story(rng), "kind": "story"}
         else:
-            count = rng.randint(2, 4) if rng.random() < 0.15 else 1
+            count = rng.randint(2, 4) if rng.random() < SEVERAL_SHARE else 1
             style = WORKED if rng.random() < worked_share else DIRECT
             chosen = [next(source) for _ in range(count)]
             yield {"text": "\n\n".join(example(p, style, rng) for p in chosen), "kind": style if count == 1 else f"{style}-few-shot"}

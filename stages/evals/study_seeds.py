@@ -20,7 +20,7 @@ from stages.run.entry import fail
 from stages.run.manifest import Manifest, say
 
 RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
-TARGETS = ("pretrain", "sft", "rlhf", "evaluate")
+TARGETS = ("prepare", "scaling", "pretrain", "sft", "rlhf", "evaluate")  # each by name, so that all of them get the seed
 STAGES = ("pretrain", "sft", "preferences", "reward_model", "ppo", "evaluation")
 ASSUMED_MINUTES = 22  # a seed of the tiny recipe on two CPU cores, for the budget alone
 STRATEGIES = {"direct": "direct", "few_shot": "few-shot", "zero_shot_cot": "CoT", "few_shot_cot": "few-shot CoT",

@@ -54,18 +54,19 @@ def objective(theta: Array, x: Array, y: Array, target: Array, delta: float = DE
     return float(SCALE * huber(residuals, delta).sum()), SCALE * np.clip(residuals, -delta, delta) @ jacobian[0]
 
 
-def _bounded(theta: Array) -> Array:
-    theta[:, 3:] = theta[:, 3:].clip(*EXPONENTS)
-    theta[:, :3] = theta[:, :3].clip(*TERMS)
-    return theta
+def _bounds(floor: float | None) -> Array:
+    """(5, 2) lower and upper ends of theta; a known floor leaves e no room."""
+    ends = np.array([TERMS] * 3 + [EXPONENTS] * 2)
+    return ends if floor is None else np.vstack([np.full(2, math.log(floor)), ends[1:]])
 
 
-def _descend(theta: Array, x: Array, y: Array, target: Array, delta: float, steps: int) -> tuple[Array, Array]:
+def _descend(theta: Array, x: Array, y: Array, target: Array, delta: float, steps: int, bounds: Array) -> tuple[Array, Array]:
     """All starts at once: reweighted Gauss-Newton steps, damped where they fail to descend (Levenberg-Marquardt).
 
     A Huber loss is bounded above by the quadratic with weight min(1, delta/|r|) that touches it, so minimising that one
     descends. `theta` (S, 5), `target` (n,) or (S, n). Returns theta and the unscaled objective (S,).
     """
+    free = bounds[:, 0] < bounds[:, 1]  # a parameter without room has no slope either
     damping = np.full(len(theta), 1e-3)
     predicted, jacobian = log_loss(theta, x, y)
     residuals = predicted - target
@@ -73,12 +74,13 @@ def _descend(theta: Array, x: Array, y: Array, target: Array, delta: float, step
     diagonal = np.arange(5)
     for _ in range(steps):
         weights = np.minimum(1.0, delta / np.maximum(np.abs(residuals), 1e-300))
+        jacobian = jacobian * free
         weighted = jacobian * weights[..., None]
         hessian = weighted.swapaxes(1, 2) @ jacobian
         slope = (weighted.swapaxes(1, 2) @ residuals[..., None])[..., 0]
         hessian[:, diagonal, diagonal] *= 1 + damping[:, None]
         hessian[:, diagonal, diagonal] += 1e-12
-        proposal = _bounded(theta - np.linalg.solve(hessian, slope[..., None])[..., 0])
+        proposal = (theta - np.linalg.solve(hessian, slope[..., None])[..., 0]).clip(*bounds.T)
         predicted, new_jacobian = log_loss(proposal, x, y)
         new_residuals = predicted - target
         new_value = huber(new_residuals, delta).sum(axis=1)
@@ -94,23 +96,27 @@ def _descend(theta: Array, x: Array, y: Array, target: Array, delta: float, step
     return theta, value
 
 
-def _starts(x: Array, y: Array, loss: Array) -> Array:
-    """The best positive (E, A, B) of the relative least-squares problem for each pair of exponents: (S, 5)."""
+def _starts(x: Array, y: Array, loss: Array, floor: float | None) -> Array:
+    """The best positive (E, A, B), or (A, B) on a known floor, of the relative least-squares problem for each pair of exponents: (S, 5)."""
     alpha, beta = (grid.ravel() for grid in np.meshgrid(START_EXPONENTS, START_EXPONENTS))
     columns = np.stack([np.ones((len(alpha), len(x))), np.exp(-alpha[:, None] * x), np.exp(-beta[:, None] * y)], axis=-1)
     columns /= loss[:, None]  # relative errors, close to differences of logs
-    gram = columns.swapaxes(1, 2) @ columns + 1e-9 * np.eye(3)
-    linear = np.linalg.solve(gram, columns.sum(axis=1)[..., None])[..., 0]
-    return np.column_stack([np.log(linear.clip(0.01 * loss.min(), None)), alpha, beta])
+    wanted = np.ones(len(x))
+    if floor is not None:
+        columns, wanted = columns[..., 1:], wanted - floor / loss
+    gram = columns.swapaxes(1, 2) @ columns + 1e-9 * np.eye(columns.shape[-1])
+    linear = np.linalg.solve(gram, (columns.swapaxes(1, 2) @ wanted)[..., None])[..., 0].clip(0.01 * loss.min(), None)
+    if floor is not None:
+        linear = np.column_stack([np.full(len(alpha), floor), linear])
+    return np.column_stack([np.log(linear), alpha, beta])
 
 
-def _minimise(x: Array, y: Array, loss: Array, delta: float) -> tuple[Array, float]:
+def _minimise(x: Array, y: Array, loss: Array, delta: float, floor: float | None) -> tuple[Array, float]:
     """theta and the unscaled objective of the best of all starts, polished."""
-    target = np.log(loss)
-    thetas, values = _descend(_starts(x, y, loss), x, y, target, delta, steps=60)
+    target, bounds = np.log(loss), _bounds(floor)
+    thetas, values = _descend(_starts(x, y, loss, floor), x, y, target, delta, steps=60, bounds=bounds)
     best = np.argsort(values)[:8]
-    thetas, values = _descend(thetas[best], x, y, target, delta, steps=200)
-    bounds = [TERMS] * 3 + [EXPONENTS] * 2
+    thetas, values = _descend(thetas[best], x, y, target, delta, steps=200, bounds=bounds)
     finished = []
     for theta in thetas[np.argsort(values)[:3]]:
         result = minimize(objective, theta, (x, y, target, delta), jac=True, method="L-BFGS-B", bounds=bounds,
@@ -126,16 +132,17 @@ def _constants(theta: Array, x0: float, y0: float) -> Array:
     return np.column_stack([np.exp(e), np.exp(a + alpha * x0), np.exp(b + beta * y0), alpha, beta])
 
 
-def fit_law(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, delta: float = DELTA, num_draws: int = 300, seed: int = 0,
-            conventions: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def fit_law(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, floor: float | None = None, delta: float = DELTA, num_draws: int = 300,
+            seed: int = 0, conventions: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Fit the law to finished runs; the result is what fit.json holds.
 
     `N` parameters, `D` training tokens and `loss` (nats) per run, (n,) each; runs whose learning rate has been decayed, one
-    convention of counting throughout, which `conventions` records. Intervals are 95 % percentiles of a residual bootstrap:
-    residuals, centred and widened by sqrt(n / (n - 5)) for the five parameters they were fitted with, are drawn with
-    replacement, added to the fit, and fitted again. `draws` and `residuals` are kept for `predict` and `plan`.
+    convention of counting throughout, which `conventions` records. `floor` is E where it is known, as the entropy of generated
+    text is; otherwise E is fitted. Intervals are 95 % percentiles of a residual bootstrap: residuals, centred and widened by
+    sqrt(n / (n - p)) for the p parameters they were fitted with, are drawn with replacement, added to the fit, and fitted
+    again. `draws` and `residuals` are kept for `predict` and `plan`.
 
-    Raises ValueError when the runs cannot determine five parameters.
+    Raises ValueError when the runs cannot determine the parameters or a loss lies below the floor.
     """
     N, D, loss = (np.asarray(values, dtype=np.float64).ravel() for values in (N, D, loss))
     if not len(N) == len(D) == len(loss):
@@ -145,21 +152,24 @@ def fit_law(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, delta: float = DELTA
     if len(N) < 6 or len(np.unique(N)) < 3 or len(np.unique(D)) < 3:
         raise ValueError(f"{len(N)} runs of {len(np.unique(N))} sizes and {len(np.unique(D))} token budgets cannot determine "
                          "five parameters: give at least 6 runs, 3 sizes and 3 budgets")
+    if floor is not None and not 0 < floor < loss.min():
+        raise ValueError(f"the floor {floor:.4g} must lie between 0 and the lowest loss, {loss.min():.4g}: it is not that of this text")
     x0, y0 = float(np.log(N).mean()), float(np.log(D).mean())
     x, y = np.log(N) - x0, np.log(D) - y0
-    theta, value = _minimise(x, y, loss, delta)
+    theta, value = _minimise(x, y, loss, delta, floor)
     fitted = log_loss(theta[None], x, y)[0][0]
     residuals = np.log(loss) - fitted
-    widened = (residuals - residuals.mean()) * math.sqrt(len(N) / max(len(N) - 5, 1))
+    widened = (residuals - residuals.mean()) * math.sqrt(len(N) / max(len(N) - (5 if floor is None else 4), 1))
     targets = fitted + np.random.default_rng(seed).choice(widened, size=(num_draws, len(N)))
-    draws = _constants(_descend(np.tile(theta, (num_draws, 1)), x, y, targets, delta, steps=60)[0], x0, y0)
+    draws = _constants(_descend(np.tile(theta, (num_draws, 1)), x, y, targets, delta, steps=60, bounds=_bounds(floor))[0], x0, y0)
     constants = dict(zip(PARAMETERS, _constants(theta[None], x0, y0)[0].tolist(), strict=True))
     low, high = np.quantile(draws, [0.025, 0.975], axis=0) if num_draws else np.full((2, 5), np.nan)
     at_bound = [name for name in ("alpha", "beta") if not EXPONENTS[0] * 1.01 < constants[name] < EXPONENTS[1] * 0.99]
     return {
         **constants, "objective": value, "num_points": len(N),
         "intervals": {name: [float(low[i]), float(high[i])] for i, name in enumerate(PARAMETERS)} if num_draws else {},
-        "conventions": {"objective": f"sum over runs of Huber({delta:g}) of the difference in log loss", "interval":
+        "conventions": {"E": "fitted" if floor is None else "known beforehand",
+                        "objective": f"sum over runs of Huber({delta:g}) of the difference in log loss", "interval":
                         f"95 % percentiles of {num_draws} residual bootstrap draws", **(conventions or {})},
         "range": {"N": [float(N.min()), float(N.max())], "D": [float(D.min()), float(D.max())]}, "at_bound": at_bound,
         "residuals": widened.tolist(), "draws": draws.tolist()}
@@ -188,7 +198,8 @@ def predict(fit: Mapping[str, Any], N: float, D: float, *, level: float = 0.95) 
 
 
 def holdout(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, fraction: float = 0.25, flops: ArrayLike | None = None,
-            num_draws: int = 300, seed: int = 0, conventions: Mapping[str, Any] | None = None) -> dict[str, Any]:
+            floor: float | None = None, num_draws: int = 300, seed: int = 0,
+            conventions: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Fit on the cheap runs, predict the dear ones: relative error and the share of losses inside their 95 % interval.
 
     `flops` (n,) orders the runs (default 6 N D); the dearest `fraction` of them is held out.
@@ -199,7 +210,7 @@ def holdout(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, fraction: float = 0.
     order = np.argsort(6 * N * D if flops is None else np.asarray(flops, dtype=np.float64), kind="stable")
     num_heldout = max(1, round(fraction * len(order)))
     small, large = order[:-num_heldout], order[-num_heldout:]
-    fit = fit_law(N[small], D[small], loss[small], num_draws=num_draws, seed=seed, conventions=conventions)
+    fit = fit_law(N[small], D[small], loss[small], floor=floor, num_draws=num_draws, seed=seed, conventions=conventions)
     rows = []
     for i in large:
         value, interval = predict(fit, N[i], D[i])

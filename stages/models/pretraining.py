@@ -18,7 +18,7 @@ from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.config import StageConfig, option
 from stages.run.console import table
-from stages.run.manifest import Manifest, Run, is_main, say
+from stages.run.manifest import Manifest, Run, hash_data, is_main, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,11 @@ class PretrainConfig(StageConfig):
     eval_rows: int = option(96, "held-out rows of each evaluation; the last one takes four times as many")
     checkpoints: int = option(4, "checkpoints over the run")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+
+
+def identity(config: PretrainConfig) -> str:
+    """Hash of everything but the seed that decides the loss: what a prediction is made for."""
+    return hash_data({key: value for key, value in config.fingerprinted().items() if key != "seed"})
 
 
 class PretrainTrainer(Resumable, Trainer):
