@@ -30,7 +30,6 @@ from stages.run.manifest import Manifest, Run, hash_data, is_main, metric, say, 
 
 MODELS = {"base": ("pretrain", False), "base_chat": ("pretrain", True), "sft": ("sft", True), "ppo": ("ppo", True)}  # run, chat
 STRATEGIES = ("direct", "few_shot", "zero_shot_cot", "few_shot_cot", "self_consistency")
-GREEDY = list(STRATEGIES[:-1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class EvaluationConfig(StageConfig):
     PARENTS = ("prepare", "pretrain", "sft", "ppo")
 
     models: dict[str, list[str]] = option(
-        {"base": GREEDY, "base_chat": ["zero_shot_cot"], "sft": list(STRATEGIES), "ppo": list(STRATEGIES)},
+        {"base": list(STRATEGIES), "base_chat": ["zero_shot_cot"], "sft": list(STRATEGIES), "ppo": list(STRATEGIES)},
         f"strategies for each of {', '.join(MODELS)}: {', '.join(STRATEGIES)}")
     tasks: list[str] = option(["word_problems", "chained_variables"],
                               "embedded tasks, or [name=]format:source such as gsm8k:data/test.jsonl", recorded_only=True)
