@@ -15,7 +15,7 @@ NODES = $(if $(NUM_MACHINES),--num_machines $(NUM_MACHINES) --machine_rank $(MAC
 PROCESSES = $(if $(NUM_MACHINES),,$(if $(filter-out cpu cpu-2 gpu,$(ACCELERATE)),--num_processes $(GPUS)))
 
 PY := .venv/bin/python
-LAUNCH = .venv/bin/accelerate launch -q --config_file recipes/accelerate/$(ACCELERATE).yaml $(NODES) $(PROCESSES)
+LAUNCH = .venv/bin/accelerate launch --config_file recipes/accelerate/$(ACCELERATE).yaml -q $(NODES) $(PROCESSES)
 # ARGS goes to the stages named on the command line (rlhf names three), not to those that run because others need them.
 STAGE = $(LAUNCH) -m stages.$(1) --config recipes/$(RECIPE)/$(1).yaml $(if $(filter $(1) $(GROUP_$(1)),$(MAKECMDGOALS)),$(ARGS))
 GROUP_preferences := rlhf

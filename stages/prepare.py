@@ -49,7 +49,7 @@ class PrepareConfig(StageConfig):
 
 def main(config: PrepareConfig) -> Manifest:
     generator = {"curriculum": hash_path(Path(curriculum.__file__)), "chat_template": hash_data(CHAT_TEMPLATE)}
-    run = Run(config, inputs=generator | corpora.hash_inputs(config.sources))
+    run = Run(config, inputs=generator | corpora.hash_inputs(config.sources) | hash_tokenizer(config.tokenizer))
     if run.finished:
         return run.manifest
     disable_progress_bars()
@@ -107,6 +107,17 @@ def read(config: PrepareConfig, drops: corpora.Drops):
         text_column=config.text_column, hub_config=config.hub_config, hub_split=config.hub_split,
         document_chars=config.document_chars, decode_errors=config.decode_errors) for source in config.sources)
     return corpora.select(documents, drops, heldout_share=config.heldout_share, min_chars=config.min_chars)
+
+
+def hash_tokenizer(source: str | None) -> dict[str, str | None]:
+    """What a tokenizer's folder or hub id holds, for the fingerprint. Weights beside it do not count: they can be gigabytes."""
+    if source is None:
+        return {}
+    folder = Path(source)
+    if not folder.is_dir():
+        return {"tokenizer": corpora.known_revision(source, "model")}
+    return {"tokenizer": hash_data({str(p.relative_to(folder)): hash_path(p) for p in sorted(folder.rglob("*"))
+                                    if p.is_file() and p.suffix not in (".safetensors", ".bin", ".pt", ".pth", ".gguf")})}
 
 
 def make_tokenizer(config: PrepareConfig, texts: list[str]):

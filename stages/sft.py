@@ -27,7 +27,7 @@ from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.config import StageConfig, option
 from stages.run.entry import launch
-from stages.run.manifest import Manifest, Run, hash_path, is_main, metric, say
+from stages.run.manifest import Manifest, Run, is_main, metric, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,11 @@ class SftConfig(StageConfig):
 class ResumableSFTTrainer(Resumable, SFTTrainer):
     """SFTTrainer whose validation loss is a mean over tokens; Trainer's own is one over batches and moves with their division."""
 
+    validated_at = -1
+
     def evaluate(self, *args, **kwargs):
         measured = heldout(self.model, self.eval_dataset, self.data_collator)
-        self.validation = measured["heldout_loss"]
+        self.validation, self.validated_at = measured["heldout_loss"], self.state.global_step
         logs = {"eval_loss": self.validation["value"], "eval_mean_token_accuracy": measured["heldout_accuracy"]["value"]}
         self.model.eval()  # by this SFTTrainer.log tells training from evaluation
         self.log(logs)
@@ -76,9 +78,7 @@ class ResumableSFTTrainer(Resumable, SFTTrainer):
 
 
 def main(config: SftConfig) -> Manifest:
-    from_file = config.data != "curriculum"
-    local = from_file and dialogues.corpora.is_local(config.data)
-    run = Run(config, inputs={config.data: hash_path(Path(config.data))} if local else {})
+    run = Run(config, inputs={} if config.data == "curriculum" else dialogues.corpora.hash_inputs([config.data]))
     if run.finished:
         return run.manifest
     prepared, pretrained = run.parents["prepare"], run.parents["pretrain"]
@@ -106,6 +106,9 @@ def main(config: SftConfig) -> Manifest:
 
     local_batch = share_batch(config.batch_size, world_size(), "batch_size")
     micro = min(config.micro_batch_size or local_batch, local_batch)
+    if local_batch % micro:
+        raise ValueError(f"{local_batch} dialogues a process do not divide into micro batches of {micro}: "
+                         "set micro_batch_size to a divisor")
     steps = max(1, int(len(train) / config.batch_size * config.epochs))
     tokenizer.eos_token = END  # from here on a turn, not a document, is what the model ends
     trainer = ResumableSFTTrainer(
@@ -121,7 +124,8 @@ def main(config: SftConfig) -> Manifest:
             gradient_checkpointing=config.gradient_checkpointing, max_grad_norm=1.0, weight_decay=0.0)))
     fit(trainer)
 
-    trainer.evaluate()
+    if trainer.validated_at != trainer.state.global_step:
+        trainer.evaluate()
     final = trainer.validation
     trained = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     if config.method == "lora" and is_main():
@@ -149,7 +153,8 @@ def main(config: SftConfig) -> Manifest:
     if is_main():
         show(run.directory, logged)
     return run.finish(metrics=metrics, products={"model": "model"} | ({"adapter": "adapter"} if config.method == "lora" else {}),
-                      counts={"dialogues": len(train), "tokens": int(sum(lengths) * config.epochs), "cut": cut, "steps": steps})
+                      counts={"dialogues": len(train), "tokens": int(sum(lengths) * config.epochs), "cut": cut,
+                              "steps": trainer.state.global_step})
 
 
 def read(config: SftConfig, prepared: Manifest) -> tuple[list[dict], list[dict]]:

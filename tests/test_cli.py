@@ -8,6 +8,7 @@ from stages.run.checkpoint import read_metrics
 from stages.run.manifest import MANIFEST
 
 pytestmark = pytest.mark.slow
+LOSS_REL, LOSS_ABS = 1e-3, 1e-4  # what float error may do to a loss over a whole run when a batch is divided over processes
 
 
 def manifest(folder):
@@ -66,7 +67,7 @@ def test_two_processes_train_as_one(smoke, stage, tmp_path):
     for a, b in zip(one, two, strict=True):
         for key in set(a) & set(b):
             if "loss" in key or key.startswith("objective/"):
-                assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-3), (a["step"], key)
+                assert b[key] == pytest.approx(a[key], rel=LOSS_REL, abs=LOSS_ABS), (a["step"], key)
                 compared += 1
     assert compared >= 3
 
@@ -120,6 +121,7 @@ def test_a_batch_that_does_not_divide_over_processes(smoke, tmp_path):
     smoke.path("prepare")
     done = smoke.run("pretrain", "--run-dir", str(tmp_path / "run"), "--batch-tokens", "768", accelerate="cpu-2", check=False)
     assert done.returncode != 0 and "3 does not divide over 2 processes" in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error")]) == 1, done.stderr[-2000:]  # said once, not by each
 
 
 def test_a_tokenizer_that_does_not_match_the_model(smoke, tmp_path):

@@ -1,7 +1,10 @@
+import gzip
 import itertools
 import json
 import random
+import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,6 +188,11 @@ def test_plain_text_is_cut_at_blank_lines(tmp_path):
     ("a.jsonl", b'{"text": "x"}\n[1]\n', "a.jsonl, line 2 must be a JSON object"),
     ("a.jsonl", b'{"body": "x"}\n', "line 1 has no text in column 'text': it has body"),
     ("a.parquet", b"nonsense", "is not a readable parquet file"),
+    ("a.json", b'[{"text": "x"}, "y"]', "a.json, row 1 must be a JSON object, got str"),
+    ("a.json", b"3", "a.json, row 0 must be a JSON object, got int"),
+    ("a.csv", b"text\nx\n", "a.csv: cannot tell what it holds by its name: give .txt, .md, .jsonl"),
+    ("a.txt.gz", b"", "cannot tell what it holds by its name"),
+    ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 20, "is not a whole gzip file"),
 ])
 def test_bad_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -207,3 +215,80 @@ def test_a_hub_id_offline_and_a_missing_file(monkeypatch):
         list(corpora.read_documents("org/corpus", seed=0, num_documents=1))
     with pytest.raises(ValueError, match="no such file"):
         list(corpora.read_documents("missing.txt", seed=0, num_documents=1))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub with one dataset; what is loaded of it is noted."""
+    import datasets
+    import huggingface_hub
+
+    def repo_info(self, repo_id, **more):
+        if repo_id != "org/corpus":
+            raise ConnectionError("nobody there")
+        return SimpleNamespace(sha=f"commit-of-the-{more['repo_type']}")
+
+    rows, loaded = [{"text": "a", "prompt": "q", "completion": "a"}], {}
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, config, **more: loaded.update(more) or rows)
+    corpora.hub_revision.cache_clear()
+    yield SimpleNamespace(rows=rows, loaded=loaded)
+    corpora.hub_revision.cache_clear()
+
+
+def read_hub(source="org/corpus"):
+    return list(corpora.read_documents(source, seed=0, num_documents=0))
+
+
+def test_a_hub_dataset_is_read_at_the_revision_that_is_recorded(hub, monkeypatch):
+    assert corpora.hash_inputs(["curriculum", "org/corpus"]) == {"org/corpus": "commit-of-the-dataset"}
+    assert [d["text"] for d in read_hub()] == ["a"] and hub.loaded["revision"] == "commit-of-the-dataset"
+    assert corpora.hash_inputs(["org/absent"]) == {"org/absent": None}
+    with pytest.raises(ValueError, match=r"org/absent is neither a local file nor reachable on the hub \(nobody there\)"):
+        read_hub("org/absent")
+    corpora.hub_revision.cache_clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert corpora.hash_inputs(["org/corpus"]) == {"org/corpus": None}
+
+
+def test_a_hub_row_without_the_text_column_is_named(hub):
+    hub.rows.append({"body": "b"})
+    with pytest.raises(ValueError, match="org/corpus, row 1 has no text in column 'text': it has body; set text_column"):
+        read_hub()
+
+
+def test_files_are_hashed_as_they_are_found(tmp_path):
+    for name in ("a.jsonl", "b.jsonl", "notes.csv"):
+        (tmp_path / name).write_text('{"text": "x"}\n')
+    sources = [str(tmp_path), str(tmp_path / "*.jsonl"), str(tmp_path / "a.jsonl")]
+    first = corpora.hash_inputs(sources)
+    assert all(re.fullmatch("sha256:[0-9a-f]{64}", value) for value in first.values())
+    (tmp_path / "notes.csv").write_text("nobody reads this")
+    assert corpora.hash_inputs(sources) == first
+    (tmp_path / "b.jsonl").write_text('{"text": "y"}\n')
+    second = corpora.hash_inputs(sources)
+    assert [first[source] == second[source] for source in sources] == [False, False, True]
+    with pytest.raises(ValueError, match=r"notes.csv: cannot tell"):
+        corpora.hash_inputs([str(tmp_path / "*")])
+
+
+@pytest.mark.parametrize("prompt", [
+    5, {"role": "user", "content": "q"}, ["q"], [{"role": "user", "content": [{"type": "text", "text": "q"}]}]])
+def test_a_message_column_that_is_neither_text_nor_messages(tmp_path, prompt):
+    good = {"prompt": "q", "completion": [{"role": "assistant", "content": "a"}]}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (good, {**good, "prompt": prompt})))
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: expected text or a list of \{'role', 'content'\}"):
+        rows_of(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text(json.dumps(good))
+    assert rows_of(tmp_path / "*.jsonl")[0]["completion"] == good["completion"]
+
+
+def test_text_without_columns_is_no_source_of_dialogues(tmp_path):
+    (tmp_path / "a.txt").write_text("a play")
+    with pytest.raises(ValueError, match=r"a.txt has no rows with columns: give .jsonl, .jsonl.gz, .json, .parquet"):
+        rows_of(tmp_path / "a.txt")
+
+
+def rows_of(path):
+    return dialogues.file_rows(str(path), prompt_column="prompt", completion_column="completion")

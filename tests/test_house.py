@@ -73,5 +73,5 @@ def test_dry_run_prints_plain_launch_lines():
     lines = subprocess.run(["make", "-n", "pretrain", "sft", "rlhf", "ACCELERATE=cpu-2"], cwd=ROOT, capture_output=True, text=True,
                            check=True).stdout
     for stage in ("prepare", "scaling", "pretrain", "sft", "preferences", "reward_model", "ppo"):
-        assert re.search(rf"accelerate launch --config_file recipes/accelerate/cpu-2.yaml +-m stages.{stage} "
+        assert re.search(rf"accelerate launch --config_file recipes/accelerate/cpu-2.yaml -q +-m stages.{stage} "
                          rf"--config recipes/tiny/{stage}.yaml", lines), stage

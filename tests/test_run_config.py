@@ -78,3 +78,10 @@ def test_fingerprint_leaves_out_paths_and_logging():
 def test_read_yaml_of_an_empty_file(tmp_path):
     (tmp_path / "e.yaml").write_text("# nothing\n")
     assert read_yaml(tmp_path / "e.yaml") == {}
+
+
+def test_runs_of_other_recipes_move_with_the_runs_folder(monkeypatch):
+    monkeypatch.setenv("PLUMBLINE_RUNS", "/disk/runs")
+    moved = build_config(Example, {"parents": {"prepare": "runs/other/prepare"}}, recipe="mine")
+    assert moved.parents["prepare"] == "/disk/runs/other/prepare" and moved.run_dir == "/disk/runs/mine/example"
+    assert build_config(Example, {"parents": {"prepare": "/disk/runs/x"}}, recipe="mine").parents["prepare"] == "/disk/runs/x"

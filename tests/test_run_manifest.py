@@ -1,11 +1,12 @@
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from stages.run.checkpoint import MetricsLog, is_complete, mark_complete, newest_complete, read_metrics, remove_incomplete
-from stages.run.config import StageConfig, build_config, option
-from stages.run.manifest import MANIFEST, Manifest, Run, metric
+from stages.run.config import StageConfig, build_config, option, read_yaml
+from stages.run.manifest import MANIFEST, Manifest, Run, check_parents, metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,12 @@ class First(StageConfig):
 class Second(StageConfig):
     STAGE = "second"
     PARENTS = ("first",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Third(StageConfig):
+    STAGE = "third"
+    PARENTS = ("first", "second")
 
 
 def run_first(tmp_path, **values):
@@ -54,6 +61,61 @@ def test_a_changed_parent_makes_the_child_out_of_date(tmp_path):
     assert Run(build_config(Second, values)).finished
     run_first(tmp_path, size=2)
     assert not Run(build_config(Second, values)).finished
+
+
+def test_parents_of_different_pipelines_are_refused_and_the_repair_in_order_is_not(tmp_path):
+    folders = {name: str(tmp_path / name) for name in ("first", "second", "third")}
+    second = build_config(Second, {"run_dir": folders["second"], "parents": {"first": folders["first"]}})
+    third = build_config(Third, {"run_dir": folders["third"], "parents": {name: folders[name] for name in Third.PARENTS}})
+    run_first(tmp_path)
+    Run(second).finish(metrics={})
+    Run(third).finish(metrics={})
+    run_first(tmp_path, size=2)
+    with pytest.raises(ValueError, match=r"second was made from another first than .*first now holds: run `make second RECIPE=") as error:
+        Run(third)
+    assert folders["second"] in str(error.value) and folders["first"] in str(error.value) and not (tmp_path / "third.partial").exists()
+    Run(second).finish(metrics={})
+    Run(third).finish(metrics={})
+    assert Run(third).finished
+
+
+def test_the_recipes_that_read_runs_of_another_recipe_agree_about_them(tmp_path, monkeypatch):
+    """recipes/hh stands on gsm8k's prepare and SFT, gsm8k's evaluation on its own."""
+    made = {"gsm8k/prepare": [], "gsm8k/pretrain": ["gsm8k/prepare"], "gsm8k/sft": ["gsm8k/prepare", "gsm8k/pretrain"],
+            "hh/preferences": ["gsm8k/prepare", "gsm8k/sft"]}
+    recipes = Path("recipes").resolve()
+    monkeypatch.chdir(tmp_path)
+    for name, parents in made.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / MANIFEST).write_text(json.dumps({
+            "fingerprint": f"sha256:{name}", "parents": {p.split("/")[1]: f"sha256:{p}" for p in parents}}))
+    for recipe, stage in (("hh", "preferences"), ("hh", "reward_model"), ("gsm8k", "evaluation")):
+        given = read_yaml(recipes / recipe / f"{stage}.yaml").get("parents", {})
+        here = {name: given.get(name, f"runs/{recipe}/{name}") for name in ("prepare", "pretrain", "sft", "preferences")}
+        found = {name: Manifest(path) for name, path in here.items() if (Path(path) / MANIFEST).is_file()}
+        assert {"prepare", "sft"} <= set(found)
+        check_parents(found)
+
+
+def test_a_report_may_stand_on_runs_of_different_pipelines(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Report(Third):
+        STAGE = "report"
+
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / MANIFEST).write_text(json.dumps({"fingerprint": name, "parents": {"first": "another"}}))
+    parents = {name: str(tmp_path / name) for name in Report.PARENTS}
+    assert not Run(build_config(Report, {"run_dir": str(tmp_path / "report"), "parents": parents})).finished
+
+
+def test_an_input_that_cannot_be_known_now_counts_as_that_of_the_finished_run(tmp_path):
+    config = build_config(First, {"run_dir": str(tmp_path / "first")})
+    Run(config, inputs={"org/corpus": "revision 1"}).finish(metrics={})
+    assert Run(config, inputs={"org/corpus": None}).finished
+    assert not Run(config, inputs={"org/corpus": "revision 2"}).finished
+    fresh = Run(build_config(First, {"run_dir": str(tmp_path / "fresh")}), inputs={"org/corpus": None})
+    assert not fresh.finished and fresh.inputs == {}
 
 
 def test_unfinished_work_is_found_again_and_that_of_another_config_is_not(tmp_path):

@@ -1,5 +1,6 @@
 """Documents from the embedded curriculum, local files or a hub dataset: read, cleaned, de-duplicated, split, with every drop counted."""
 import dataclasses
+import functools
 import glob
 import gzip
 import hashlib
@@ -8,15 +9,17 @@ import json
 import os
 import re
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from stages.data import curriculum
-from stages.run.manifest import hash_path
+from stages.run.manifest import hash_data, hash_path
 
-LOCAL_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".json", ".parquet")
+TABLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+LOCAL_SUFFIXES = (".txt", ".md", *TABLE_SUFFIXES)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _SPACES = re.compile(r"[ \t\u00a0\u2000-\u200a\u3000]+")
 
@@ -26,28 +29,66 @@ def is_local(source: str) -> bool:
 
 
 def local_files(source: str) -> list[Path]:
-    """Files of a path, folder or glob. Raises ValueError when there are none."""
+    """Files of a path, folder or glob. Raises ValueError when there are none, or when one that is named cannot be read."""
     path = Path(source)
     found = sorted(p for p in path.rglob("*") if p.name.endswith(LOCAL_SUFFIXES)) if path.is_dir() else \
-        sorted(Path(p) for p in glob.glob(source, recursive=True))
+        sorted(p for p in map(Path, glob.glob(source, recursive=True)) if p.is_file())
     if not found:
         raise ValueError(f"{source}: no such file, and no {', '.join(LOCAL_SUFFIXES)} in it if it is a folder")
+    for path in found:
+        if not path.name.endswith(LOCAL_SUFFIXES):
+            raise ValueError(f"{path}: cannot tell what it holds by its name: give {', '.join(LOCAL_SUFFIXES)}")
     return found
 
 
-def hash_inputs(sources: Iterable[str]) -> dict[str, str]:
-    """Content hashes of the local sources, for the run's fingerprint. Hub datasets are named with their revision instead."""
-    return {source: hash_path(file) if len(files) == 1 else hash_path(Path(source)) if Path(source).is_dir()
-            else hashlib.sha256("".join(map(hash_path, files)).encode()).hexdigest()
-            for source in sources if source != "curriculum" and is_local(source)
-            for files in [local_files(source)] for file in files[:1]}
+def hash_files(source: str) -> str:
+    """Content hash of what a path, folder or glob yields. Raises ValueError as `local_files` does."""
+    files = local_files(source)
+    return hash_path(files[0]) if len(files) == 1 else hash_data({str(file): hash_path(file) for file in files})
+
+
+def hash_inputs(sources: Iterable[str]) -> dict[str, str | None]:
+    """What each source but the curriculum holds, for the run's fingerprint: content hash of local files, revision of a hub dataset.
+
+    None for a hub dataset when the hub cannot be asked.
+    """
+    return {source: hash_files(source) if is_local(source) else known_revision(source) for source in sources if source != "curriculum"}
+
+
+def known_revision(source: str, repo_type: str = "dataset") -> str | None:
+    try:
+        return hub_revision(source, repo_type)
+    except ValueError:
+        return None
+
+
+@functools.cache  # what is recorded is then what is read, also when the hub changes in between
+def hub_revision(source: str, repo_type: str = "dataset") -> str:
+    """The commit that a hub dataset or model stands at. Raises ValueError when the hub cannot be asked or does not have it."""
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise ValueError(f"{source} is neither a local file nor reachable: HF_HUB_OFFLINE=1 is set; give a path that exists")
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().repo_info(source, repo_type=repo_type, timeout=20).sha)
+    except Exception as error:  # of whichever HTTP library the client uses
+        raise ValueError(f"{source} is neither a local file nor reachable on the hub ({error}): give a path that exists") from error
+
+
+def hub_rows(source: str, hub_config: str | None, hub_split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a hub dataset, at the revision that is recorded, with where each came from."""
+    revision = hub_revision(source)
+    import datasets
+
+    for number, row in enumerate(datasets.load_dataset(source, hub_config, split=hub_split, streaming=True, revision=revision)):
+        yield f"{source}, row {number}", row
 
 
 def read_text(path: Path, *, decode_errors: str = "strict") -> str:
     """A UTF-8 file. Raises ValueError naming the byte offset when it is not text."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from None
     if b"\0" in data[:1 << 20]:
         raise ValueError(f"{path} is binary (it has a zero byte at offset {data.index(0)}): give text, jsonl or parquet files")
@@ -88,8 +129,8 @@ def read_jsonl(path: Path, *, decode_errors: str = "strict") -> Iterator[tuple[i
 
 
 def read_rows(path: Path, *, decode_errors: str = "strict") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a table file with where each came from."""
-    if path.suffix in (".jsonl", ".gz"):
+    """Rows of a table file with where each came from. Raises ValueError naming file and row for what is not a row."""
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
         for number, row in read_jsonl(path, decode_errors=decode_errors):
             yield f"{path}, line {number}", row
     elif path.suffix == ".json":
@@ -98,8 +139,10 @@ def read_rows(path: Path, *, decode_errors: str = "strict") -> Iterator[tuple[st
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON ({error.msg}, line {error.lineno})") from None
         for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, row {number} must be a JSON object, got {type(row).__name__}")
             yield f"{path}, row {number}", row
-    else:
+    elif path.suffix == ".parquet":
         import pyarrow.lib
         import pyarrow.parquet
 
@@ -109,6 +152,14 @@ def read_rows(path: Path, *, decode_errors: str = "strict") -> Iterator[tuple[st
                 yield f"{path}, row {number}", row
         except pyarrow.lib.ArrowInvalid as error:
             raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+    else:
+        raise ValueError(f"{path} has no rows with columns: give {', '.join(TABLE_SUFFIXES)}")
+
+
+def text_of(row: dict[str, Any], column: str, where: str) -> str:
+    if not isinstance(row.get(column), str):
+        raise ValueError(f"{where} has no text in column {column!r}: it has {', '.join(row)}; set text_column")
+    return row[column]
 
 
 def read_documents(source: str, *, seed: int, num_documents: int, num_easy_documents: int = 0, text_column: str = "text",
@@ -130,17 +181,10 @@ def read_documents(source: str, *, seed: int, num_documents: int, num_easy_docum
                     yield {"text": text, "kind": path.stem, "phase": "main"}
                 continue
             for where, row in read_rows(path, decode_errors=decode_errors):
-                if not isinstance(row.get(text_column), str):
-                    raise ValueError(f"{where} has no text in column {text_column!r}: it has {', '.join(row)}; set text_column")
-                yield {"text": row[text_column], "kind": path.stem, "phase": "main"}
+                yield {"text": text_of(row, text_column, where), "kind": path.stem, "phase": "main"}
     else:
-        import datasets
-
-        if os.environ.get("HF_HUB_OFFLINE") == "1":
-            raise ValueError(f"{source} is neither a local file nor reachable: HF_HUB_OFFLINE=1 is set; give a path that exists")
-        stream = datasets.load_dataset(source, hub_config, split=hub_split, streaming=True)
-        for row in itertools.islice(stream, num_documents or None):
-            yield {"text": row[text_column], "kind": source, "phase": "main"}
+        for where, row in itertools.islice(hub_rows(source, hub_config, hub_split), num_documents or None):
+            yield {"text": text_of(row, text_column, where), "kind": source, "phase": "main"}
 
 
 def clean(text: str) -> str:

@@ -1,8 +1,6 @@
 """Prompt and completion rows for supervised fine-tuning, from the curriculum or from the user's own files."""
 import itertools
-import os
 import random
-from pathlib import Path
 from typing import Any
 
 from stages.data import corpora, curriculum
@@ -40,7 +38,7 @@ def file_rows(source: str, *, prompt_column: str, completion_column: str, hub_co
               hub_split: str = "train", limit: int = 0) -> list[dict[str, Any]]:
     """Dialogues of a local file or a hub dataset. A column may hold text (one turn) or a list of messages.
 
-    Raises ValueError naming file and row for a missing column, an empty completion or an unknown role.
+    Raises ValueError naming file and row for a missing column, one that is neither, an empty completion or an unknown role.
     """
     rows = []
     for where, row in itertools.islice(_source_rows(source, hub_config, hub_split), limit or None):
@@ -59,20 +57,17 @@ def file_rows(source: str, *, prompt_column: str, completion_column: str, hub_co
 def _source_rows(source: str, hub_config: str | None, hub_split: str):
     if corpora.is_local(source):
         for path in corpora.local_files(source):
-            yield from corpora.read_rows(Path(path))
-        return
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise ValueError(f"{source} is neither a local file nor reachable: HF_HUB_OFFLINE=1 is set; give a path that exists")
-    import datasets
-
-    for number, row in enumerate(datasets.load_dataset(source, hub_config, split=hub_split, streaming=True)):
-        yield f"{source}, row {number}", row
+            yield from corpora.read_rows(path)
+    else:
+        yield from corpora.hub_rows(source, hub_config, hub_split)
 
 
 def _messages(value: Any, role: str, where: str) -> list[dict[str, str]]:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    for message in value:
+    for message in value if isinstance(value, list) else [value]:
+        if not isinstance(value, list) or not isinstance(message, dict) or not isinstance(message.get("content") or "", str):
+            raise ValueError(f"{where}: expected text or a list of {{'role', 'content'}} with text as content, got {str(value)[:60]!r}")
         if message.get("role") not in ("system", "user", "assistant"):
             raise ValueError(f"{where}: unknown role {message.get('role')!r}: use system, user or assistant")
         if not message.get("content"):

@@ -24,13 +24,17 @@ class TokenLoss(evaluate.Metric):
                                         "count": datasets.Value("int64")}))
 
     def _compute(self, *, loss_sum, correct, count):
-        tokens = sum(count)
-        loss = sum(loss_sum) / tokens
-        # ratio estimator (Cochran 1977, section 6.4): the spread of row sums around what their length predicts
-        residual = [s - loss * c for s, c in zip(loss_sum, count, strict=True)]
-        rows = len(count)
-        error = math.sqrt(sum(r * r for r in residual) / max(1, rows - 1) * rows) / tokens
-        return {"loss": loss, "accuracy": sum(correct) / tokens, "n": tokens, "ci95": (loss - 1.96 * error, loss + 1.96 * error)}
+        tokens, rows = sum(count), len(count)
+
+        def ratio(sums: list[float]) -> tuple[float, tuple[float, float]]:
+            """Sum over tokens with its interval: the spread of row sums around what their length predicts (Cochran 1977, section 6.4)."""
+            value = sum(sums) / tokens
+            spread = sum((s - value * c) ** 2 for s, c in zip(sums, count, strict=True))
+            error = math.sqrt(spread / max(1, rows - 1) * rows) / tokens
+            return value, (value - 1.96 * error, value + 1.96 * error)
+
+        (loss, around_loss), (accuracy, around_accuracy) = ratio(loss_sum), ratio(correct)
+        return {"loss": loss, "ci95": around_loss, "accuracy": accuracy, "accuracy_ci95": around_accuracy, "n": tokens}
 
 
 @torch.no_grad()
@@ -67,4 +71,4 @@ def heldout(model: nn.Module, rows, collator, *, batch_size: int = 16) -> dict[s
         result = total.compute()
     model.train(was_training)
     return {"heldout_loss": metric(result["loss"], n=result["n"], ci95=result["ci95"]),
-            "heldout_accuracy": metric(result["accuracy"], n=result["n"])}
+            "heldout_accuracy": metric(result["accuracy"], n=result["n"], ci95=result["accuracy_ci95"])}

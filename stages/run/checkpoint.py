@@ -70,16 +70,24 @@ class MetricsLog:
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                    kept.append(line)
             except (ValueError, KeyError):
                 continue
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self.path)
+        self._replace(kept)
 
     def append(self, row: dict[str, Any]) -> None:
+        """Add a step, or what was measured later at the step of the last line to that line."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        if lines and (last := json.loads(lines[-1]))["step"] == row["step"]:
+            self._replace([*lines[:-1], json.dumps(last | row)])
+            return
         with self.path.open("a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
+
+    def _replace(self, lines: list[str]) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        temporary.replace(self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -149,13 +149,16 @@ def build_config(cls: type[C], values: Mapping[str, Any], *, recipe: str = "", w
         raise ValueError(f"{where}: {missing[0]} is required")
     recipe = filled.setdefault("recipe", recipe) or recipe or "custom"
     filled["recipe"] = recipe
-    home = f"{os.environ.get('PLUMBLINE_RUNS', 'runs')}/{recipe}"
+    runs = os.environ.get("PLUMBLINE_RUNS", "runs")
+    home = f"{runs}/{recipe}"
     filled["run_dir"] = filled.get("run_dir") or f"{home}/{cls.STAGE}"
     given = filled.get("parents", {})
     for name in given:
         if name not in cls.PARENTS:
             raise _unknown(name, list(cls.PARENTS), f"{where}: parents")
-    filled["parents"] = {name: given.get(name, f"{home}/{name}") for name in cls.PARENTS}
+    moved = {name: path if path.startswith(f"{runs}/") or not path.startswith("runs/") else f"{runs}/{path.removeprefix('runs/')}"
+             for name, path in given.items()}
+    filled["parents"] = {name: moved.get(name, f"{home}/{name}") for name in cls.PARENTS}
     return cls(**filled)
 
 

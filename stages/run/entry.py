@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from stages.run.config import StageConfig, help_text, load_config, read_yaml
 from stages.run.manifest import is_main, say
 
 C = TypeVar("C", bound=StageConfig)
+OTHERS_WAIT_S = 5.0
 
 
 def launch(main: Callable[[C], Any], config_class: type[C], *, distributed: bool = True) -> None:
@@ -63,17 +65,23 @@ def die_with_parent() -> None:
 
 
 def fail(message: str, config: StageConfig | None) -> None:
-    """One line for the user; the traceback goes to a file beside the run, for whoever has to look deeper."""
-    where = ""
+    """One line for the user; the traceback goes to a file beside the run, for whoever has to look deeper.
+
+    What befalls every process is said once: the others hold back, and the launcher ends them when the main one has left.
+    What befalls another process alone is said by that one, with its number.
+    """
+    where, number = "", os.environ.get("RANK", "0")
+    if not is_main():
+        time.sleep(OTHERS_WAIT_S)
     if config is not None:
-        file = Path(config.run_dir + ".traceback.txt")
+        file = Path(config.run_dir + (".traceback.txt" if is_main() else f".traceback-{number}.txt"))
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(traceback.format_exc(), encoding="utf-8")
             where = f" (traceback in {file})"
         except OSError:
             pass
-    print(f"error: {' '.join(message.split())}{where}", file=sys.stderr, flush=True)
+    print(f"error{'' if is_main() else f' (process {number})'}: {' '.join(message.split())}{where}", file=sys.stderr, flush=True)
 
 
 def disk_full(error: BaseException, config: StageConfig | None) -> str | None:

@@ -97,6 +97,19 @@ class Manifest:
         return self.data["metrics"]
 
 
+def check_parents(parents: Mapping[str, Manifest]) -> None:
+    """Raises ValueError when a parent was made from another run than the one beside it, as when only that one was made again.
+
+    A model and a tokenizer or problems of different runs would train on in silence.
+    """
+    for parent in parents.values():
+        for name, fingerprint in parent.data.get("parents", {}).items():
+            if name in parents and parents[name].fingerprint != fingerprint:
+                raise ValueError(f"{parent.path} was made from another {name} than {parents[name].path} now holds: run "
+                                 f"`make {parent.path.name} RECIPE={parent.path.parent.name}` again, or set parents.{name} to the run "
+                                 "that it was made from")
+
+
 def provenance(started: float, attempts: int) -> dict[str, Any]:
     def git(*arguments: str) -> str | None:
         try:
@@ -132,27 +145,32 @@ def hardware() -> str:
 class Run:
     """The folder a stage works in, from its config to its manifest.
 
-    `inputs` are content hashes of data outside the parents (local files, hub revisions). After construction either
-    `finished` is true and `manifest` holds the run that is already there, or `directory` is the folder to work in, with
-    whatever an interrupted attempt of the same fingerprint left in it.
+    `inputs` are content hashes of data outside the parents (local files, hub revisions); None is one that cannot be known now
+    (the revision of a hub dataset, offline) and counts as that of the finished run. After construction either `finished` is
+    true and `manifest` holds the run that is already there, or `directory` is the folder to work in, with whatever an
+    interrupted attempt of the same fingerprint left in it. Raises ValueError for parents that do not belong together.
     """
 
-    def __init__(self, config: StageConfig, *, inputs: Mapping[str, str] | None = None):
+    def __init__(self, config: StageConfig, *, inputs: Mapping[str, str | None] | None = None):
         self.config = config
         self.final = Path(config.run_dir)
         self.directory = self.final.with_name(self.final.name + ".partial")
         self.parents = {name: Manifest(path) for name, path in config.parents.items()}
-        self.inputs = dict(inputs or {})
+        if config.STAGE != "report":  # it shows the stages as they are, and says itself which are out of date
+            check_parents(self.parents)
+        if is_main():
+            self._recover()
+        existing = Manifest(self.final) if (self.final / MANIFEST).is_file() else None
+        before = existing.data.get("inputs", {}) if existing else {}
+        known = {name: before.get(name) if value is None else value for name, value in (inputs or {}).items()}
+        self.inputs: dict[str, str] = {name: value for name, value in known.items() if value is not None}
         self.started = time.time()
         self.identity: dict[str, Any] = {"stage": config.STAGE, "config": config.fingerprinted(), "inputs": self.inputs,
                          "parents": {name: parent.fingerprint for name, parent in self.parents.items()}}
         self.fingerprint = hash_data(self.identity)
         self._manifest: Manifest | None = None
         self.attempts = 1
-        if is_main():
-            self._recover()
-        if (self.final / MANIFEST).is_file():
-            existing = Manifest(self.final)
+        if existing:
             if existing.fingerprint == self.fingerprint:
                 self._manifest = existing
                 say(f"{config.STAGE}: {self.final} is finished and nothing it depends on has changed")

@@ -1,0 +1,53 @@
+"""How a stage ends as a process: one line for what befell all processes, and one from a process that failed alone."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.run import entry
+from stages.run.config import StageConfig, build_config
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGE = """
+import os, time
+from dataclasses import dataclass
+from stages.run.config import StageConfig, option
+from stages.run.entry import launch
+
+@dataclass(frozen=True, kw_only=True)
+class Config(StageConfig):
+    STAGE = "first"
+    who: str = option("all")
+
+def main(config):
+    time.sleep(1 if os.environ["RANK"] == "0" else 0)
+    if config.who == "all" or os.environ["RANK"] == config.who:
+        raise ValueError("bad rows")
+    time.sleep(60)
+
+launch(main, Config)
+"""
+
+
+@pytest.mark.parametrize(("rank", "line", "file"), [("0", "error: bad rows", "run.traceback.txt"),
+                                                   ("1", "error (process 1): bad rows", "run.traceback-1.txt")])
+def test_another_process_waits_and_names_itself(monkeypatch, capsys, tmp_path, rank, line, file):
+    waited = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(entry.time, "sleep", waited.append)
+    entry.fail("bad\nrows", build_config(StageConfig, {"run_dir": str(tmp_path / "run")}))
+    assert capsys.readouterr().err == f"{line} (traceback in {tmp_path / file})\n"
+    assert [path.name for path in tmp_path.iterdir()] == [file] and bool(waited) == (rank != "0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("who", "line"), [("all", "error: bad rows"), ("1", "error (process 1): bad rows")])
+def test_two_processes_say_one_line(tmp_path, who, line):
+    (tmp_path / "stage.py").write_text(STAGE)
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", "recipes/accelerate/cpu-2.yaml",
+               str(tmp_path / "stage.py"), "--run-dir", str(tmp_path / "run"), "--who", f"'{who}'"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    said = [text for text in done.stderr.splitlines() if text.startswith("error")]
+    assert done.returncode != 0 and len(said) == 1 and said[0].startswith(line), done.stderr[-2000:]
