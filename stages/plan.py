@@ -26,9 +26,11 @@ GIB = 1 << 30
 RESERVED_GIB = 2.0  # CUDA context, NCCL buffers, cuBLAS workspace, fragmentation
 DEFAULTS: dict[str, dict[str, Any]] = {  # of stages this one may not import; a test holds them equal
     "sft": {"method": "lora", "lora_rank": 16, "max_length": 512, "batch_size": 16, "micro_batch_size": None},
-    "preferences": {"responses_per_prompt": 8},
-    "reward_model": {"batch_size": 8, "micro_batch_size": None, "optimizer": "muon", "gradient_checkpointing": False},
+    "preferences": {"responses_per_prompt": 8, "source": None},
+    "reward_model": {"batch_size": 8, "micro_batch_size": None, "optimizer": "muon", "gradient_checkpointing": False,
+                     "share_prompts": True},
     "ppo": {"micro_batch_size": 48, "rollout_batch": 192}}
+SHARDED = ("zero3", "fsdp2")  # engines under which no device has the whole weights
 PARTS = ("weights", "gradients", "optimizer", "copies", "activations", "logits", "cache")
 
 
@@ -80,10 +82,12 @@ def main(config: PlanConfig) -> dict[str, Any]:
              for stage, part in needs.items()]
     say(f"memory a device, GiB, {config.engine} ({RESERVED_GIB:g} GiB reserved of {config.memory_gib:g}):")
     say(table(["stage", *PARTS, "total", "fits"], shown))
+    if "ppo" in raw and "ppo" not in needs:
+        say(f"ppo does not run with {config.engine}: it samples from whole parameters; plan and launch it with ddp or zero2")
     if "scaling" in raw:
         ladder = ladder_flops(pretrain, raw["scaling"], vocabulary, row_length)
         say(f"the ladder before it: {ladder:.3g} FLOPs, {ladder / flops:.1%} of the main run")
-    for warning in warnings(config, pretrain, needs):
+    for warning in warnings(config, pretrain, raw, needs):
         say(f"warning: {warning}")
     return {"counts": counts, "flops": flops, "hours": hours, "batch": batch, "memory": needs,
             "fits": {stage: fits(part, config) for stage, part in needs.items()}}
@@ -142,7 +146,7 @@ def adapter_parameters(model: PreTrainedModel, rank: int) -> int:
 
 
 def later_stages(model: PreTrainedModel, config: PlanConfig, raw: dict[str, dict]) -> dict[str, dict[str, int]]:
-    """Rough needs of the stages after pretraining, from the recipe's own files."""
+    """Rough needs of the stages after pretraining, from the recipe's own files. PPO has none where it does not run."""
     P = count_parameters(model)["total"]
     sft, preferences, reward, ppo = (DEFAULTS[stage] | raw.get(stage, {}) for stage in ("sft", "preferences", "reward_model", "ppo"))
 
@@ -156,10 +160,11 @@ def later_stages(model: PreTrainedModel, config: PlanConfig, raw: dict[str, dict
         needs["sft"] = need(model, config, tokens=rows(sft) * sft["max_length"], frozen=P if adapted else 0,
                             trainable=adapter_parameters(model, sft["lora_rank"]) if adapted else P)
     if "reward_model" in raw:  # a score in place of the logits; a prompt comes with all its responses, each of sft's length at most
-        tokens = rows(reward) * preferences["responses_per_prompt"] * sft["max_length"]
+        responses = 2 if preferences["source"] else preferences["responses_per_prompt"]  # the usual preference data are pairs
+        tokens = rows(reward) * responses * sft["max_length"]
         needs["reward_model"] = need(model, config, tokens=tokens, muon=reward["optimizer"] == "muon",
                                      checkpointing=reward["gradient_checkpointing"]) | {"logits": 0}
-    if "ppo" in raw:  # policy and critic train in full; reference and reward model stand frozen beside them
+    if "ppo" in raw and config.engine not in SHARDED:  # policy and critic train in full, reference and reward model stand frozen
         needs["ppo"] = need(model, config, tokens=ppo["micro_batch_size"] * sft["max_length"], trainable=2 * P, frozen=2 * P, copies=2,
                             cache_tokens=min(256, -(-ppo["rollout_batch"] // config.devices)) * sft["max_length"])
     return needs
@@ -174,10 +179,12 @@ def ladder_flops(pretrain: PretrainConfig, scaling: dict, vocabulary: int, row_l
     return done
 
 
-def warnings(config: PlanConfig, pretrain: PretrainConfig, needs: dict[str, dict[str, int]]) -> list[str]:
+def warnings(config: PlanConfig, pretrain: PretrainConfig, raw: dict[str, dict], needs: dict[str, dict[str, int]]) -> list[str]:
     found = []
     if pretrain.optimizer == "muon" and config.engine != "ddp":
         found.append(f"optimizer muon needs whole matrices, which {config.engine} divides: set optimizer: adamw in pretrain.yaml")
+    if "reward_model" in raw and config.engine in SHARDED and (DEFAULTS["reward_model"] | raw["reward_model"])["share_prompts"]:
+        found.append(f"share_prompts does not work with {config.engine}: set share_prompts: false in reward_model.yaml")
     found += [f"{stage} does not fit: try a smaller micro batch, another engine, more devices" + (
         ", or gradient_checkpointing" if stage == "pretrain" else "") for stage, part in needs.items() if not fits(part, config)]
     return found

@@ -10,8 +10,9 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
-from stages.data.curriculum import user_turn
-from stages.data.problems import read_problems
+from prompts.templates import BENCHMARK_CUES
+from stages.data.curriculum import CUES
+from stages.data.problems import load_problems, read_problems, split_spec
 from stages.data.tokenizer import chat_ids
 from stages.models.training import barrier, fit, save_model, training_arguments, world_size
 from stages.rl.measure import differences, measure, summarise
@@ -22,7 +23,7 @@ from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.config import StageConfig, option
 from stages.run.entry import launch
-from stages.run.manifest import Manifest, Run, is_main, say
+from stages.run.manifest import Manifest, Run, hash_data, is_main, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +31,10 @@ class PpoConfig(StageConfig):
     STAGE = "ppo"
     PARENTS = ("prepare", "sft", "reward_model")
 
-    tasks: list[str] = option([], "tasks of the problems (default: all)")
-    difficulties: list[int] = option([], "difficulties of the problems (default: all)")
+    problems: str | None = option(None, "problems of your own: [name=]format:source such as gsm8k:data/train.jsonl or a hub id (its "
+                                  "train split); the last eval_problems are held out (default: prepare's)", recorded_only=True)
+    tasks: list[str] = option([], "tasks of prepare's problems (default: all)")
+    difficulties: list[int] = option([], "difficulties of prepare's problems (default: all)")
     style: Literal["worked", "direct"] = option("worked", "which answers the prompts ask for")
     reward: dict[str, float] = option({"model": 1.0}, "sources of the score and weights: `model`, module:function, or a model's folder")
     iterations: int = option(40, "rollouts; each is learned from in epochs x minibatches steps")
@@ -56,13 +59,14 @@ class PpoConfig(StageConfig):
     missing_eos_penalty: float | None = option(-1.0, "score of a response that does not end (null: keep its score)")
     value_trunk: Literal["separate", "shared"] = option("separate", "critic from the reward model, or a value head on the policy")
     save_iterations: int = option(5, "iterations between checkpoints")
-    eval_problems: int = option(300, "validation problems measured before and after")
+    eval_problems: int = option(300, "problems measured before and after, of prepare's validation split or held out of your own")
     eval_samples: int = option(4, "draws for each of them")
 
 
 def main(config: PpoConfig) -> Manifest:
     check(config)
-    run = Run(config)
+    own = own_problems(config)
+    run = Run(config, inputs={"problems": hash_data([own, BENCHMARK_CUES[config.style]])} if own else {})
     if run.finished:
         return run.manifest
     source = run.parents["sft"].product("model")
@@ -78,9 +82,9 @@ def main(config: PpoConfig) -> Manifest:
         kl_target=config.kl_target, missing_eos_penalty=config.missing_eos_penalty, max_new_tokens=config.max_new_tokens,
         eos_ids=eos_ids, pad_id=pad_id, seed=config.seed)
     accumulation = settings.accumulation(world_size())
-    folder = run.parents["prepare"].product("problems")
-    prompts = read(folder / "ppo.jsonl", config, tokenizer, limit=config.iterations * config.rollout_batch)
-    held_out = read(folder / "validation.jsonl", config, tokenizer, limit=config.eval_problems)
+    learned, measured = own or embedded_problems(config, run.parents["prepare"].product("problems"))
+    cue = (BENCHMARK_CUES if own else CUES)[config.style]
+    prompts, held_out = (asked(rows, cue, tokenizer) for rows in (learned[:config.iterations * config.rollout_batch], measured))
     check_lengths([*prompts, *held_out], config, policy)
     say(f"ppo: {len(prompts):,} problems to learn from, {len(held_out)} to measure on; {config.iterations} iterations of "
         f"{config.rollout_batch} responses, {settings.steps_per_iteration} steps each")
@@ -124,10 +128,34 @@ def main(config: PpoConfig) -> Manifest:
         "steps": trainer.state.global_step, "parameters": sum(p.numel() for p in model.parameters())})
 
 
-def read(path: Path, config: PpoConfig, tokenizer, *, limit: int) -> list[tuple[dict, list[int]]]:
-    """The first `limit` problem rows of the tasks and difficulties asked for, with the token ids of their prompts."""
-    rows = read_problems(path, config.tasks, config.difficulties)[:limit]
-    return [(r, chat_ids(tokenizer, [{"role": "user", "content": user_turn(r["question"], config.style)}], ask=True)) for r in rows]
+def own_problems(config: PpoConfig) -> tuple[list[dict], list[dict]] | None:
+    """The user's problems to learn from and, the last `eval_problems` of them, to measure on; None without any.
+
+    A question that is held out is not learned from, however often it is there. Benchmarks are judged by answer and form: their
+    worked lines are free text, which no response repeats word for word. Raises ValueError when too few are left to learn from.
+    """
+    if config.problems is None:
+        return None
+    steps = split_spec(config.problems)[1] == "problems"
+    rows = [row if steps else {**row, "solutions": []} for row in load_problems(config.problems, hub_split="train")]
+    measured = rows[-config.eval_problems:]
+    held_out = {row["question"] for row in measured}
+    learned = [row for row in rows[:-config.eval_problems] if row["question"] not in held_out]
+    if not learned:
+        raise ValueError(f"{config.problems} has {len(rows)} problems, of which eval_problems {config.eval_problems} leave none to learn "
+                         f"from: set eval_problems lower")
+    return learned, measured
+
+
+def embedded_problems(config: PpoConfig, folder: Path) -> tuple[list[dict], list[dict]]:
+    """prepare's problems to learn from, and those of its validation split to measure on."""
+    learned, measured = (read_problems(folder / f"{split}.jsonl", config.tasks, config.difficulties) for split in ("ppo", "validation"))
+    return learned, measured[:config.eval_problems]
+
+
+def asked(rows: list[dict], cue: str, tokenizer) -> list[tuple[dict, list[int]]]:
+    """The rows with the token ids of their prompts."""
+    return [(r, chat_ids(tokenizer, [{"role": "user", "content": f"{r['question']} {cue}"}], ask=True)) for r in rows]
 
 
 def check(config: PpoConfig) -> None:
@@ -135,6 +163,9 @@ def check(config: PpoConfig) -> None:
                            ("save_iterations", 1), ("eval_problems", 2), ("eval_samples", 1)):
         if getattr(config, name) < smallest:
             raise ValueError(f"{name} is {getattr(config, name)}: set it to {smallest} or more")
+    if config.problems is not None and (config.tasks or config.difficulties):
+        raise ValueError(f"tasks and difficulties choose among prepare's problems: leave them out (tasks: [], difficulties: []) with "
+                         f"problems {config.problems}")
     if config.temperature <= 0:
         raise ValueError(f"temperature is {config.temperature}: PPO learns from samples, so set it above 0, usually to 1")
 

@@ -3,9 +3,7 @@
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m stages.preferences --config recipes/tiny/preferences.yaml
 """
 import json
-import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from prompts.intervals import mean_interval, wilson
 from reward import preferences
 from reward.preferences import Record
 from reward.verifiers import annotator_name, gold_score, simulated_ranks
+from stages.data.corpora import hub_rows, known_revision
 from stages.data.curriculum import WORKED, user_turn
 from stages.data.problems import read_problems
 from stages.data.tokenizer import chat_ids
@@ -26,7 +25,7 @@ from stages.models.training import gather
 from stages.run.config import StageConfig, option
 from stages.run.console import progress
 from stages.run.entry import launch
-from stages.run.manifest import Manifest, Run, hash_path, is_main, metric, say, write_json
+from stages.run.manifest import Manifest, Run, hash_data, hash_path, is_main, metric, say, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +35,8 @@ class PreferencesConfig(StageConfig):
 
     source: str | None = option(None, "a .jsonl, .jsonl.gz or .parquet file of preferences, or a hub dataset id (default: sample and rank)")
     hub_split: str = option("train", "split of the hub dataset")
+    annotator: str | None = option(None, "who ranked the source, beginning with `simulated` unless people did (default: what its rows "
+                                   "say, else people)", recorded_only=True)
     max_length: int = option(512, "tokens of prompt and response; longer records of a file are left out and counted")
     tasks: list[str] = option(["word_problems", "chained_variables"], "tasks of the problems (empty: all)")
     difficulties: list[int] = option([3, 4], "difficulties of the problems (empty: all)")
@@ -49,7 +50,10 @@ class PreferencesConfig(StageConfig):
 
 def main(config: PreferencesConfig) -> Manifest:
     local = config.source is not None and is_local(config.source)
-    run = Run(config, inputs={"source": hash_path(preferences.existing(config.source))} if local and config.source else {})
+    inputs: dict[str, str | None] = {}
+    if config.source is not None:
+        inputs["source"] = hash_path(preferences.existing(config.source)) if local else known_revision(config.source)
+    run = Run(config, inputs=inputs | ({"annotator": hash_data(config.annotator)} if config.annotator else {}))
     if run.finished:
         return run.manifest
     model_path = run.parents["sft"].product("model")
@@ -75,7 +79,8 @@ def is_local(source: str) -> bool:
 
 def from_source(config: PreferencesConfig, source: str, local: bool, tokenizer) -> tuple[list[Record], dict, dict]:
     """Records of a file or hub dataset, with token ids. Raises ValueError naming file and line."""
-    records, differing = preferences.read(source) if local else preferences.collect(hub_rows(source, config.hub_split), source)
+    records, differing = preferences.read(source) if local else preferences.collect(hub_rows(source, None, config.hub_split), source)
+    named = {"annotator": config.annotator, "simulated": config.annotator.startswith("simulated")} if config.annotator else {}
     kept: list[Record] = []
     ties = long = ranked = 0
     for record in progress(records, f"reading {source}"):
@@ -89,7 +94,7 @@ def from_source(config: PreferencesConfig, source: str, local: bool, tokenizer) 
         ranked += len(record["ranks"])
         if config.max_responses and ranked > config.max_responses:
             break
-        kept.append({"annotator": "unknown", "simulated": False, "criterion": "overall"} | record)
+        kept.append({"annotator": "unknown", "simulated": False, "criterion": "overall"} | record | named)
     say(f"{source}: {len(records) + differing:,} rows; left out: {ties} all tied, {long} longer than {config.max_length} tokens, "
         f"{differing} whose two prompts differ")
     if not kept:
@@ -97,15 +102,6 @@ def from_source(config: PreferencesConfig, source: str, local: bool, tokenizer) 
     asked = len(records) + differing
     return kept, {"kept_share": metric(len(kept) / asked, n=asked, ci95=wilson(len(kept), asked))}, {
         "asked": asked, "all_tied": ties, "too_long": long, "prompts_differ": differing}
-
-
-def hub_rows(source: str, split: str) -> Iterator[tuple[str, Record]]:
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise ValueError(f"{source} is not a local file and HF_HUB_OFFLINE=1 is set: give a path that exists")
-    import datasets
-
-    for number, row in enumerate(datasets.load_dataset(source, split=split, streaming=True), start=1):
-        yield f"{source}, row {number}", row
 
 
 def from_samples(config: PreferencesConfig, run: Run, tokenizer) -> tuple[list[Record], dict, dict]:
@@ -173,7 +169,8 @@ def judge(config: PreferencesConfig, tokenizer, problems: list[dict], prompts: l
         pairs = preferences.pairs(ranks)
         record = {"id": problem["id"], "prompt": [{"role": "user", "content": user_turn(problem["question"], WORKED)}],
                   "responses": texts, "ranks": ranks, "annotator": annotator_name(config.error_rate), "simulated": True,
-                  "criterion": "overall", "drawn": times, "gold_scores": scores, "prompt_ids": prompt, "response_ids": ids}
+                  "criterion": "overall", "order": list(range(len(ids))), "drawn": times, "gold_scores": scores,  # judged as first drawn
+                  "prompt_ids": prompt, "response_ids": ids}
         rows.append({"record": record if pairs else None, "pairs": len(pairs), "distinct": len(times),
                      "flipped": sum(scores[better] < scores[worse] - 1e-9 for better, worse, _ in pairs),
                      "gold": sum(s * t for s, t in zip(scores, times, strict=True)) / len(responses),

@@ -70,11 +70,11 @@ def test_cell_by_hand():
     records = [made("a", "2", "Start 2. The answer is 2.", "The answer is 3."), made("b", "4", "The answer is 4.", "Start 2. The answer")]
     cell = scoring.summary(records)
     assert (cell["accuracy"], cell["n"], cell["unparsed"], cell["ties"], cell["tokens_mean"]) == (1.0, 2, 1, 1, 16.0)
-    assert cell["finished"] == 0.75 and cell["in_format"] == 0.75
+    assert cell["finished"] == 0.75 and cell["in_format"] == 0.75 and cell["unparsed_rate"] == 0.25
     # all right; nothing right; answer right; a step right but no answer, no end and one sentence too many
     assert cell["gold_score"] == pytest.approx((1.5 + 0 + 1 + 0.5 - 0.3) / 4)
     sampled = scoring.sampled_summary(records)
-    assert sampled["accuracy"] == 0.5 and sampled["tokens_mean"] == 8.0
+    assert sampled["accuracy"] == 0.5 and sampled["tokens_mean"] == 8.0 and sampled["unparsed_rate"] == 0.25
 
 
 def test_comparisons_pair_by_problem():

@@ -2,6 +2,7 @@
 import importlib
 import importlib.util
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
+from stages.data.problems import split_spec
+from stages.preferences import is_local as preferences_are_local
 from stages.run.config import StageConfig, build_config, read_yaml
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -45,6 +48,76 @@ def test_recipe_parses(path, monkeypatch):
 def test_header_says_whether_it_has_been_run(path):
     first = path.read_text().splitlines()[0]
     assert first.startswith("#") and re.search(r"\b(not run|run on)\b", first, re.IGNORECASE), first
+
+
+WHOLE = ("tiny", "smoke", "100m", "1b")
+PARTIAL = {"10b": "a plan", "gsm8k": "no RL", "shakespeare": "pretraining alone"}
+
+
+def test_recipes_that_pretrain_are_whole_or_said_to_be_partial():
+    assert {path.parent.name for path in RECIPES.glob("*/pretrain.yaml")} == {*WHOLE, *PARTIAL}
+
+
+@pytest.mark.parametrize("recipe", WHOLE)
+def test_whole_recipe_has_every_file_that_make_launches(recipe):
+    """`make pretrain sft rlhf evaluate report RECIPE=x`, as make itself says which configs that reads."""
+    lines = subprocess.run(["make", "-n", "pretrain", "sft", "rlhf", "evaluate", "report", f"RECIPE={recipe}"], cwd=RECIPES.parent,
+                           capture_output=True, text=True, check=True).stdout
+    asked = re.findall(r"-m stages\.(\w+) --config (\S+)", lines)
+    assert {stage for stage, _ in asked} == set(STAGES)
+    for _, file in asked:
+        assert (RECIPES.parent / file).is_file(), f"make launches {file}, which is not there"
+
+
+@pytest.mark.parametrize("recipe", WHOLE)
+def test_what_whole_recipes_sample_fits_their_context(recipe):
+    def config(stage):
+        return build_config(config_class(stage), read_yaml(RECIPES / recipe / f"{stage}.yaml"), recipe=recipe)
+
+    context, preferences = config("prepare").row_length, config("preferences")
+    assert config("sft").max_length <= context
+    if preferences.source is not None:  # the reward model samples answers to its held-out prompts, which may be that long
+        assert preferences.max_length + preferences.max_new_tokens <= context
+    assert max(config("ppo").max_new_tokens, config("evaluation").max_tokens_worked) <= context / 2
+
+
+@pytest.mark.parametrize("recipe", ["100m", "1b"])
+def test_recipes_for_gpus_read_real_data_and_name_who_ranked_it(recipe):
+    """Every source is a hub id (or, for evaluation and PPO, a format and a hub id), none a file of this machine or a default."""
+    hub_id = re.compile(r"[\w-]+/[\w.-]+")
+    raw = {stage: read_yaml(RECIPES / recipe / f"{stage}.yaml") for stage in STAGES}
+    for source in [*raw["prepare"]["sources"], raw["sft"]["data"], raw["preferences"]["source"]]:
+        assert hub_id.fullmatch(source), source
+    for spec in [raw["ppo"]["problems"], *raw["evaluation"]["tasks"]]:
+        assert hub_id.fullmatch(split_spec(spec)[2]), spec
+    assert raw["preferences"]["annotator"].startswith("simulated: GPT-4")
+    assert not preferences_are_local(raw["preferences"]["source"])
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_plan_says_what_does_not_run_with_engines_that_divide_the_weights(engine, monkeypatch, capsys):
+    from stages.plan import PlanConfig, main
+
+    monkeypatch.chdir(RECIPES.parent)
+    planned = {e: main(build_config(PlanConfig, {"engine": e, "devices": 8}, recipe="1b")) for e in (engine, "zero2")}
+    assert "ppo" not in planned[engine]["memory"] and "ppo" in planned["zero2"]["memory"]
+    printed = capsys.readouterr().out
+    assert printed.count(f"ppo does not run with {engine}") == 1 and "does not run with zero2" not in printed
+    assert "share_prompts" not in printed
+    main(build_config(PlanConfig, {"engine": engine, "devices": 8}, recipe="100m"))  # keeps the default of the reward model
+    assert f"share_prompts does not work with {engine}: set share_prompts: false in reward_model.yaml" in capsys.readouterr().out
+
+
+def test_plan_counts_pairs_where_preferences_have_a_source(monkeypatch):
+    from stages import plan
+
+    monkeypatch.chdir(RECIPES.parent)
+
+    def planned(**preferences):
+        monkeypatch.setattr(plan, "read_yaml", lambda path: read_yaml(path) | (preferences if path.stem == "preferences" else {}))
+        return plan.main(build_config(plan.PlanConfig, {"devices": 8}, recipe="100m"))["memory"]["reward_model"]["activations"]
+
+    assert planned(source=None) == 4 * planned()  # eight responses a prompt, and two
 
 
 @pytest.mark.parametrize(("recipe", "engine", "devices"), [

@@ -1,5 +1,6 @@
 """The report: every number leads back to a manifest, what is missing is said, and the page needs nothing but itself."""
 import base64
+import inspect
 import json
 import math
 import random
@@ -12,6 +13,7 @@ import pytest
 from reward.verifiers import annotator_name
 from stages.evals import scoring
 from stages.laws.fit import fit_law, law, predict
+from stages.models import ranking
 from stages.report import ReportConfig, main
 from stages.run import figures, page, story
 from stages.run.cited import GAIN, SCORE, Stage
@@ -135,7 +137,7 @@ def make_runs(home: Path, stages=STAGES) -> Path:
             "score_std": metric(1.0, n=2400)},
             "counts": {"parameters": 900_000, "steps": 300, "train_prompts": 1080, "train_responses": 7200, "heldout_prompts": 120},
             "notes": {"simulated_annotator": True}, "parents": ["prepare", "sft", "preferences"],
-            "log": [*curve(0.5, 0.86, 20, "train/accuracy"), *curve(0.6, 0.83, 5, "eval/accuracy")]},
+            "log": [*curve(0.5, 0.86, 20, "train/accuracy"), *curve(0.6, 0.83, 5, "heldout/accuracy")]},
         "ppo": {"metrics": {**{f"before/{k}": share(v, 300) for k, v in values.items()},
                             **{f"after/{k}": metric(v + gains[k], n=300, ci95=(v + gains[k] - 0.03, v + gains[k] + 0.03))
                                for k, v in values.items()},
@@ -291,6 +293,26 @@ def test_each_figure_and_table_names_manifest_fingerprint_commit_and_seed(told):
     for block in blocks:
         line = page.source_line(block.sources)
         assert re.search(r"Source: \S+/manifest\.json.* · \w+ [0-9a-f]{12} · commit 0123456789 · seed 0", line), (block.caption, line)
+
+
+def test_curves_are_of_keys_that_the_trainers_log(whole, tmp_path, monkeypatch):
+    """The reward model's curve on held-out prompts was missing once: it was looked for under a key that its trainer does not log."""
+    shown = {}
+    monkeypatch.setattr(figures, "bars", small_figure)
+    monkeypatch.setattr(figures, "plot", lambda path, lines, **options: (
+        shown.update({path.stem: [line.label for line in lines]}), small_figure(path)))
+    tell(whole, tmp_path)
+    assert shown["reward-training"] == ["training", "held out"]
+    assert '"heldout/accuracy"' in inspect.getsource(ranking.RankedRewardTrainer.evaluate)
+
+
+def test_ppo_names_the_problems_it_was_measured_on(tmp_path, undrawn):
+    home = make_runs(tmp_path / "tiny")
+    assert "validation problems the gold score" in str(tell(home, tmp_path).sections)
+    data = json.loads((home / "ppo" / MANIFEST).read_text())
+    data["config"]["problems"] = "gsm8k:openai/gsm8k"
+    (home / "ppo" / MANIFEST).write_text(json.dumps(data))
+    assert "held-out problems of gsm8k:openai/gsm8k the gold score" in str(tell(home, tmp_path).sections)
 
 
 def test_the_summary_states_the_effects(whole, told):

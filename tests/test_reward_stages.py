@@ -1,6 +1,7 @@
 """The stages preferences and reward_model on a random tiny model with hand-made parents, in this process."""
 import json
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -9,7 +10,7 @@ from reward import preferences
 from reward.model import normalize, score_ids
 from stages import preferences as preferences_stage
 from stages import reward_model as reward_model_stage
-from stages.data import curriculum
+from stages.data import corpora, curriculum
 from stages.data.tokenizer import END, train_tokenizer
 from stages.models.sizes import decoder_config
 from stages.run.config import build_config
@@ -67,7 +68,7 @@ def test_records_are_simulated_ranked_by_gold_and_never_all_tied(ranked):
         assert record["simulated"] is True and record["annotator"].startswith("simulated")
         assert len(set(record["ranks"])) > 1
         assert len({tuple(ids) for ids in record["response_ids"]}) == len(record["responses"])  # equal samples stand once
-        assert sum(record["drawn"]) == 4
+        assert sum(record["drawn"]) == 4 and record["order"] == list(range(len(record["responses"])))
         best = max(record["gold_scores"])
         assert [r == 1 for r in record["ranks"]] == [abs(g - best) < 1e-9 for g in record["gold_scores"]]
         assert record["origin"]["model"] == "sha256:model" and record["origin"]["temperature"] == 1.0
@@ -124,6 +125,29 @@ def test_a_file_of_human_preferences_takes_the_place_of_samples(parents, tmp_pat
     trained = train(parents, tmp_path, batch_size=2)
     assert "fresh_accuracy" not in trained.metrics and trained.metrics["heldout_accuracy"]["n"] == 2
     assert trained.metrics["score_std"]["value"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_hub_id_takes_the_place_of_samples_and_its_annotator_is_named(parents, tmp_path, monkeypatch):
+    """Rows as trl-lib/ultrafeedback_binarized has them: pairs of dialogues that a model ranked, which is not to pass for people."""
+    calls = []
+
+    def turns(question, answer):
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+    rows = [{"chosen": turns(f"Is it {n}?", "Yes."), "rejected": turns(f"Is it {n}?", "No"), "score_chosen": 8.0, "score_rejected": 5.0}
+            for n in range(6)]
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(corpora, "hub_revision", lambda source, repo_type="dataset": "abc123")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **more: calls.append((given, more)) or rows)
+    settings = {"source": "trl-lib/ultrafeedback_binarized", "annotator": "simulated: GPT-4, UltraFeedback"}
+    manifest = rank(parents, tmp_path, **settings)
+    assert calls == [((settings["source"], None), {"split": "train", "streaming": True, "revision": "abc123"})]
+    assert manifest.data["inputs"]["source"] == "abc123"
+    records, _ = preferences.read(manifest.product("preferences"))
+    assert [(r["responses"], r["ranks"], r["simulated"]) for r in records] == 6 * [(["Yes.", "No"], [1, 2], True)]
+    assert manifest.data["notes"] == {"annotators": ["simulated: GPT-4, UltraFeedback"], "simulated": True}
+    by_people = rank(parents, tmp_path, source=settings["source"])  # another annotator: the run is out of date
+    assert by_people.data["notes"] == {"annotators": ["people"], "simulated": False}
 
 
 @pytest.mark.parametrize(("values", "message"), [

@@ -12,11 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from prompts.templates import BENCHMARK_CUES
+from stages import ppo
 from stages.data import curriculum
 from stages.data.tokenizer import END, train_tokenizer
 from stages.models.sizes import decoder_config
 from stages.models.training import save_model
-from stages.ppo import PpoConfig, main
+from stages.ppo import PpoConfig, main, own_problems
 from stages.run.config import load_config
 from stages.run.manifest import write_json
 
@@ -123,6 +125,51 @@ def test_settings_that_cannot_work_say_what_to_do(parents, tmp_path, flags, mess
     config = load_config(PpoConfig, command(parents, tmp_path / "ppo", **flags)[3:])
     with pytest.raises(ValueError, match=message):
         main(config)
+
+
+def gsm8k_file(path: Path, count: int) -> Path:
+    rows = [{"question": f"Tom has {i % 16} pens. He buys 2. How many now?", "answer": f"{i} + 2 = <<{i}+2={i + 2}>>{i + 2}\n#### {i + 2}"}
+            for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def configured(parents: Path, run_dir: Path, **flags) -> PpoConfig:
+    return load_config(PpoConfig, command(parents, run_dir, **flags)[3:])
+
+
+def test_last_of_own_problems_are_held_out_and_never_learned_from(parents, tmp_path):
+    config = configured(parents, tmp_path / "ppo", problems=f"gsm8k:{gsm8k_file(tmp_path / 'a.jsonl', 20)}", **{"eval-problems": 5})
+    learned, measured = own_problems(config)
+    assert [r["id"] for r in measured] == [f"gsm8k-{i}" for i in range(15, 20)]
+    assert [r["id"] for r in learned] == [f"gsm8k-{i}" for i in range(4, 15)]  # 0 to 3 ask what 16 to 19 ask
+    assert all(r["solutions"] == [] for r in learned + measured) and measured[0]["answer"] == "17"
+    assert own_problems(configured(parents, tmp_path / "ppo")) is None
+
+
+def test_ppo_on_own_problems(parents, tmp_path, monkeypatch):
+    """A gsm8k file through the whole stage: asked as the evaluation asks, judged by its answers, and hashed into the run."""
+    file, cues = gsm8k_file(tmp_path / "a.jsonl", 16), []
+    monkeypatch.setattr(ppo, "asked", lambda rows, cue, tokenizer, asked=ppo.asked: cues.append(cue) or asked(rows, cue, tokenizer))
+    config = configured(parents, tmp_path / "ppo", problems=f"mine=gsm8k:{file}", iterations=1, reward="{stages.rl.rewards:gold: 1.0}")
+    made = main(config)
+    assert made.metrics["after/gold"]["n"] == 6
+    assert made.metrics["after/score"]["value"] == pytest.approx(made.metrics["after/gold"]["value"])
+    assert set(cues) == {BENCHMARK_CUES["worked"]} and set(made.data["inputs"]) == {"problems"}
+    assert main(config).fingerprint == made.fingerprint and len(cues) == 2  # finished: nobody was asked again
+    rows = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps({"question": "How many? " * 99, "answer": "#### 1"}), *rows]))
+    with pytest.raises(ValueError, match="the longest prompt has"):  # another file under the same name is another run
+        main(config)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"tasks": "[word_problems]"}, "choose among prepare's problems: leave them out"), ({"eval-problems": 16}, "set eval_problems lower"),
+    ({"problems": "arc:x.jsonl"}, "'arc:x.jsonl' is not format:source with a format of gsm8k")])
+def test_own_problems_that_cannot_work_say_what_to_do(parents, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        main(configured(parents, tmp_path / "ppo", **{"problems": f"gsm8k:{gsm8k_file(tmp_path / 'a.jsonl', 16)}"} | flags))
+    assert not (tmp_path / "ppo.partial").exists()
 
 
 @pytest.mark.slow

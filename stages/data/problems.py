@@ -1,7 +1,16 @@
-"""Problem rows on disk, as stages.prepare writes them: `{"id", "task", "difficulty", "question", "answer", "solutions"}`."""
+"""Problems as rows `{"id", "task", "difficulty", "question", "answer", "solutions"}`: prepare's own, and the user's in four formats.
+
+The user's are written `[name=]format:source`, where the format is one of `FORMATS` and the source a local file or, if there is no
+such file, a hub dataset id: `gsm8k:data/test.jsonl` or `gsm8k:openai/gsm8k`.
+"""
 import json
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from prompts.answers import extract, normalize
+from stages.data.corpora import read_jsonl, read_text
 
 
 def read_problems(path: Path, tasks: list[str], difficulties: list[int]) -> list[dict[str, Any]]:
@@ -12,3 +21,111 @@ def read_problems(path: Path, tasks: list[str], difficulties: list[int]) -> list
         raise ValueError(f"no problem of {path} has tasks {tasks} and difficulties {difficulties}: choose from tasks "
                          f"{sorted({r['task'] for r in rows})} and difficulties {sorted({r['difficulty'] for r in rows})}")
     return kept
+
+
+def split_spec(spec: str) -> tuple[str, str, str]:
+    """(name, format, source) of `[name=]format:source`; without a name the format's. Raises ValueError when it is not written so."""
+    name, _, rest = spec.partition("=") if "=" in spec.partition(":")[0] else ("", "", spec)
+    format, colon, source = rest.partition(":")
+    if not colon or format not in FORMATS:
+        raise ValueError(f"{spec!r} is not format:source with a format of {', '.join(FORMATS)}, such as gsm8k:data/test.jsonl")
+    return name or format, format, source
+
+
+def load_problems(spec: str, *, hub_split: str) -> list[dict[str, Any]]:
+    """All rows of `[name=]format:source`, in order; `hub_split` is the split taken of a hub dataset.
+
+    Raises ValueError for an unknown format, a source that cannot be read, a record without question or answer, or an id seen twice.
+    """
+    name, format, source = split_spec(spec)
+    rows: dict[str, dict] = {}
+    for position, (where, record) in enumerate(_records(source, format, hub_split)):
+        row = {"id": f"{format}-{position}", "task": name, "difficulty": 0, **_converted(FORMATS[format][0], record, where)}
+        if rows.setdefault(row["id"], row) is not row:
+            raise ValueError(f"{where}: id {row['id']!r} was there before; every problem needs an id of its own")
+    return list(rows.values())
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """JSON objects of a jsonl file, or of one JSON list, each with its place in words.
+
+    Raises ValueError naming file and line for anything else.
+    """
+    path = Path(path)
+    if not read_text(path).lstrip().startswith("["):  # by content: AQuA's .json files hold a line a record
+        for number, row in read_jsonl(path):
+            yield f"{path}, line {number}", row
+        return
+    try:
+        rows = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, entry {number}: expected a JSON object, got {type(row).__name__}")
+        yield f"{path}, entry {number}", row
+
+
+def _records(source: str, format: str, hub_split: str) -> Iterator[tuple[str, dict]]:
+    if Path(source).exists():
+        yield from read_rows(source)
+        return
+    if Path(source).suffix or source.count("/") > 1:
+        raise ValueError(f"{source} does not exist: give a local file or a hub dataset id such as openai/gsm8k")
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(source, FORMATS[format][1], split=hub_split)
+    except Exception as error:  # the hub's clients raise what they like
+        raise ValueError(f"{source} is no local file, and loading it from the hub failed: {error}") from None
+    for i, row in enumerate(dataset):
+        yield f"{source}, row {i}", dict(row)
+
+
+def _converted(read: Callable[[dict], dict], record: dict, where: str) -> dict:
+    try:
+        row = read(record)
+    except KeyError as error:
+        raise ValueError(f"{where}: no key {error}; it has {', '.join(map(str, record)) or 'none'}") from None
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    if not isinstance(row["question"], str) or not row["question"].strip():
+        raise ValueError(f"{where}: the question is not a text")
+    if not normalize(row["answer"]):
+        raise ValueError(f"{where}: no answer to compare with")
+    return row
+
+
+def _gsm8k(record: dict) -> dict:
+    """Cobbe et al. 2021: worked lines with <<calculator marks>>, then `#### answer`."""
+    steps, marker, answer = record["answer"].rpartition("####")
+    if not marker:
+        raise ValueError("the answer has no '####' line")
+    lines = [re.sub(r"<<.*?>>", "", line).strip() for line in steps.splitlines()]
+    return {"question": record["question"], "answer": answer.strip(),
+            "solutions": [[line if line.endswith(".") else line + "." for line in lines if line]]}
+
+
+def _svamp(record: dict) -> dict:
+    """Patel et al. 2021: body and question apart, the answer a number."""
+    question = f"{record['Body'].strip()} {record['Question'].strip()}"
+    return {"question": question, "answer": str(record["Answer"]), "solutions": []}
+
+
+def _aqua(record: dict) -> dict:
+    """Ling et al. 2017: five options written `A)...`, the answer a letter."""
+    options = [re.sub(r"^(?:([A-E])\))+\s*", r"(\1) ", option) for option in record["options"]]
+    question = f"{record['question'].strip()} Choices: {' '.join(options)}"
+    return {"question": question, "answer": record["correct"], "solutions": []}
+
+
+def _problem(record: dict) -> dict:
+    """The project's own rows; `solutions`, `difficulty` and `id` may be missing, and the answer may be in GSM8K's spelling."""
+    answer = str(record["answer"])
+    return {"question": record["question"], "answer": extract(answer) or answer, "solutions": record.get("solutions") or [],
+            "difficulty": record.get("difficulty", 0), **({"id": str(record["id"])} if "id" in record else {})}
+
+
+# format: reader of one record, and the configuration of the dataset on the hub
+FORMATS: dict[str, tuple[Callable[[dict], dict], str | None]] = {
+    "gsm8k": (_gsm8k, "main"), "svamp": (_svamp, None), "aqua": (_aqua, "raw"), "problems": (_problem, None)}

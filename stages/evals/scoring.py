@@ -15,9 +15,9 @@ from prompts.intervals import wilson
 from prompts.strategies import Solution
 from prompts.voting import majority
 from reward.verifiers import gold_score
+from stages.data.problems import read_rows
 from stages.evals.metrics import AnswerAccuracy
 from stages.evals.statistics import bootstrap_mean, compare
-from stages.evals.tasks import read_rows
 
 SAMPLED = "sampled_cot"  # one chain at the temperature of self-consistency: the mean over its chains
 PAIRS = (("self_consistency", "zero_shot_cot"), ("self_consistency", SAMPLED), ("zero_shot_cot", "direct"),
@@ -47,13 +47,15 @@ def accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures of one cell. `unparsed` counts samples, `unanswered` problems, `too_long` prompts that left no room."""
+    """The figures of one cell. `unparsed` counts samples (`unparsed_rate` is their share of all samples), `unanswered` problems,
+    `too_long` prompts that left no room."""
     samples = [sample for r in records for sample in r["samples"]]
     finished = sum(sample["finished"] for sample in samples)
     in_format = sum(not sample["faults"] for sample in samples)
     golds = [sum(s["gold_score"] for s in r["samples"]) / len(r["samples"]) for r in records]
     levels = sorted({r["difficulty"] for r in records})
-    return {**accuracy(records), "unparsed": sum(sample["answer"] is None for sample in samples), "num_samples": len(samples),
+    unparsed = sum(sample["answer"] is None for sample in samples)
+    return {**accuracy(records), "unparsed": unparsed, "unparsed_rate": unparsed / len(samples), "num_samples": len(samples),
             "ties": sum(r["tie"] for r in records), "tokens_mean": sum(sample["tokens"] for sample in samples) / len(records),
             "finished": finished / len(samples), "finished_wilson95": list(wilson(finished, len(samples))),
             "in_format": in_format / len(samples), "too_long": sum(sample["tokens"] == 0 for sample in samples),
@@ -70,7 +72,8 @@ def sampled_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The same figures for one of the chains that voted. Chains of one problem are not independent, so the interval is a
     bootstrap over problems."""
     right, whole = shares(records), summary(records)
-    kept = ("n", "unparsed", "num_samples", "finished", "finished_wilson95", "in_format", "gold_score", "gold_score_ci95")
+    kept = ("n", "unparsed", "unparsed_rate", "num_samples", "finished", "finished_wilson95", "in_format", "gold_score",
+            "gold_score_ci95")
     return {"accuracy": sum(right) / len(right), "bootstrap95": list(bootstrap_mean(right)), **{key: whole[key] for key in kept},
             "ties": 0, "tokens_mean": whole["tokens_mean"] * len(records) / whole["num_samples"]}
 

@@ -86,7 +86,7 @@ def reward_model(stages: Stages, folder: Path) -> Told:
     distances = sorted({int(key.rsplit("_", 1)[1]) for key in s.manifest.metrics if "_accuracy_distance_" in key})
     sets = {name: label for name, label in (("heldout", "held-out prompts"), ("fresh", "fresh samples")) if s.get(f"{name}_accuracy")}
     drawn: list[Figure] = []
-    if curves := [*s.series("training", "train/accuracy"), *s.series("held out", "eval/accuracy")]:
+    if curves := [*s.series("training", "train/accuracy"), *s.series("held out", "heldout/accuracy")]:
         drawn.append(draw(figures.plot, folder, "reward-training", curves, "Pairs ordered as the annotator ordered them, over training.",
                           [s.cite("metrics.jsonl")], x="step", y="pairwise accuracy"))
     if distances:
@@ -123,10 +123,11 @@ def ppo(stages: Stages, folder: Path) -> Told:
     sources = s.config.get("reward", {})
     reward = ", ".join(f"{weight:g} x {name}" for name, weight in sources.items()) or MISSING
     learned = f" (the reward model, learned from rankings by {annotator(stages)})" if "model" in sources else ""
+    where = f"held-out problems of {s.config['problems']}" if s.config.get("problems") else "validation problems"
     paragraphs = [
         f"{s.count('responses')} responses in {s.config.get('iterations', MISSING)} iterations, rewarded by {reward}{learned}, at a price "
         f"of {s.config.get('kl_coef', MISSING)} a nat of KL. The gold score is a program's: right answer, right steps, format. On "
-        f"{s.n('gain/gold')} validation problems the gold score changed by {s.short_form('gain/gold', CHANGE)} and the accuracy of "
+        f"{s.n('gain/gold')} {where} the gold score changed by {s.short_form('gain/gold', CHANGE)} and the accuracy of "
         f"sampled answers by {s.short_form('gain/sampled_accuracy', GAIN)}, at a KL of {s.value('after/kl', Form(2))} nats a response."]
     greedy, entropy, sampled = (s.ends(f"gain/{key}") for key in ("greedy_accuracy", "entropy", "sampled_accuracy"))
     if greedy and entropy and sampled:
