@@ -32,14 +32,14 @@ from stages.run.entry import fail
 from stages.run.manifest import Manifest, say
 
 # For the budget alone: tokens of a worked answer, tokens a second of decoding and of pretraining on two CPU cores.
-ASSUMED_TOKENS, ASSUMED_SPEED, TRAINING_SPEED = 45, 6000, 12_000
+ASSUMED_TOKENS, ASSUMED_SPEED, TRAINING_SPEED = 45, 6000, 8500
 RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m stages.evals.study_sc", description=__doc__.splitlines()[0])
     parser.add_argument("--runs", nargs="+", default=[], help="finished pretrain, sft or ppo runs (default: pretrain one a seed)")
-    parser.add_argument("--train-tokens", type=int, default=1_300_000, help="tokens of the study's own models")
+    parser.add_argument("--train-tokens", type=int, default=1_000_000, help="tokens of the study's own models")
     parser.add_argument("--config", default="recipes/tiny/pretrain.yaml", help="recipe of the study's own models")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training, or of sampling from each of the runs")
     parser.add_argument("--problems", type=int, default=900, help="test problems for each model and seed, over all its cells")

@@ -54,7 +54,6 @@ def training_arguments(run: Run, *, seed: int, report_to: str = "none", logging_
     that the installed transformers has for it.
     """
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     cpu = not torch.cuda.is_available()
     common = {
         "output_dir": str(run.directory / "checkpoints"), "seed": seed, "data_seed": seed, "report_to": report_to,

@@ -120,7 +120,9 @@ def start_processes() -> None:
     """
     import torch
     from accelerate import PartialState
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # of loading weights: it cuts through the stages' lines
     cpu = not torch.cuda.is_available()
     launch_config = promised()
     asked = int(launch_config.get("num_processes") or os.environ.get("WORLD_SIZE", "1"))
