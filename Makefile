@@ -17,7 +17,8 @@ PROCESSES = $(if $(NUM_MACHINES),,$(if $(filter-out cpu cpu-2 gpu,$(ACCELERATE))
 PY := .venv/bin/python
 LAUNCH = .venv/bin/accelerate launch --config_file recipes/accelerate/$(ACCELERATE).yaml -q $(NODES) $(PROCESSES)
 # ARGS goes to the stages named on the command line (rlhf names three), not to those that run because others need them.
-STAGE = $(LAUNCH) -m stages.$(1) --config recipes/$(RECIPE)/$(1).yaml $(if $(filter $(1) $(GROUP_$(1)),$(MAKECMDGOALS)),$(ARGS))
+STAGE = $(if $(wildcard recipes/accelerate/$(ACCELERATE).yaml),,$(error ACCELERATE=$(ACCELERATE): choose from \
+	$(basename $(notdir $(wildcard recipes/accelerate/*.yaml)))))$(LAUNCH) -m stages.$(1) --config recipes/$(RECIPE)/$(1).yaml $(if $(filter $(1) $(GROUP_$(1)),$(MAKECMDGOALS)),$(ARGS))
 GROUP_preferences := rlhf
 GROUP_reward_model := rlhf
 GROUP_ppo := rlhf

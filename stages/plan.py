@@ -39,7 +39,7 @@ class PlanConfig(StageConfig):
     STAGE = "plan"
 
     engine: Literal["ddp", "zero2", "zero3", "fsdp2"] = option("ddp", "how the model is spread over devices")
-    devices: int = option(8, "devices, over all machines")
+    devices: int = option(1, "devices, over all machines")
     memory_gib: float = option(80.0, "memory of a device")
     peak_tflops: float = option(989.0, "dense bf16 peak of a device, in TFLOP/s")
     mfu: float = option(0.4, "share of the peak that the model's own FLOPs reach, without recomputation")

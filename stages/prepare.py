@@ -94,7 +94,7 @@ def main(config: PrepareConfig) -> Manifest:
         texts = [d["text"] for d in documents if d["heldout"] and d["phase"] == "main"]
         ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(texts)["input_ids"]]
         metrics["text_entropy"] = metric(token_nats(ids, document_nats(config.seed)), n=len(texts))
-        say(f"entropy of the generated text: {metrics['text_entropy']['value']:.4f} nats a token, below which no loss can go")
+        say(f"entropy of the generated text: {metrics['text_entropy']['value']:.4f} nats a token, the least mean loss there can be")
     return run.finish(
         metrics=metrics, counts=counts,
         products={"tokens": "tokens", "tokenizer": "tokenizer", "problems": "problems"},

@@ -154,7 +154,7 @@ def ladder_configs(config: ScalingConfig, base: Any) -> dict[str, Any]:
     if len(names) < 3 or len(set(config.tokens)) < 3:
         raise ValueError(f"{len(names)} sizes and {len(set(config.tokens))} budgets cannot determine a law: give three of each")
     return {f"{name}-{tokens}": replace(base, **changed, tokens=tokens, seed=config.seed, parents=config.parents,
-                                        evaluations=config.evaluations, report_to=config.report_to)
+                                        evaluations=config.evaluations, logs=min(10, base.logs), report_to=config.report_to)
             for name, changed in names.items() for tokens in sorted(set(config.tokens))}
 
 

@@ -85,7 +85,6 @@ def main(config: SftConfig) -> Manifest:
     tokenizer = AutoTokenizer.from_pretrained(pretrained.product("model"))
     model = AutoModelForCausalLM.from_pretrained(pretrained.product("model"), dtype="auto")
     check_template(tokenizer, model)
-    give_meaning(model, tokenizer)
 
     train, validation = read(config, prepared)
     lengths = [len(chat_ids(tokenizer, r["prompt"] + r["completion"])) for r in train]
@@ -101,8 +100,9 @@ def main(config: SftConfig) -> Manifest:
     base_rows = datasets.load_from_disk(str(prepared.product("tokens") / "heldout"))
     base_rows = base_rows.select(range(min(config.forgetting_rows, len(base_rows))))
     collator = PackedCollator(eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
-    before = probe(model, tokenizer, problems[:config.probe_prompts], config)
     forgetting_before = heldout(model, base_rows, collator)["heldout_loss"] if config.forgetting_rows else None
+    give_meaning(model, tokenizer)
+    before = probe(model, tokenizer, problems[:config.probe_prompts], config)
 
     local_batch = share_batch(config.batch_size, world_size(), "batch_size")
     micro = min(config.micro_batch_size or local_batch, local_batch)

@@ -51,6 +51,7 @@ class PretrainConfig(StageConfig):
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     evaluations: int = option(10, "held-out evaluations over the run")
     eval_rows: int = option(96, "held-out rows of each evaluation; the last one takes four times as many")
+    logs: int = option(50, "lines of metrics over the run", recorded_only=True)
     checkpoints: int = option(4, "checkpoints over the run")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
 
@@ -141,7 +142,7 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
     held = datasets.load_from_disk(str(tokens / "heldout"))
     every = math.ceil(steps / config.evaluations)
     arguments = TrainingArguments(**training_arguments(
-        run, seed=config.seed, report_to=config.report_to, logging_steps=max(1, steps // 50),
+        run, seed=config.seed, report_to=config.report_to, logging_steps=max(1, steps // config.logs),
         save_steps=max(1, steps // (config.checkpoints + 1)), max_steps=steps, per_device_train_batch_size=micro,
         gradient_accumulation_steps=local_rows // micro, learning_rate=config.learning_rate, lr_scheduler_type="linear",
         warmup_steps=max(1, int(steps * config.warmup_share)), max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,

@@ -65,7 +65,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             loader.name = str(path)
             data = loader.get_single_data()
     except FileNotFoundError:
-        raise ValueError(f"config file {path} does not exist") from None
+        folders = Path(path).parent.parent
+        there = sorted(p.parent.name for p in folders.glob(f"*/{Path(path).name}")) if folders.name == "recipes" else []
+        raise ValueError(f"config file {path} does not exist" + (f"; recipes with one: {', '.join(there)}" if there else "")) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if data is None:
@@ -201,7 +203,8 @@ def load_config(cls: type[C], argv: list[str]) -> C:
         nested = isinstance(value, dict) and isinstance(values.get(key), dict)
         values[key] = {**values[key], **value} if nested else value
     recipe = Path(path).resolve().parent.name if path else "custom"
-    return build_config(cls, values, recipe=recipe, where=str(path) if path and not flags else "config")
+    file = str(path or cls.STAGE)
+    return build_config(cls, values, recipe=recipe, where=f"{file} and flags" if path and flags else file)
 
 
 def help_text(cls: type[StageConfig]) -> str:

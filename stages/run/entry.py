@@ -132,7 +132,12 @@ def start_processes() -> None:
                          "on CPU use recipes/accelerate/cpu-2.yaml (distributed_type MULTI_GPU with use_cpu)")
     if cpu and launch_config:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", str(state.num_processes)))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))  # the launcher sets one thread: half the speed
+        torch.set_num_threads(max(1, cores() // local))  # the launcher sets one thread: half the speed
+
+
+def cores() -> int:
+    """Processor cores that this process may use, where the system tells; all there are elsewhere."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def stop_processes() -> None:
