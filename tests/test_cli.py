@@ -22,24 +22,36 @@ def test_a_finished_stage_does_nothing_and_says_so(smoke):
     assert (folder / MANIFEST).stat().st_mtime_ns == before
 
 
-def test_the_model_loads_with_plain_transformers_and_its_loss_recomputes(smoke):
+def loss_of(smoke, model_of: str, count: int) -> float:
+    """Held-out loss of a stage's model, loaded by plain transformers, on the first rows."""
+    import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from stages.data.packing import PackedCollator
     from stages.models.heldout import heldout
 
-    folder = smoke.path("pretrain")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), AutoTokenizer.from_pretrained(folder / "model")
-    import datasets
-
+    folder = smoke.path(model_of) / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(smoke.path("pretrain") / "model")
     rows = datasets.load_from_disk(str(smoke.path("prepare") / "tokens" / "heldout"))
-    rows = rows.select(range(min(len(rows), 4 * manifest(folder)["config"]["eval_rows"])))
-    measured = heldout(model, rows, PackedCollator(eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id))
-    assert measured["heldout_loss"]["value"] == pytest.approx(manifest(folder)["metrics"]["heldout_loss"]["value"], rel=1e-5)
+    collator = PackedCollator(eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
+    return heldout(model, rows.select(range(min(len(rows), count))), collator)["heldout_loss"]["value"]
+
+
+def test_the_model_loads_with_plain_transformers_and_its_loss_recomputes(smoke):
+    folder = smoke.path("pretrain")
+    measured = loss_of(smoke, "pretrain", 4 * manifest(folder)["config"]["eval_rows"])
+    assert measured == pytest.approx(manifest(folder)["metrics"]["heldout_loss"]["value"], rel=1e-5)
     logged = read_metrics(folder / "metrics.jsonl")
     assert logged[-1]["step"] == manifest(folder)["counts"]["steps"] and logged[-1]["tokens"] == manifest(folder)["counts"]["tokens"]
     held = [row["heldout/loss"] for row in logged if "heldout/loss" in row]
     assert held[-1] < held[0]
+
+
+def test_forgetting_counts_from_the_untouched_base(smoke):
+    sft = manifest(smoke.path("sft"))
+    for when, model_of in (("before", "pretrain"), ("after", "sft")):
+        assert sft["metrics"][f"{when}/base_loss"]["value"] == pytest.approx(
+            loss_of(smoke, model_of, sft["config"]["forgetting_rows"]), rel=1e-5)
 
 
 def test_the_adapter_on_its_base_gives_the_merged_model(smoke):
