@@ -12,8 +12,7 @@ from typing import Literal
 
 from datasets import Dataset, disable_progress_bars
 
-from stages.data import corpora, curriculum
-from stages.data.entropy import document_nats, token_nats
+from stages.data import corpora, curriculum, entropy
 from stages.data.packing import pack, to_dataset
 from stages.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from stages.run.config import StageConfig, option
@@ -48,7 +47,8 @@ class PrepareConfig(StageConfig):
 
 
 def main(config: PrepareConfig) -> Manifest:
-    generator = {"curriculum": hash_path(Path(curriculum.__file__)), "chat_template": hash_data(CHAT_TEMPLATE)}
+    generator = {"curriculum": hash_path(Path(curriculum.__file__)), "entropy": hash_path(Path(entropy.__file__)),
+                 "chat_template": hash_data(CHAT_TEMPLATE)}
     run = Run(config, inputs=generator | corpora.hash_inputs(config.sources) | hash_tokenizer(config.tokenizer))
     if run.finished:
         return run.manifest
@@ -93,7 +93,7 @@ def main(config: PrepareConfig) -> Manifest:
     if config.sources == ["curriculum"]:
         texts = [d["text"] for d in documents if d["heldout"] and d["phase"] == "main"]
         ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(texts)["input_ids"]]
-        metrics["text_entropy"] = metric(token_nats(ids, document_nats(config.seed)), n=len(texts))
+        metrics["text_entropy"] = metric(entropy.token_nats(ids, entropy.document_nats(config.seed)), n=len(texts))
         say(f"entropy of the generated text: {metrics['text_entropy']['value']:.4f} nats a token, the least mean loss there can be")
     return run.finish(
         metrics=metrics, counts=counts,
