@@ -18,10 +18,11 @@ from tqdm import tqdm
 from prompts import strategies
 from prompts.strategies import Strategy
 from prompts.templates import Style
+from stages.data.corpora import read_rows
 from stages.evals import scoring
 from stages.evals.backends import LocalModel
 from stages.evals.scheduler import solve
-from stages.evals.tasks import Task, load_task, read_rows
+from stages.evals.tasks import Task, load_task
 from stages.models.training import barrier, gather, rank, world_size
 from stages.run.config import StageConfig, option
 from stages.run.console import table

@@ -187,12 +187,12 @@ def report(group: str, values: dict[str, list[float]]) -> None:
 
 def show(directory: Path) -> None:
     logged = read_metrics(directory / "metrics.jsonl")
-    axes = (("scores", "step", "step"), ("scores-against-kl", "objective/kl", "KL to the start (nats a response)"))
-    for name, column, label in axes:
-        x = [row[column] for row in logged]
-        figures.lines(directory / "figures" / f"{name}.png", {
-            legend: (x, [row[key] for row in logged]) for legend, key in
-            (("reward (proxy)", "objective/score"), ("gold score", "objective/gold"), ("sampled accuracy", "objective/accuracy"))},
+    axes: list[tuple[str, str, str, Literal["line", "points"]]] = [
+        ("scores", "step", "step", "line"), ("scores-against-kl", "objective/kl", "KL to the start (nats a response)", "points")]
+    for name, column, label, look in axes:
+        figures.plot(directory / "figures" / f"{name}.png", [
+            figures.Series(legend, [row[column] for row in logged], [row[key] for row in logged], look=look) for legend, key in
+            (("reward (proxy)", "objective/score"), ("gold score", "objective/gold"), ("sampled accuracy", "objective/accuracy"))],
             x=label, y="mean of an iteration")
 
 

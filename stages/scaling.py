@@ -21,11 +21,11 @@ import numpy as np
 
 from stages.laws.commands import COMMANDS, command
 from stages.laws.fit import PARAMETERS, fit_law, holdout, law, predict
-from stages.laws.planner import plan
 from stages.run import figures
 from stages.run.config import StageConfig, build_config, option, read_yaml
 from stages.run.console import clock, table
 from stages.run.entry import launch
+from stages.run.figures import Series
 from stages.run.manifest import MANIFEST, Manifest, Run, hash_data, is_main, metric, say, write_json
 
 SIZE_KEYS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
@@ -193,18 +193,15 @@ def draw(folder: Path, points: list[dict], fit: dict, prediction: dict) -> None:
     for p in sorted(points, key=lambda p: (p["N"], p["D"])):
         sizes.setdefault(p["N"], []).append(p)
     constants = [fit[name] for name in PARAMETERS]
+    ahead = Series("prediction", [prediction["D"]], [prediction["value"]], look="star", color=len(sizes))
     grid = np.geomspace(min(p["D"] for p in points), 1.5 * prediction["D"], 40)
-    curves = {f"law, N = {N:,}": (grid.tolist(), law(constants, N, grid).tolist()) for N in (*sizes, prediction["N"])}
-    measured = {f"N = {N:,}": ([p["D"] for p in ps], [p["loss"] for p in ps]) for N, ps in sizes.items()}
-    ahead = {"prediction": ([prediction["D"]], [prediction["value"]])}
-    figures.lines(folder / "tokens.png", measured, x="training tokens", y=prediction["loss"], log_x=True)
-    figures.lines(folder / "law.png", {**measured, **curves, **ahead}, x="training tokens", y=prediction["loss"], log_x=True)
-    by_flops = {f"N = {N:,}": ([p["flops"] for p in ps], [p["loss"] for p in ps]) for N, ps in sizes.items()}
-    C = np.geomspace(min(p["flops"] for p in points), prediction["flops"], 30)
-    best = [plan(fit, c)["loss"]["value"] for c in C]
-    figures.lines(folder / "flops.png", {**by_flops, "law at its optimum (C = 6 N D)": (C.tolist(), best),
-                                         "prediction": ([prediction["flops"]], [prediction["value"]])},
-                  x="training FLOPs", y=prediction["loss"], log_x=True)
+    series = [Series(f"N = {N:,}", [p["D"] for p in ps], [p["loss"] for p in ps], look="points") for N, ps in sizes.items()]
+    series += [Series("", grid.tolist(), law(constants, N, grid).tolist(), look="dashed", color=i)
+               for i, N in enumerate([*sizes, prediction["N"]])]
+    figures.plot(folder / "law.png", [*series, ahead], x="training tokens", y=prediction["loss"], log_x=True)
+    series = [Series(f"N = {N:,}", [p["flops"] for p in ps], [p["loss"] for p in ps]) for N, ps in sizes.items()]
+    figures.plot(folder / "flops.png", [*series, ahead._replace(x=[prediction["flops"]])], x="training FLOPs", y=prediction["loss"],
+                 log_x=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m stages.sft --config recipes/tiny/sft.yaml
 """
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from prompts.intervals import wilson
 from stages.data import dialogues
 from stages.data.curriculum import CUES, user_turn
 from stages.data.packing import PackedCollator
+from stages.data.problems import read_problems
 from stages.data.tokenizer import ASSISTANT, END, EOS, SYSTEM, USER, chat_ids
 from stages.models.heldout import heldout
 from stages.models.sampling import prompt_key, sample
@@ -96,7 +96,7 @@ def main(config: SftConfig) -> Manifest:
 
     problems: list[dict] = []
     if config.probe_prompts:
-        problems = [json.loads(line) for line in (prepared.product("problems") / "validation.jsonl").read_text().splitlines()]
+        problems = read_problems(prepared.product("problems") / "validation.jsonl")
     base_rows = datasets.load_from_disk(str(prepared.product("tokens") / "heldout"))
     base_rows = base_rows.select(range(min(config.forgetting_rows, len(base_rows))))
     collator = PackedCollator(eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
@@ -161,8 +161,7 @@ def read(config: SftConfig, prepared: Manifest) -> tuple[list[dict], list[dict]]
     """Training and validation dialogues. The curriculum has its own splits; of a file the end is held out."""
     if config.data == "curriculum":
         def rows(split: str, count: int) -> list[dict[str, Any]]:
-            text = (prepared.product("problems") / f"{split}.jsonl").read_text(encoding="utf-8")
-            known = list(map(json.loads, text.splitlines()))
+            known = read_problems(prepared.product("problems") / f"{split}.jsonl")
             return dialogues.curriculum_rows(known, seed=config.seed, count=count, worked_share=config.worked_share,
                                              few_shot_share=config.few_shot_share)
         return rows("sft", config.num_rows), rows("validation", config.validation_rows)

@@ -189,7 +189,7 @@ def test_plain_text_is_cut_at_blank_lines(tmp_path):
     ("a.jsonl", b'{"body": "x"}\n', "line 1 has no text in column 'text': it has body"),
     ("a.parquet", b"nonsense", "is not a readable parquet file"),
     ("a.json", b'[{"text": "x"}, "y"]', "a.json, row 1 must be a JSON object, got str"),
-    ("a.json", b"3", "a.json, row 0 must be a JSON object, got int"),
+    ("a.json", b"3", "a.json, line 1 must be a JSON object, got int"),
     ("a.csv", b"text\nx\n", "a.csv: cannot tell what it holds by its name: give .txt, .md, .jsonl"),
     ("a.txt.gz", b"", "cannot tell what it holds by its name"),
     ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 20, "is not a whole gzip file"),

@@ -59,7 +59,7 @@ def test_formats(tmp_path):
 
 @pytest.mark.parametrize("spec, text, message", [
     ("gsm8k", json.dumps(GSM8K) + "\n{broken\n", r"a\.jsonl, line 2"),
-    ("gsm8k", "[1, 2]", r"a\.jsonl, entry 1: expected a JSON object, got int"),
+    ("gsm8k", "[1, 2]", r"a\.jsonl, row 0 must be a JSON object, got int"),
     ("gsm8k", "\n3\n", r"a\.jsonl, line 2 must be a JSON object"),
     ("gsm8k", json.dumps({"question": "?", "answer": "72"}), r"a\.jsonl, line 1: the answer has no '####' line"),
     ("gsm8k", json.dumps({"question": "?", "answer": "x #### "}), r"a\.jsonl, line 1: no answer to compare with"),
@@ -75,7 +75,7 @@ def test_bad_files_are_named(tmp_path, spec, text, message):
 
 @pytest.mark.parametrize("spec, message", [
     ("word_problem", "unknown task 'word_problem': expected one of word_problems"), ("arc:x.jsonl", "format:source with a format of gsm8k"),
-    ("gsm8k:missing.jsonl", "missing.jsonl does not exist"), ("gsm8k:no/such/thing", "does not exist")])
+    ("gsm8k:missing.jsonl", "missing.jsonl: no such file"), ("gsm8k:no/such/thing", "neither a local file nor reachable")])
 def test_unknown_tasks(tmp_path, spec, message):
     with pytest.raises(ValueError, match=message):
         load(spec, tmp_path)

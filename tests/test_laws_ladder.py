@@ -68,7 +68,7 @@ def test_ladder_writes_runs_fit_and_prediction(ladder):
     assert prediction["value"] == predict(fit, prediction["N"], prediction["D"])[0]
     assert prediction["interval"][0] <= prediction["value"] <= prediction["interval"][1]
     assert ladder.metrics["predicted_loss"]["value"] == prediction["value"]
-    assert {path.name for path in (ladder.path / "figures").iterdir()} == {"tokens.png", "law.png", "flops.png"}
+    assert {path.name for path in (ladder.path / "figures").iterdir()} == {"law.png", "flops.png"}
 
 
 def test_finished_ladder_does_nothing(ladder, prepared, monkeypatch, capsys):

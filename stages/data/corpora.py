@@ -76,11 +76,15 @@ def hub_revision(source: str, repo_type: str = "dataset") -> str:
 
 
 def hub_rows(source: str, hub_config: str | None, hub_split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a hub dataset, at the revision that is recorded, with where each came from."""
+    """Rows of a hub dataset, at the revision that is recorded, with where each came from. Raises ValueError when it cannot be had."""
     revision = hub_revision(source)
     import datasets
 
-    for number, row in enumerate(datasets.load_dataset(source, hub_config, split=hub_split, streaming=True, revision=revision)):
+    try:
+        rows = datasets.load_dataset(source, hub_config, split=hub_split, streaming=True, revision=revision)
+    except Exception as error:  # the hub's clients raise what they like
+        raise ValueError(f"loading {source} (configuration {hub_config}, split {hub_split}) from the hub failed: {error}") from error
+    for number, row in enumerate(rows):
         yield f"{source}, row {number}", row
 
 
@@ -113,47 +117,61 @@ def cut(text: str, limit: int) -> Iterator[str]:
         yield held
 
 
-def read_jsonl(path: Path, *, decode_errors: str = "strict") -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows with their line numbers. Raises ValueError naming file and line for a line that is not a JSON object."""
-    text = read_text(path, decode_errors=decode_errors)
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}): {line[:60]!r}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} must be a JSON object, got {type(row).__name__}")
-        yield number, row
+def read_rows(path: str | Path, *, decode_errors: str = "strict") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a table file with where each came from. JSON may be one list or a row a line, whichever of the two its name says.
 
-
-def read_rows(path: Path, *, decode_errors: str = "strict") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a table file with where each came from. Raises ValueError naming file and row for what is not a row."""
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        for number, row in read_jsonl(path, decode_errors=decode_errors):
-            yield f"{path}, line {number}", row
-    elif path.suffix == ".json":
-        try:
-            rows = json.loads(read_text(path, decode_errors=decode_errors))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON ({error.msg}, line {error.lineno})") from None
-        for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, row {number} must be a JSON object, got {type(row).__name__}")
-            yield f"{path}, row {number}", row
-    elif path.suffix == ".parquet":
-        import pyarrow.lib
-        import pyarrow.parquet
-
-        try:
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(1024)
-            for number, row in enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches)):
-                yield f"{path}, row {number}", row
-        except pyarrow.lib.ArrowInvalid as error:
-            raise ValueError(f"{path} is not a readable parquet file: {error}") from None
-    else:
+    Raises ValueError naming file and row for what is not a row.
+    """
+    path = Path(path)
+    if path.suffix == ".parquet":
+        rows = _parquet_rows(path)
+    elif not path.name.endswith(TABLE_SUFFIXES):
         raise ValueError(f"{path} has no rows with columns: give {', '.join(TABLE_SUFFIXES)}")
+    else:
+        text = read_text(path, decode_errors=decode_errors)
+        rows = (_list_rows if text.lstrip().startswith("[") else _line_rows)(text, path)  # AQuA's .json files hold lines
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} must be a JSON object, got {type(row).__name__}")
+        yield where, row
+
+
+def source_rows(source: str, hub_config: str | None, hub_split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a file, folder or glob or, if the name is none of these, of a hub dataset. Raises ValueError as those readers do."""
+    if is_local(source):
+        for path in local_files(source):
+            yield from read_rows(path)
+    else:
+        yield from hub_rows(source, hub_config, hub_split)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow.lib
+    import pyarrow.parquet
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(1024)
+        for number, row in enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches)):
+            yield f"{path}, row {number}", row
+    except pyarrow.lib.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+
+
+def _list_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        for number, row in enumerate(json.loads(text)):
+            yield f"{path}, row {number}", row
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno} is not JSON ({error.msg})") from None
+
+
+def _line_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"{path}, line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}): {line[:60]!r}") from None
 
 
 def text_of(row: dict[str, Any], column: str, where: str) -> str:

@@ -41,7 +41,7 @@ def file_rows(source: str, *, prompt_column: str, completion_column: str, hub_co
     Raises ValueError naming file and row for a missing column, one that is neither, an empty completion or an unknown role.
     """
     rows = []
-    for where, row in itertools.islice(_source_rows(source, hub_config, hub_split), limit or None):
+    for where, row in itertools.islice(corpora.source_rows(source, hub_config, hub_split), limit or None):
         for column in (prompt_column, completion_column):
             if not row.get(column):
                 raise ValueError(f"{where} has nothing in column {column!r}: it has {', '.join(row)}; "
@@ -52,14 +52,6 @@ def file_rows(source: str, *, prompt_column: str, completion_column: str, hub_co
     if not rows:
         raise ValueError(f"{source} has no rows")
     return rows
-
-
-def _source_rows(source: str, hub_config: str | None, hub_split: str):
-    if corpora.is_local(source):
-        for path in corpora.local_files(source):
-            yield from corpora.read_rows(path)
-    else:
-        yield from corpora.hub_rows(source, hub_config, hub_split)
 
 
 def _messages(value: Any, role: str, where: str) -> list[dict[str, str]]:

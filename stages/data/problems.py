@@ -1,21 +1,20 @@
 """Problems as rows `{"id", "task", "difficulty", "question", "answer", "solutions"}`: prepare's own, and the user's in four formats.
 
-The user's are written `[name=]format:source`, where the format is one of `FORMATS` and the source a local file or, if there is no
-such file, a hub dataset id: `gsm8k:data/test.jsonl` or `gsm8k:openai/gsm8k`.
+The user's are written `[name=]format:source`, where the format is one of `FORMATS` and the source a local file or, if the name is not
+one of those, a hub dataset id: `gsm8k:data/test.jsonl` or `gsm8k:openai/gsm8k`.
 """
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from prompts.answers import extract, normalize
-from stages.data.corpora import read_jsonl, read_text
+from stages.data.corpora import read_rows, source_rows
 
 
-def read_problems(path: Path, tasks: list[str], difficulties: list[int]) -> list[dict[str, Any]]:
+def read_problems(path: Path, tasks: Sequence[str] = (), difficulties: Sequence[int] = ()) -> list[dict[str, Any]]:
     """Rows of these tasks and difficulties (empty: all), in the file's order. Raises ValueError naming those there are."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in read_rows(path)]
     kept = [r for r in rows if (not tasks or r["task"] in tasks) and (not difficulties or r["difficulty"] in difficulties)]
     if not kept:
         raise ValueError(f"no problem of {path} has tasks {tasks} and difficulties {difficulties}: choose from tasks "
@@ -39,47 +38,11 @@ def load_problems(spec: str, *, hub_split: str) -> list[dict[str, Any]]:
     """
     name, format, source = split_spec(spec)
     rows: dict[str, dict] = {}
-    for position, (where, record) in enumerate(_records(source, format, hub_split)):
+    for position, (where, record) in enumerate(source_rows(source, FORMATS[format][1], hub_split)):
         row = {"id": f"{format}-{position}", "task": name, "difficulty": 0, **_converted(FORMATS[format][0], record, where)}
         if rows.setdefault(row["id"], row) is not row:
             raise ValueError(f"{where}: id {row['id']!r} was there before; every problem needs an id of its own")
     return list(rows.values())
-
-
-def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """JSON objects of a jsonl file, or of one JSON list, each with its place in words.
-
-    Raises ValueError naming file and line for anything else.
-    """
-    path = Path(path)
-    if not read_text(path).lstrip().startswith("["):  # by content: AQuA's .json files hold a line a record
-        for number, row in read_jsonl(path):
-            yield f"{path}, line {number}", row
-        return
-    try:
-        rows = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, entry {number}: expected a JSON object, got {type(row).__name__}")
-        yield f"{path}, entry {number}", row
-
-
-def _records(source: str, format: str, hub_split: str) -> Iterator[tuple[str, dict]]:
-    if Path(source).exists():
-        yield from read_rows(source)
-        return
-    if Path(source).suffix or source.count("/") > 1:
-        raise ValueError(f"{source} does not exist: give a local file or a hub dataset id such as openai/gsm8k")
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(source, FORMATS[format][1], split=hub_split)
-    except Exception as error:  # the hub's clients raise what they like
-        raise ValueError(f"{source} is no local file, and loading it from the hub failed: {error}") from None
-    for i, row in enumerate(dataset):
-        yield f"{source}, row {i}", dict(row)
 
 
 def _converted(read: Callable[[dict], dict], record: dict, where: str) -> dict:

@@ -15,7 +15,7 @@ from prompts.intervals import wilson
 from prompts.strategies import Solution
 from prompts.voting import majority
 from reward.verifiers import gold_score
-from stages.data.problems import read_rows
+from stages.data.corpora import read_rows
 from stages.evals.metrics import AnswerAccuracy
 from stages.evals.statistics import bootstrap_mean, compare
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from prompts.templates import BENCHMARK_CUES, exemplars
 from stages.data.curriculum import CUES, TASKS
-from stages.data.problems import FORMATS, load_problems, read_rows, split_spec
+from stages.data.problems import FORMATS, load_problems, read_problems, split_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,7 @@ def load_task(spec: str, *, problems: Path, difficulties: list[int], num_problem
 
 def _embedded(name: str, folder: Path, difficulties: list[int], num_problems: int, seed: int) -> Task:
     def rows_of(split: str) -> list[dict]:
-        rows = (row for _, row in read_rows(folder / f"{split}.jsonl"))
-        return [row for row in rows if row["task"] == name and row["difficulty"] in difficulties]
+        return read_problems(folder / f"{split}.jsonl", [name], difficulties)
 
     test = rows_of("test")
     random.Random(f"{seed}:{name}").shuffle(test)

@@ -93,7 +93,8 @@ class RankedRewardTrainer(Resumable, RewardTrainer):
             loss = loss + self.args.center_rewards_coefficient * centring_penalty(scores, ranks)
         with torch.no_grad():
             pairs = preferred(ranks)
-            counts = torch.stack([((scores[:, :, None] > scores[:, None, :]) & pairs).sum(), pairs.sum()])
+            order = torch.sign(scores[:, :, None] - scores[:, None, :])
+            counts = torch.stack([((1 + order) / 2)[pairs].sum(), pairs.sum()])  # equal scores are half right, as in `judged`
             right, total = self.accelerator.gather(counts[None]).sum(0).tolist()
             self._metrics["train"]["accuracy"].append(right / max(1, total))
         return (loss, {"scores": scores}) if return_outputs else loss
