@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
+import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from stages.data.packing import PackedCollator
+from stages.models.attention import DOCUMENTS
 from stages.models.counts import count_parameters, train_flops_per_token
 from stages.models.heldout import heldout
 from stages.models.optimizer import build_optimizer
@@ -53,6 +55,9 @@ class PretrainConfig(StageConfig):
     eval_rows: int = option(96, "held-out rows of each evaluation; the last one takes four times as many")
     logs: int = option(50, "lines of metrics over the run", recorded_only=True)
     checkpoints: int = option(4, "checkpoints over the run")
+    attn_implementation: str = option(
+        "auto", "auto: documents on CPU, which computes no attention between documents, else sdpa; or a name that transformers knows",
+        recorded_only=True)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
 
 
@@ -132,8 +137,11 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
         tokenizer, architecture=config.architecture, hidden_size=config.hidden_size, num_layers=config.num_layers,
         num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, intermediate_size=config.intermediate_size,
         context_length=row_length, rope_theta=config.rope_theta, tie_embeddings=config.tie_embeddings)
+    attention = config.attn_implementation
+    if attention == "auto":
+        attention = "sdpa" if torch.cuda.is_available() else DOCUMENTS
     model = build_decoder(decoder, seed=config.seed, matrix_std=config.matrix_std, embedding_std=config.embedding_std,
-                          head_std=config.head_std)
+                          head_std=config.head_std, attn_implementation=attention)
     sizes = count_parameters(decoder)
     say(f"pretrain: {config.architecture} {config.hidden_size} wide, {sizes['total']:,} parameters, {steps:,} steps of "
         f"{config.batch_tokens:,} tokens on {world_size()} process(es)")

@@ -25,14 +25,14 @@ def decoder_config(tokenizer: PreTrainedTokenizerBase, *, architecture: str = "q
 
 
 def build_decoder(config: PretrainedConfig, *, seed: int, matrix_std: float = 0.07, embedding_std: float = 0.4,
-                  head_std: float = 0.002, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+                  head_std: float = 0.002, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa") -> PreTrainedModel:
     """A fresh decoder, initialised so that each layer starts as the identity and the logits start at zero.
 
     Wide embeddings, a narrow head and zeroed output projections took a 0.9M model off the plateau (LOG.md); zeroed
     projections follow Zhang et al. 2019 (Fixup), section 3.2.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             nn.init.zeros_(parameter)
