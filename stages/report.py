@@ -5,7 +5,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stages.laws.fit import law
+from stages.laws.fit import expected
 from stages.run import cited, figures, page, story, story_alignment
 from stages.run.config import StageConfig
 from stages.run.entry import launch
@@ -32,7 +32,7 @@ def main(config: ReportConfig) -> Manifest:
         return run.manifest
 
     stages = {name: cited.Stage(run.parents[name]) for name in present}
-    told = story.tell(stages, missing, run.directory / "figures", recipe=config.recipe, law=law)
+    told = story.tell(stages, missing, run.directory / "figures", recipe=config.recipe, law=expected)
     (run.directory / "index.html").write_text(page.to_html(told, run.directory), encoding="utf-8")
     (run.directory / "report.md").write_text(page.to_markdown(told), encoding="utf-8")
     for why in missing.values():

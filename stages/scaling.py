@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from stages.laws.commands import COMMANDS, command
-from stages.laws.fit import PARAMETERS, fit_law, holdout, law, predict
+from stages.laws.fit import FORMS, PARAMETERS, expected, fit_law, formula, holdout, predict
 from stages.run import figures
 from stages.run.config import StageConfig, build_config, option, read_yaml
 from stages.run.console import clock, table
@@ -50,6 +50,7 @@ class ScalingConfig(StageConfig):
     loss: str = option("heldout_loss", "metric of the runs that the law is fitted to")
     floor: Literal["fitted", "text"] = option(
         "fitted", "E of the law: fitted, or text: the entropy a token that prepare computed for text it generated")
+    form: Literal["sum", "product"] = option("sum", "E + A / N^alpha + B / D^beta, or E + C / (N^a D^b), which needs a known floor")
     holdout_fraction: float = option(0.25, "share of the runs, the dearest, that a second fit has to predict (0: no such check)")
     bootstrap_draws: int = option(300, "draws of the residual bootstrap")
 
@@ -97,9 +98,9 @@ def main(config: ScalingConfig) -> Manifest:
         "loss": f"{config.loss}, nats a token", "flops": FLOPS, "schedule": "each run has its own, decayed to zero"})
     flops, tokens, counts = cost(base)
     size = counts[config.parameters]
-    value, interval = predict(fit, size, tokens)
-    prediction = {"value": value, "interval": list(interval), "loss": config.loss, "N": size, "D": tokens, "flops": flops,
-                  "main_model": identity(base), "prepare": prepared.fingerprint,
+    value, interval = predict(fit, size, tokens, form=config.form)
+    prediction = {"value": value, "interval": list(interval), "form": config.form, "loss": config.loss, "N": size, "D": tokens,
+                  "flops": flops, "main_model": identity(base), "prepare": prepared.fingerprint,
                   "beyond": {"N": size / N.max(), "D": tokens / D.max()},
                   "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     checked = check(config, N, D, loss, floor, [costs[p["run"]][0] for p in points])
@@ -109,15 +110,17 @@ def main(config: ScalingConfig) -> Manifest:
         (run.directory / "points.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points), encoding="utf-8")
         draw(run.directory / "figures", points, fit, prediction)
     say(table(["run", "N", "D", config.loss, "fit"], [
-        [p["run"], f"{p['N']:,}", f"{p['D']:,}", f"{p['loss']:.4f}", f"{predict(fit, p['N'], p['D'])[0]:.4f}"] for p in points]))
-    for name in fit["at_bound"]:
+        [p["run"], f"{p['N']:,}", f"{p['D']:,}", f"{p['loss']:.4f}", f"{expected(fit, p['N'], p['D'], config.form):.4f}"]
+        for p in points]))
+    for name in fit["at_bound"] if config.form == "sum" else []:
         say(f"warning: {name} lies at the bound of what is tried: the runs do not determine it, so trust no prediction beyond them")
-    say(f"L = {fit['E']:.3f} + {fit['A']:.3g} / N^{fit['alpha']:.3f} + {fit['B']:.3g} / D^{fit['beta']:.3f}; predicted for the "
-        f"main model (N = {size:,}, D = {tokens:,}), before it is trained: {value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]")
+    say(f"L = {formula(fit, config.form)}; predicted for the main model (N = {size:,}, D = {tokens:,}), before it is trained: "
+        f"{value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]")
     barrier()
     return run.finish(
         metrics={"predicted_loss": metric(value, n=len(points), ci95=interval), **checked,
-                 **{name: metric(fit[name], n=len(points), ci95=fit["intervals"].get(name)) for name in PARAMETERS}},
+                 **{name: metric(fit[name], n=len(points), ci95=fit["intervals"].get(name)) for name in PARAMETERS},
+                 **{name: metric(fit["product"][name], n=len(points)) for name in ("C", "a", "b") if "product" in fit}},
         counts={"runs": len(points), "tokens": sum(int(p["D"]) for p in points), "flops": total},
         products={"fit": "fit.json", "prediction": "prediction.json", "points": "points.jsonl"})
 
@@ -143,7 +146,9 @@ def main_config(config: ScalingConfig) -> Any:
 
 
 def ladder_configs(config: ScalingConfig, base: Any) -> dict[str, Any]:
-    """A pretraining config for each size and budget, by run name. Raises ValueError for a grid that no law can be fitted to."""
+    """A pretraining config for each size and budget, by run name. Raises ValueError for a grid or a form that no law can be fitted with."""
+    if config.form == "product" and config.floor == "fitted":
+        raise ValueError("form: product needs a known floor: set floor to text, or form to sum")
     names = {}
     for size in config.sizes:
         if unknown := sorted(set(size) - set(SIZE_KEYS)):
@@ -176,27 +181,31 @@ def check(config: ScalingConfig, N, D, loss, floor, flops) -> dict[str, dict]:
     """How well a fit on the cheaper runs predicts the dearer ones, as metrics; none when too few would be left to fit."""
     if config.holdout_fraction <= 0:
         return {}
-    try:
-        report = holdout(N, D, loss, fraction=config.holdout_fraction, flops=flops, floor=floor, num_draws=config.bootstrap_draws,
-                         seed=config.seed)
-    except ValueError as error:
-        say(f"no hold-out check of the law: {error}")
-        return {}
-    count = report["num_heldout"]
-    say(f"check: fitted on the {report['num_fitted']} cheaper runs, the law is off by {report['error_mean']:.2%} on the {count} "
-        f"dearer ones, of which {report['coverage']:.0%} lie inside their 95 % intervals")
-    return {"holdout_error": metric(report["error_mean"], n=count), "holdout_coverage": metric(report["coverage"], n=count)}
+    found: dict[str, dict] = {}
+    for form in FORMS if floor else FORMS[:1]:
+        try:
+            report = holdout(N, D, loss, fraction=config.holdout_fraction, flops=flops, floor=floor, num_draws=config.bootstrap_draws,
+                             seed=config.seed, form=form)
+        except ValueError as error:
+            say(f"no hold-out check of the law: {error}")
+            return {}
+        count = report["num_heldout"]
+        say(f"check of the {form}: fitted on the {report['num_fitted']} cheaper runs, the law is off by {report['error_mean']:.2%} on the "
+            f"{count} dearer ones, of which {report['coverage']:.0%} lie inside their 95 % intervals")
+        end = "" if form == config.form else f"/{form}"
+        found |= {f"holdout_error{end}": metric(report["error_mean"], n=count),
+                  f"holdout_coverage{end}": metric(report["coverage"], n=count)}
+    return found
 
 
 def draw(folder: Path, points: list[dict], fit: dict, prediction: dict) -> None:
     sizes: dict[int, list[dict]] = {}
     for p in sorted(points, key=lambda p: (p["N"], p["D"])):
         sizes.setdefault(p["N"], []).append(p)
-    constants = [fit[name] for name in PARAMETERS]
     ahead = Series("prediction", [prediction["D"]], [prediction["value"]], look="star", color=len(sizes))
     grid = np.geomspace(min(p["D"] for p in points), 1.5 * prediction["D"], 40)
     series = [Series(f"N = {N:,}", [p["D"] for p in ps], [p["loss"] for p in ps], look="points") for N, ps in sizes.items()]
-    series += [Series("", grid.tolist(), law(constants, N, grid).tolist(), look="dashed", color=i)
+    series += [Series("", grid.tolist(), expected(fit, N, grid, prediction["form"]).tolist(), look="dashed", color=i)
                for i, N in enumerate([*sizes, prediction["N"]])]
     figures.plot(folder / "law.png", [*series, ahead], x="training tokens", y=prediction["loss"], log_x=True)
     series = [Series(f"N = {N:,}", [p["flops"] for p in ps], [p["loss"] for p in ps]) for N, ps in sizes.items()]

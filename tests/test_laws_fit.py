@@ -7,7 +7,21 @@ import numpy as np
 import pytest
 from scipy.optimize import approx_fprime, minimize, nnls
 
-from stages.laws.fit import DELTA, PARAMETERS, fit_law, holdout, huber, law, log_loss, objective, predict, read_points
+from stages.laws.fit import (
+    DELTA,
+    PARAMETERS,
+    expected,
+    fit_law,
+    fit_product,
+    formula,
+    holdout,
+    huber,
+    law,
+    log_loss,
+    objective,
+    predict,
+    read_points,
+)
 from stages.laws.planner import optimal, plan
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "scaling"
@@ -66,6 +80,30 @@ def test_a_known_floor_is_kept_and_decides_far_predictions():
     assert abs(predict(known, 1e9, 1e9)[0] / target - 1) < 0.05 < abs(predict(fitted, 1e9, 1e9)[0] / target - 1)
     with pytest.raises(ValueError, match="lowest loss"):
         fit_law(N, D, loss, floor=float(loss.min()))
+
+
+def test_a_product_is_found_exactly_and_predicts():
+    true = 0.4 + 50 / (SIZES**0.3 * BUDGETS**0.25)
+    found = fit_product(SIZES, BUDGETS, true, floor=0.4)
+    assert (found["C"], found["a"], found["b"]) == pytest.approx((50, 0.3, 0.25), rel=1e-6) and found["sigma"] < 1e-9
+    fit = fit_law(SIZES, BUDGETS, true, floor=0.4, num_draws=0)
+    assert fit["product"] == found and formula(fit, "product") == "0.400 + 50 / (N^0.300 D^0.250)"
+    far = 0.4 + 50 / (1e6**0.3 * 5e6**0.25)
+    assert predict(fit, 1e6, 5e6, form="product")[0] == pytest.approx(far, rel=1e-6) == float(expected(fit, 1e6, 5e6, "product"))
+    assert predict(fit, 1e6, 5e6)[0] != pytest.approx(far, rel=1e-3)  # the sum is another law
+    assert holdout(SIZES, BUDGETS, true, floor=0.4, num_draws=0, form="product")["error_max"] < 1e-6
+    with pytest.raises(ValueError, match="fit again with a floor"):
+        predict(fit_law(SIZES, BUDGETS, true, num_draws=0), 1e6, 5e6, form="product")
+
+
+def test_intervals_of_a_product_hold_the_share_they_name():
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(300):
+        noisy, new = (0.4 + 50 / (N**0.3 * D**0.25) * np.exp(0.15 * rng.standard_normal(np.shape(N)))
+                      for N, D in ((SIZES, BUDGETS), (1e6, 2e6)))
+        low, high = predict({"E": 0.4, "product": fit_product(SIZES, BUDGETS, noisy, floor=0.4)}, 1e6, 2e6, form="product")[1]
+        inside += low < new < high
+    assert 0.92 < inside / 300 < 0.98
 
 
 def test_one_outlier_does_not_move_a_huber_fit():

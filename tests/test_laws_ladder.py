@@ -124,6 +124,7 @@ def test_longer_ladder_reuses_the_shorter_one(ladder, prepared, tmp_path, monkey
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"sizes": [{"hidden_size": 16}]}, "1 sizes and 3 budgets"), ({"tokens": [512, 1024]}, "3 sizes and 2 budgets"),
+    ({"form": "product"}, "form: product needs a known floor"),
     ({"sizes": [{"hiden_size": 16}] * 3}, "unknown key 'hiden_size'"), ({"pretrain_config": "nowhere.yaml"}, "does not exist")])
 def test_a_ladder_that_cannot_work_fails_before_training(prepared, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -173,8 +174,8 @@ def test_subcommands_print_json(tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("width", "expected"), [(None, 0.02), (64, 0.04)])
-def test_muons_rate_can_follow_the_width(width, expected):
+@pytest.mark.parametrize(("width", "expected"), [(None, 0.02), (64, 0.02), (16, 0.01)])
+def test_muons_rate_falls_with_the_width(width, expected):
     trainer = object.__new__(pretraining.PretrainTrainer)
     trainer.run_config = pretraining.PretrainConfig(hidden_size=32, matrix_lr_width=width)
     trainer.model, trainer.optimizer = build_meta(planned_decoder(trainer.run_config, vocabulary=32, row_length=16)), None

@@ -12,7 +12,7 @@ import pytest
 
 from reward.verifiers import annotator_name
 from stages.evals import scoring
-from stages.laws.fit import fit_law, law, predict
+from stages.laws.fit import expected, fit_law, law, predict
 from stages.models import ranking
 from stages.report import ReportConfig, main
 from stages.run import figures, page, story
@@ -185,7 +185,7 @@ def report(home: Path) -> Manifest:
 
 def tell(home: Path, folder: Path) -> page.Page:
     stages = {s: Stage(Manifest(home / s)) for s in STAGES if (home / s / MANIFEST).is_file()}
-    return story.tell(stages, {s: f"{s} has not been run" for s in STAGES if s not in stages}, folder, recipe="tiny", law=law)
+    return story.tell(stages, {s: f"{s} has not been run" for s in STAGES if s not in stages}, folder, recipe="tiny", law=expected)
 
 
 @pytest.fixture
@@ -382,6 +382,18 @@ def test_missing_numbers_stay_missing(tmp_path):
     assert "greedy accuracy not measured" in page.plain(lines["PPO: accuracy of sampled answers over SFT"][4])
     assert "learned from rankings by an annotator whom no manifest names" in told.sections[6].paragraphs[0]
     assert "not measured" in (tmp_path / "sft-answers.svg").read_text()
+
+
+def test_a_product_is_written_as_one(tmp_path, undrawn):
+    home = make_runs(tmp_path / "tiny", ("scaling", "pretrain"))
+    law_file, prediction_file = home / "scaling" / "fit.json", home / "scaling" / "prediction.json"
+    fit, prediction = json.loads(law_file.read_text()), json.loads(prediction_file.read_text())
+    law_file.write_text(json.dumps(fit | {"product": {"C": 50.0, "a": 0.3, "b": 0.25}}))
+    prediction_file.write_text(json.dumps(prediction | {"form": "product"}))
+    section = tell(home, tmp_path).sections[0]
+    assert "50 / (N^0.3 D^0.25)" in page.plain(section.paragraphs[0])
+    by_the_law = fit["E"] + 50 / (60_000**0.3 * 150_000**0.25)
+    assert page.plain(section.tables[0].rows[0][4]) == f"{by_the_law:.3f}"
 
 
 def test_a_prediction_made_afterwards_is_not_called_a_forecast(tmp_path, undrawn):

@@ -17,7 +17,7 @@ from prompts.intervals import mean_interval
 from stages.evals.scoring import write_records
 from stages.run.console import clock
 from stages.run.entry import fail
-from stages.run.manifest import Manifest, say
+from stages.run.manifest import MANIFEST, Manifest, say
 
 RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 TARGETS = ("prepare", "scaling", "pretrain", "sft", "rlhf", "evaluate")  # each by name, so that all of them get the seed
@@ -36,14 +36,18 @@ MEASURES = {  # what the table of the stages shows
     "ppo/before/gold": "gold score before PPO", "ppo/after/gold": "gold score after PPO", "ppo/gain/gold": "its gain",
     "ppo/gain/sampled_accuracy": "PPO's gain in sampled accuracy", "ppo/gain/greedy_accuracy": "PPO's gain in greedy accuracy",
     "ppo/before/entropy": "entropy before PPO (nats a token)", "ppo/after/entropy": "entropy after PPO",
-    "ppo/after/kl": "KL to the SFT model after PPO (nats a response)"}
+    "ppo/after/kl": "KL to the SFT model after PPO (nats a response)",
+    "minutes to the end of PPO": "minutes to the end of PPO, start-ups left out", "peak GiB": "peak memory (GiB)"}
 
 
 def figures(folder: Path) -> dict[str, float]:
-    """Every metric of a seed's finished stages as stage/metric, the minutes each took, and the error of the ladder's prediction."""
+    """Every metric of a seed's finished stages as stage/metric, the minutes each took, memory, and the ladder's error."""
     runs = {stage: Manifest(folder / stage) for stage in STAGES}
     found = {f"{stage}/{name}": value["value"] for stage, run in runs.items() for name, value in run.metrics.items()}
-    found |= {f"{stage}/minutes": run.data["provenance"]["wall_s"] / 60 for stage, run in runs.items()}
+    timed = {path.parent.name: Manifest(path.parent).data["provenance"] for path in folder.glob(f"*/{MANIFEST}")}
+    found |= {f"{stage}/minutes": made["wall_s"] / 60 for stage, made in timed.items()}
+    found |= {"minutes to the end of PPO": sum(made["wall_s"] for stage, made in timed.items() if stage != "evaluation") / 60,
+              "peak GiB": max(made["peak_rss_bytes"] for made in timed.values()) / 2**30}
     if forecast := runs["pretrain"].data["notes"].get("forecast"):
         found["prediction/error"] = forecast["value"] / found["pretrain/heldout_loss"] - 1
     return found

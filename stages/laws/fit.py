@@ -14,10 +14,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 from scipy.optimize import minimize
 
 Array = NDArray[np.float64]
@@ -27,6 +28,8 @@ EXPONENTS = (0.01, 2.0)  # bounds of alpha and beta
 TERMS = (-12.0, 30.0)  # bounds of e, a, b: a term below 6e-6 nats is none
 START_EXPONENTS = np.geomspace(0.05, 1.8, 12)  # 144 pairs
 PARAMETERS = ("E", "A", "B", "alpha", "beta")
+Form = Literal["sum", "product"]  # of the law: two powers added, or multiplied
+FORMS: tuple[Form, ...] = ("sum", "product")
 
 
 def log_loss(theta: Array, x: Array, y: Array) -> tuple[Array, Array]:
@@ -138,22 +141,13 @@ def fit_law(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, floor: float | None 
 
     `N` parameters, `D` training tokens and `loss` (nats) per run, (n,) each; runs whose learning rate has been decayed, one
     convention of counting throughout, which `conventions` records. `floor` is E where it is known, as the entropy of generated
-    text is; otherwise E is fitted. Intervals are 95 % percentiles of a residual bootstrap: residuals, centred and widened by
-    sqrt(n / (n - p)) for the p parameters they were fitted with, are drawn with replacement, added to the fit, and fitted
-    again. `draws` and `residuals` are kept for `predict` and `plan`.
+    text is; otherwise E is fitted. With a floor, "product" holds what `fit_product` finds beside it. Intervals are 95 %
+    percentiles of a residual bootstrap: residuals, centred and widened by sqrt(n / (n - p)) for the p parameters they were fitted
+    with, are drawn with replacement, added to the fit, and fitted again. `draws` and `residuals` are kept for `predict` and `plan`.
 
     Raises ValueError when the runs cannot determine the parameters or a loss lies below the floor.
     """
-    N, D, loss = (np.asarray(values, dtype=np.float64).ravel() for values in (N, D, loss))
-    if not len(N) == len(D) == len(loss):
-        raise ValueError(f"N, D and loss have {len(N)}, {len(D)} and {len(loss)} values: give one of each for every run")
-    if not all((np.isfinite(values) & (values > 0)).all() for values in (N, D, loss)):
-        raise ValueError("N, D and loss must be positive and finite: leave out runs that failed")
-    if len(N) < 6 or len(np.unique(N)) < 3 or len(np.unique(D)) < 3:
-        raise ValueError(f"{len(N)} runs of {len(np.unique(N))} sizes and {len(np.unique(D))} token budgets cannot determine "
-                         "five parameters: give at least 6 runs, 3 sizes and 3 budgets")
-    if floor is not None and not 0 < floor < loss.min():
-        raise ValueError(f"the floor {floor:.4g} must lie between 0 and the lowest loss, {loss.min():.4g}: it is not that of this text")
+    N, D, loss = _runs(N, D, loss, floor)
     x0, y0 = float(np.log(N).mean()), float(np.log(D).mean())
     x, y = np.log(N) - x0, np.log(D) - y0
     theta, value = _minimise(x, y, loss, delta, floor)
@@ -172,7 +166,44 @@ def fit_law(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, floor: float | None 
                         "objective": f"sum over runs of Huber({delta:g}) of the difference in log loss", "interval":
                         f"95 % percentiles of {num_draws} residual bootstrap draws", **(conventions or {})},
         "range": {"N": [float(N.min()), float(N.max())], "D": [float(D.min()), float(D.max())]}, "at_bound": at_bound,
-        "residuals": widened.tolist(), "draws": draws.tolist()}
+        "residuals": widened.tolist(), "draws": draws.tolist(),
+        **({"product": fit_product(N, D, loss, floor=floor)} if floor is not None else {})}
+
+
+def _runs(N: ArrayLike, D: ArrayLike, loss: ArrayLike, floor: float | None) -> tuple[Array, Array, Array]:
+    """The runs as arrays (n,). Raises ValueError when they cannot determine a law or a loss lies below the floor."""
+    N, D, loss = (np.asarray(values, dtype=np.float64).ravel() for values in (N, D, loss))
+    if not len(N) == len(D) == len(loss):
+        raise ValueError(f"N, D and loss have {len(N)}, {len(D)} and {len(loss)} values: give one of each for every run")
+    if not all((np.isfinite(values) & (values > 0)).all() for values in (N, D, loss)):
+        raise ValueError("N, D and loss must be positive and finite: leave out runs that failed")
+    if len(N) < 6 or len(np.unique(N)) < 3 or len(np.unique(D)) < 3:
+        raise ValueError(f"{len(N)} runs of {len(np.unique(N))} sizes and {len(np.unique(D))} token budgets cannot determine "
+                         "five parameters: give at least 6 runs, 3 sizes and 3 budgets")
+    if floor is not None and not 0 < floor < loss.min():
+        raise ValueError(f"the floor {floor:.4g} must lie between 0 and the lowest loss, {loss.min():.4g}: it is not that of this text")
+    return N, D, loss
+
+
+def fit_product(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, floor: float) -> dict[str, Any]:
+    """L = E + C / (N^a D^b) above a known floor E: a plane through log(L - E), by least squares.
+
+    In the sum of two powers more data cannot make up for a small model; where it can, as in runs that are still learning what
+    the text is about, the sum extrapolates too high (LOG.md). `sigma` is the residuals' standard deviation and `covariance` that of
+    (log C, a, b) over sigma^2, both for `predict`. Raises ValueError as `fit_law` does.
+    """
+    N, D, loss = _runs(N, D, loss, floor)
+    rows, target = _plane(N, D), np.log(loss - floor)
+    (log_C, a, b), *_ = np.linalg.lstsq(rows, target, rcond=None)
+    residuals = target - rows @ (log_C, a, b)
+    return {"C": float(np.exp(log_C)), "a": float(a), "b": float(b), "sigma": float(np.sqrt(residuals @ residuals / (len(N) - 3))),
+            "covariance": np.linalg.inv(rows.T @ rows).tolist(), "num_points": len(N)}
+
+
+def _plane(N: ArrayLike, D: ArrayLike) -> Array:
+    """(..., 3) what log C, a and b are multiplied with."""
+    x, y = np.broadcast_arrays(np.log(np.asarray(N, dtype=np.float64)), np.log(np.asarray(D, dtype=np.float64)))
+    return np.stack([np.ones_like(x), -x, -y], axis=-1)
 
 
 def law(constants: ArrayLike, N: ArrayLike, D: ArrayLike) -> Array:
@@ -181,14 +212,35 @@ def law(constants: ArrayLike, N: ArrayLike, D: ArrayLike) -> Array:
     return E + A / np.asarray(N, dtype=np.float64) ** alpha + B / np.asarray(D, dtype=np.float64) ** beta
 
 
-def predict(fit: Mapping[str, Any], N: float, D: float, *, level: float = 0.95) -> tuple[float, tuple[float, float]]:
+def expected(fit: Mapping[str, Any], N: ArrayLike, D: ArrayLike, form: Form = "sum") -> Array:
+    """Loss (nats) by the fitted law in one of its forms; N and D broadcast. Raises ValueError for a form that was not fitted."""
+    if form == "sum":
+        return law([fit[name] for name in PARAMETERS], N, D)
+    if not (product := fit.get("product")):
+        raise ValueError("a product has been fitted only where the floor was known: fit again with a floor")
+    return fit["E"] + np.exp(_plane(N, D) @ (math.log(product["C"]), product["a"], product["b"]))
+
+
+def formula(fit: Mapping[str, Any], form: Form = "sum") -> str:
+    """The fitted law as people write it."""
+    if form == "sum":
+        return f"{fit['E']:.3f} + {fit['A']:.3g} / N^{fit['alpha']:.3f} + {fit['B']:.3g} / D^{fit['beta']:.3f}"
+    return f"{fit['E']:.3f} + {fit['product']['C']:.3g} / (N^{fit['product']['a']:.3f} D^{fit['product']['b']:.3f})"
+
+
+def predict(fit: Mapping[str, Any], N: float, D: float, *, level: float = 0.95, form: Form = "sum") -> tuple[float, tuple[float, float]]:
     """The loss (nats) of a run of N parameters on D tokens, and an interval for one such measurement.
 
     The interval holds both the uncertainty of the parameters and one run's residual: without the residual a nominal 95 %
     covered 13 % of held-out runs in one study, with it 61 %. Extrapolation error of the form itself is in neither: measure it
-    with `holdout`.
+    with `holdout`. That of the product is Student's, of a new observation of a linear model in log(L - E).
     """
-    value = float(law([fit[name] for name in PARAMETERS], N, D))
+    value = float(expected(fit, N, D, form))
+    if form == "product":
+        product, row = fit["product"], _plane(N, D)
+        error = product["sigma"] * math.sqrt(1 + row @ np.asarray(product["covariance"]) @ row)
+        reach = float(stats.t.ppf((1 + level) / 2, product["num_points"] - 3)) * error
+        return value, (fit["E"] + (value - fit["E"]) * math.exp(-reach), fit["E"] + (value - fit["E"]) * math.exp(reach))
     if not fit.get("draws"):
         return value, (value, value)
     centres = np.log(law(fit["draws"], N, D))
@@ -198,7 +250,7 @@ def predict(fit: Mapping[str, Any], N: float, D: float, *, level: float = 0.95) 
 
 
 def holdout(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, fraction: float = 0.25, flops: ArrayLike | None = None,
-            floor: float | None = None, num_draws: int = 300, seed: int = 0,
+            floor: float | None = None, num_draws: int = 300, seed: int = 0, form: Form = "sum",
             conventions: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Fit on the cheap runs, predict the dear ones: relative error and the share of losses inside their 95 % interval.
 
@@ -213,7 +265,7 @@ def holdout(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, fraction: float = 0.
     fit = fit_law(N[small], D[small], loss[small], floor=floor, num_draws=num_draws, seed=seed, conventions=conventions)
     rows = []
     for i in large:
-        value, interval = predict(fit, N[i], D[i])
+        value, interval = predict(fit, N[i], D[i], form=form)
         rows.append({"N": N[i], "D": D[i], "loss": loss[i], "value": value, "interval": list(interval)})
     errors = np.array([row["value"] / row["loss"] - 1 for row in rows])
     covered = [row["interval"][0] <= row["loss"] <= row["interval"][1] for row in rows]

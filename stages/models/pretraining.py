@@ -45,7 +45,7 @@ class PretrainConfig(StageConfig):
     micro_batch_rows: int | None = option(None, "rows a forward pass and process; smaller accumulates gradients (default: all)")
     optimizer: Literal["muon", "adamw"] = option("muon", "muon: Muon for matrices and AdamW for the rest; adamw: AdamW for all")
     matrix_lr: float = option(0.02, "peak learning rate of Muon")
-    matrix_lr_width: int | None = option(None, "width at which that holds: at others it is scaled by 1/width (default: it holds at all)")
+    matrix_lr_width: int | None = option(None, "width up to which that holds: beyond, it falls as 1/width (default: it holds at all)")
     learning_rate: float = option(5e-3, "peak learning rate of AdamW")
     embedding_lr_factor: float = option(10.0, "the embedding's learning rate is this many times learning_rate (muon)")
     weight_decay: float = option(0.0, "decoupled weight decay")
@@ -78,7 +78,7 @@ class PretrainTrainer(Resumable, Trainer):
         if c.optimizer == "adamw":
             return super().create_optimizer(model) if model is not None else super().create_optimizer()
         if self.optimizer is None:
-            width_factor = c.matrix_lr_width / c.hidden_size if c.matrix_lr_width else 1.0
+            width_factor = min(1.0, c.matrix_lr_width / c.hidden_size) if c.matrix_lr_width else 1.0
             self.optimizer = build_optimizer(self.model, matrix_lr=c.matrix_lr * width_factor, lr=c.learning_rate,
                                              embedding_lr_factor=c.embedding_lr_factor, weight_decay=c.weight_decay)
         return self.optimizer

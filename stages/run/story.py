@@ -14,8 +14,8 @@ from stages.run.figures import Series, short
 from stages.run.manifest import MANIFEST
 from stages.run.page import Page, Section, Table, number
 
-Law = Callable[..., Any]  # law(constants, N, D): the form that the ladder was fitted with (stages.laws.fit)
-CONSTANTS = ("E", "A", "B", "alpha", "beta")
+Law = Callable[..., Any]  # law(fit, N, D, form): the loss by the fitted law (stages.laws.fit)
+CONSTANTS = {"sum": ("E", "A", "B", "alpha", "beta"), "product": ("E", "C", "a", "b")}
 
 
 def tell(stages: Stages, missing: Mapping[str, str], folder: Path, *, recipe: str, law: Law) -> Page:
@@ -81,21 +81,26 @@ def scaling(stages: Stages, folder: Path, law: Law) -> Told:
     points = sorted(map(json.loads, written), key=lambda p: (p["N"], p["D"]))
     sizes, budgets = (sorted({p[key] for p in points}) for key in ("N", "D"))
 
+    form = prediction.get("form", "sum")
+
     def constant(name: str) -> str:
-        return number(f"{fit[name]:.3g}", f"{s.manifest.product('fit')}#{name}")
+        inside = "product/" if name in fit.get("product", {}) else ""
+        return number(f"{(fit['product'] if inside else fit)[name]:.3g}", f"{s.manifest.product('fit')}#{inside}{name}")
 
     def fitted(p: Mapping[str, Any]) -> float:
-        return float(law([fit[name] for name in CONSTANTS], p["N"], p["D"]))
+        return float(law(fit, p["N"], p["D"], form))
 
+    terms = (f"{constant('A')} / N^{constant('alpha')} + {constant('B')} / D^{constant('beta')}" if form == "sum" else
+             f"{constant('C')} / (N^{constant('a')} D^{constant('b')})")
     text = (f"{s.count('runs')} runs of {len(sizes)} sizes and {len(budgets)} token budgets, each with a whole schedule of its own, "
-            f"determine the law L = {constant('E')} + {constant('A')} / N^{constant('alpha')} + {constant('B')} / D^{constant('beta')} "
+            f"determine the law L = {constant('E')} + {terms} "
             f"(N: {fit['conventions'].get('N', MISSING)}; D: training tokens). For the main model it predicts "
             f"{s.short_form('predicted_loss', LOSS)}.")
     if s.get("holdout_error"):
         text += (f" Fitted on the cheaper runs only, it is off by {s.value('holdout_error', SHARE)} on average on the "
                  f"{s.n('holdout_error')} dearest, of which {s.value('holdout_coverage', SHARE)} lie inside their 95 % intervals.")
     paragraphs, lines = [text], []
-    if fit.get("at_bound"):
+    if form == "sum" and fit.get("at_bound"):
         paragraphs.append(f"Trust no prediction far from these runs: {', '.join(fit['at_bound'])} lies at the bound of what was tried, "
                           "so the runs do not determine it.")
     measured = None
@@ -111,8 +116,8 @@ def scaling(stages: Stages, folder: Path, law: Law) -> Told:
         for p in points], "Every run of the ladder.", [s.cite("points.jsonl", "fit.json")], folded=True)
     letters = Table(MEASURED, [[name, constant(name), number("[{:.3g}, {:.3g}]".format(*fit["intervals"][name]),
                                                              f"{s.manifest.product('fit')}#intervals/{name}")
-                                if name in fit["intervals"] else "no interval", s.n(name)] for name in CONSTANTS],
-                    "The law's constants; their intervals are those of a residual bootstrap.", [s.cite("fit.json")])
+                                if name in fit["intervals"] else "no interval", s.n(name)] for name in CONSTANTS[form]],
+                    "The law's constants; intervals are those of a residual bootstrap.", [s.cite("fit.json")])
     drawn = scaling_figures(s, main, folder, points, prediction, measured, fitted)
     return Section("scaling", TITLES["scaling"], paragraphs, drawn, [table, letters]), lines
 
