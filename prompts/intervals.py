@@ -23,6 +23,17 @@ def wilson(successes: float, n: float, z: float = Z95) -> tuple[float, float]:
     return 0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half  # exact at the ends, not to rounding
 
 
+def share_interval(shares: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of shares, such as each prompt's share of right answers, and its 95 % interval inside [0, 1]: (mean, low, high).
+
+    Wilson's, at the number of independent trials whose mean would vary as much; with no spread, at one trial a share.
+    """
+    n, mean = len(shares), math.fsum(shares) / len(shares)
+    variance = math.fsum((s - mean) ** 2 for s in shares) / max(1, n - 1) / n
+    trials = mean * (1 - mean) / variance if variance > 0 else n
+    return mean, *wilson(mean * trials, trials)
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean and its 95 % interval by Student's t: (mean, low, high). Raises ValueError for fewer than two values."""
     n = len(values)

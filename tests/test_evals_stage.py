@@ -202,6 +202,24 @@ def test_a_cell_without_room_stays_missing(stage, capsys):
     assert "base/word_problems/direct" in manifest.metrics and "base/word_problems/few_shot_cot" not in manifest.metrics
 
 
+def test_chains_of_the_study_share_their_examples():
+    asked = []
+
+    class Backend:
+        batch_size = 8
+
+        def __call__(self, requests):
+            asked.extend(requests)
+            return [Result(text="The answer is 1.", tokens=4, finished=True) for _ in requests]
+
+    rows = study_sc.fresh("test", "word_problems", 2, 0, 3)
+    made = study_sc.measure(Backend(), PLAIN, rows, 2, 0.5, "", shots=2)
+    assert len(asked) == 3 * 3 and len(made["vote"]) == len(made["greedy"]) == 3
+    for row in rows:
+        prompts = {r.prompt for r in asked if r.key == row["id"]}
+        assert len(prompts) == 1 and prompts.pop().count(curriculum.CUES["worked"]) == 3  # two examples and the question
+
+
 def test_study_continues_and_seeds_have_problems_of_their_own(stage, tmp_path, capsys):
     out = tmp_path / "study.jsonl"
     given = study_sc.arguments(["--runs", stage().parents["sft"], "--seeds", "0", "1", "--problems", "5", "--num-samples", "2",

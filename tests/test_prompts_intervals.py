@@ -1,6 +1,6 @@
 import pytest
 
-from prompts.intervals import mean_interval, wilson
+from prompts.intervals import mean_interval, share_interval, wilson
 
 
 def test_wilson_agrees_with_a_hand_computation():
@@ -21,3 +21,11 @@ def test_mean_interval_is_students():
     assert (mean, low, high) == pytest.approx((2.0, 2 - 2.48414, 2 + 2.48414), abs=1e-4)
     with pytest.raises(ValueError, match="at least 2"):
         mean_interval([1.0])
+
+
+def test_interval_of_shares_counts_independent_trials_and_stays_inside():
+    # variance of the mean 1/6 / 4 = 1/24, p (1 - p) = 1/4: as much as six independent trials, three of them right
+    assert share_interval([1.0, 0.5, 0.0, 0.5]) == pytest.approx((0.5, *wilson(3, 6)))
+    assert share_interval([0.0, 1.0] * 50)[1:] == pytest.approx(wilson(49.5, 99))
+    assert share_interval([1.0] * 10)[1:] == pytest.approx(wilson(10, 10))
+    assert mean_interval([1.0] * 9 + [0.75])[2] > 1 > share_interval([1.0] * 9 + [0.75])[2]

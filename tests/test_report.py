@@ -393,7 +393,7 @@ def test_a_product_is_written_as_one(tmp_path, undrawn):
     section = tell(home, tmp_path).sections[0]
     assert "50 / (N^0.3 D^0.25)" in page.plain(section.paragraphs[0])
     by_the_law = fit["E"] + 50 / (60_000**0.3 * 150_000**0.25)
-    assert page.plain(section.tables[0].rows[0][4]) == f"{by_the_law:.3f}"
+    assert page.plain(section.tables[0].rows[0][4]) == f"{by_the_law:.4f}"
 
 
 def test_a_prediction_made_afterwards_is_not_called_a_forecast(tmp_path, undrawn):

@@ -27,6 +27,7 @@ from stages.evals import scoring
 from stages.evals.backends import LocalModel
 from stages.evals.scheduler import solve
 from stages.evals.statistics import compare
+from stages.evals.tasks import Task
 from stages.run.console import clock, progress, table
 from stages.run.entry import fail
 from stages.run.manifest import Manifest, say
@@ -44,6 +45,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training, or of sampling from each of the runs")
     parser.add_argument("--problems", type=int, default=1500, help="test problems for each model and seed, over all its cells")
     parser.add_argument("--num-samples", type=int, default=16, help="chains that vote")
+    parser.add_argument("--shots", type=int, default=0, help="worked examples before each question, the same for every chain of it")
     parser.add_argument("--temperature", type=float, default=0.8, help="temperature of the chains")
     parser.add_argument("--tasks", nargs="+", default=["word_problems", "chained_variables"], choices=list(curriculum.TASKS))
     parser.add_argument("--difficulties", nargs="+", type=int, default=[2, 3, 4, 5], help="steps to look at")
@@ -65,12 +67,22 @@ def fresh(split: str, task: str, difficulty: int, start: int, count: int) -> lis
     return list(itertools.islice(distinct(), start, start + count))
 
 
-def measure(backend: LocalModel, style: Style, rows: list[dict], num_samples: int, temperature: float, what: str) -> dict[str, Any]:
+def examples_of(task: str, count: int = 300) -> list[dict]:
+    """Problems of the pretraining split, of every difficulty that is trained on."""
+    source = curriculum.problems(7_000_001, split="train", tasks={task: 1.0})
+    return [problem.as_row() for problem in itertools.islice(source, count)]
+
+
+def measure(backend: LocalModel, style: Style, rows: list[dict], num_samples: int, temperature: float, what: str,
+            shots: int = 0) -> dict[str, Any]:
     """Greedy chain of thought, the vote and its single chains on the same problems; one digit or number a problem."""
+    task = Task(name=rows[0]["task"], rows=rows, cues=style.cues, pool=examples_of(rows[0]["task"]) if shots else [])
+    shown = [task.examples(row, shots, 0) for row in rows]
     made: dict[str, list[dict]] = {}
     for name in ("greedy", "vote") if num_samples else ("greedy",):
-        chains = [strategies.zero_shot_cot(row, style) if name == "greedy" else
-                  strategies.self_consistency(row, style, n=num_samples, temperature=temperature) for row in rows]
+        chains = [strategies.few_shot_cot(row, style, shown_) if name == "greedy" else
+                  strategies.self_consistency(row, style, shown_, n=num_samples, temperature=temperature)
+                  for row, shown_ in zip(rows, shown, strict=True)]
         bar: Any = progress([], f"{what} {name}", total=len(rows) * (num_samples if name == "vote" else 1))
         solved = solve(chains, backend, batch_size=4 * backend.batch_size, advance=bar.update)
         bar.close()
@@ -109,14 +121,14 @@ def study(given: argparse.Namespace) -> None:
         run = Manifest(folder)
         style = Style(chat=run.data["stage"] != "pretrain", cues=curriculum.CUES, max_tokens={"worked": given.max_tokens})
         backend = LocalModel(run.product("model"), seed=seed, batch_size=256, device="cuda" if torch.cuda.is_available() else "cpu")
-        common = {"run": folder, "model": run.fingerprint, "max_tokens": given.max_tokens}
+        common = {"run": folder, "model": run.fingerprint, "max_tokens": given.max_tokens, "shots": given.shots}
 
         def once(key: dict[str, Any], split: str, start: int, num_samples: int, backend=backend, style=style) -> dict[str, Any]:
             """A measurement from the file, or made now and added to it."""
             if line := next((line for line in done if line.items() >= key.items()), None):
                 return line
             began, rows = time.time(), fresh(split, key["task"], key["difficulty"], start, key["n"])
-            line = key | measure(backend, style, rows, num_samples, given.temperature, f"{key['task']} {key['difficulty']}")
+            line = key | measure(backend, style, rows, num_samples, given.temperature, f"{key['task']} {key['difficulty']}", given.shots)
             line["wall_s"] = round(time.time() - began, 1)
             done.append(line)
             scoring.write_records(given.out, done)  # whole or not at all, so that a kill leaves no half line

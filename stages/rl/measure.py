@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prompts.intervals import mean_interval, wilson
+from prompts.intervals import mean_interval, share_interval
 from stages.models.sampling import prompt_key, sample
 from stages.models.training import gather, rank, world_size
 from stages.rl.models import PolicyWithCritic
@@ -56,15 +56,13 @@ def measure(model: PolicyWithCritic, reference: PreTrainedModel, tokenizer: PreT
 def summarise(values: Mapping[str, Sequence[float]], group: str) -> dict[str, dict]:
     """Manifest metrics `group/name`: mean over prompts, n prompts, and the 95 % interval of that mean over prompts (Student's t).
 
-    Zeros and ones get Wilson's interval, which stays between them. A column without spread says nothing about its error: no interval.
+    Rates get Wilson's, which stays between 0 and 1. Any other column without spread says nothing about its error: no interval.
     """
     metrics = {}
     for name, column in values.items():
-        mean, low, high = mean_interval(column)
-        interval = (low, high) if low < high else None
-        if name.endswith(("accuracy", "rate")) and group != "gain" and set(column) <= {0.0, 1.0}:
-            interval = wilson(sum(column), len(column))
-        metrics[f"{group}/{name}"] = metric(mean, n=len(column), ci95=interval)
+        rate = name.endswith(("accuracy", "rate")) and group != "gain"
+        mean, low, high = (share_interval if rate else mean_interval)(column)
+        metrics[f"{group}/{name}"] = metric(mean, n=len(column), ci95=(low, high) if low < high else None)
     return metrics
 
 
