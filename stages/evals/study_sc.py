@@ -3,9 +3,9 @@
     python -m stages.evals.study_sc --seeds 0 1 2
 
 Without examples, models of the default recipe are too good or too bad for the question, so the study pretrains its own on fewer
-tokens, one for each seed (or takes finished ones: `--runs`, with `--shots` worked examples before each question). Tasks and difficulties in that range are chosen on validation problems; the
-comparison is on fresh test problems, other ones each time, pooled and paired by problem. One JSON line a measurement goes to
-`--out`; the same command continues where it was.
+tokens, one for each seed (or takes finished ones: `--runs`, with `--shots` worked examples before each question). Tasks and
+difficulties in that range are chosen on validation problems; the comparison is on fresh test problems, other ones each time, pooled
+and paired by problem. One JSON line a measurement goes to `--out`; the same command continues where it was.
 """
 import argparse
 import itertools
