@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from stages.laws.commands import COMMANDS, command
-from stages.laws.fit import FORMS, PARAMETERS, expected, fit_law, formula, holdout, predict
+from stages.laws.fit import FORMS, PARAMETERS, Form, expected, fit_law, formula, holdout, predict, undetermined
 from stages.run import figures
 from stages.run.config import StageConfig, build_config, option, read_yaml
 from stages.run.console import clock, table
@@ -50,7 +50,7 @@ class ScalingConfig(StageConfig):
     loss: str = option("heldout_loss", "metric of the runs that the law is fitted to")
     floor: Literal["fitted", "text"] = option(
         "fitted", "E of the law: fitted, or text: the entropy a token that prepare computed for text it generated")
-    form: Literal["sum", "product"] = option("sum", "E + A / N^alpha + B / D^beta, or E + C / (N^a D^b), which needs a known floor")
+    form: Form = option("sum", "E + A / N^alpha + B / D^beta, or E + C / (N^a D^b), which needs a known floor")
     holdout_fraction: float = option(0.25, "share of the runs, the dearest, that a second fit has to predict (0: no such check)")
     bootstrap_draws: int = option(300, "draws of the residual bootstrap")
 
@@ -93,12 +93,12 @@ def main(config: ScalingConfig) -> Manifest:
         points.append(point(name, manifest, config))
 
     N, D, loss = (np.array([p[key] for p in points], dtype=float) for key in ("N", "D", "loss"))
-    fit = fit_law(N, D, loss, floor=floor, num_draws=config.bootstrap_draws, seed=config.seed, conventions={
+    fit = fit_law(N, D, loss, floor=floor, form=config.form, num_draws=config.bootstrap_draws, seed=config.seed, conventions={
         "N": f"{config.parameters}: {CONVENTIONS[config.parameters]}", "D": "tokens trained on, padding included",
         "loss": f"{config.loss}, nats a token", "flops": FLOPS, "schedule": "each run has its own, decayed to zero"})
     flops, tokens, counts = cost(base)
     size = counts[config.parameters]
-    value, interval = predict(fit, size, tokens, form=config.form)
+    value, interval = predict(fit, size, tokens)
     prediction = {"value": value, "interval": list(interval), "form": config.form, "loss": config.loss, "N": size, "D": tokens,
                   "flops": flops, "main_model": identity(base), "prepare": prepared.fingerprint,
                   "beyond": {"N": size / N.max(), "D": tokens / D.max()},
@@ -110,17 +110,18 @@ def main(config: ScalingConfig) -> Manifest:
         (run.directory / "points.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points), encoding="utf-8")
         draw(run.directory / "figures", points, fit, prediction)
     say(table(["run", "N", "D", config.loss, "fit"], [
-        [p["run"], f"{p['N']:,}", f"{p['D']:,}", f"{p['loss']:.4f}", f"{expected(fit, p['N'], p['D'], config.form):.4f}"]
+        [p["run"], f"{p['N']:,}", f"{p['D']:,}", f"{p['loss']:.4f}", f"{expected(fit, p['N'], p['D']):.4f}"]
         for p in points]))
-    for name in fit["at_bound"] if config.form == "sum" else []:
-        say(f"warning: {name} lies at the bound of what is tried: the runs do not determine it, so trust no prediction beyond them")
-    say(f"L = {formula(fit, config.form)}; predicted for the main model (N = {size:,}, D = {tokens:,}), before it is trained: "
+    for name in undetermined(fit):
+        say(f"warning: the runs do not determine {name}, so trust no prediction beyond them")
+    say(f"L = {formula(fit)}; predicted for the main model (N = {size:,}, D = {tokens:,}), before it is trained: "
         f"{value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]")
     barrier()
     return run.finish(
         metrics={"predicted_loss": metric(value, n=len(points), ci95=interval), **checked,
                  **{name: metric(fit[name], n=len(points), ci95=fit["intervals"].get(name)) for name in PARAMETERS},
-                 **{name: metric(fit["product"][name], n=len(points)) for name in ("C", "a", "b") if "product" in fit}},
+                 **{name: metric(fit["product"][name], n=len(points), ci95=ends)
+                    for name, ends in fit.get("product", {}).get("intervals", {}).items()}},
         counts={"runs": len(points), "tokens": sum(int(p["D"]) for p in points), "flops": total},
         products={"fit": "fit.json", "prediction": "prediction.json", "points": "points.jsonl"})
 
@@ -184,8 +185,8 @@ def check(config: ScalingConfig, N, D, loss, floor, flops) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for form in FORMS if floor else FORMS[:1]:
         try:
-            report = holdout(N, D, loss, fraction=config.holdout_fraction, flops=flops, floor=floor, num_draws=config.bootstrap_draws,
-                             seed=config.seed, form=form)
+            report = holdout(N, D, loss, fraction=config.holdout_fraction, flops=flops, floor=floor, form=form, seed=config.seed,
+                             num_draws=config.bootstrap_draws if form == "sum" else 0)
         except ValueError as error:
             say(f"no hold-out check of the law: {error}")
             return {}
@@ -205,7 +206,7 @@ def draw(folder: Path, points: list[dict], fit: dict, prediction: dict) -> None:
     ahead = Series("prediction", [prediction["D"]], [prediction["value"]], look="star", color=len(sizes))
     grid = np.geomspace(min(p["D"] for p in points), 1.5 * prediction["D"], 40)
     series = [Series(f"N = {N:,}", [p["D"] for p in ps], [p["loss"] for p in ps], look="points") for N, ps in sizes.items()]
-    series += [Series("", grid.tolist(), expected(fit, N, grid, prediction["form"]).tolist(), look="dashed", color=i)
+    series += [Series("", grid.tolist(), expected(fit, N, grid).tolist(), look="dashed", color=i)
                for i, N in enumerate([*sizes, prediction["N"]])]
     figures.plot(folder / "law.png", [*series, ahead], x="training tokens", y=prediction["loss"], log_x=True)
     series = [Series(f"N = {N:,}", [p["flops"] for p in ps], [p["loss"] for p in ps]) for N, ps in sizes.items()]

@@ -19,11 +19,11 @@ def test_specs():
 @pytest.mark.parametrize(("spec", "asked"), [("gsm8k:openai/gsm8k", ("openai/gsm8k", "main")), ("problems:me/mine", ("me/mine", None))])
 def test_hub_ids_are_loaded_by_configuration_and_split(monkeypatch, spec, asked):
     calls = []
-    monkeypatch.setattr(corpora, "hub_revision", lambda source: "abc123")
+    monkeypatch.setattr(corpora, "hub_revision", lambda source, repo_type: "abc123")
     monkeypatch.setattr(datasets, "load_dataset", lambda *given, **more: calls.append((*given, more)) or [
         {"question": "1 + 1?", "answer": "1 + 1 = 2\n#### 2"}])
     rows = load_problems(spec, hub_split="train")
-    assert calls == [(*asked, {"split": "train", "streaming": True, "revision": "abc123"})]
+    assert calls == [(*asked, {"split": "train", "streaming": False, "revision": "abc123"})]
     assert rows[0]["answer"] == "2" and rows[0]["task"] == spec.partition(":")[0]
 
 

@@ -206,7 +206,7 @@ def test_chains_of_the_study_share_their_examples():
     asked = []
 
     class Backend:
-        batch_size = 8
+        batch_size, too_long = 8, 0
 
         def __call__(self, requests):
             asked.extend(requests)

@@ -21,6 +21,7 @@ from stages.laws.fit import (
     objective,
     predict,
     read_points,
+    undetermined,
 )
 from stages.laws.planner import optimal, plan
 
@@ -86,14 +87,21 @@ def test_a_product_is_found_exactly_and_predicts():
     true = 0.4 + 50 / (SIZES**0.3 * BUDGETS**0.25)
     found = fit_product(SIZES, BUDGETS, true, floor=0.4)
     assert (found["C"], found["a"], found["b"]) == pytest.approx((50, 0.3, 0.25), rel=1e-6) and found["sigma"] < 1e-9
-    fit = fit_law(SIZES, BUDGETS, true, floor=0.4, num_draws=0)
-    assert fit["product"] == found and formula(fit, "product") == "0.400 + 50 / (N^0.300 D^0.250)"
+    fit = fit_law(SIZES, BUDGETS, true, floor=0.4, form="product", num_draws=0)
+    assert fit["product"] == found and fit["form"] == "product" and formula(fit) == "0.400 + 50 / (N^0.300 D^0.250)"
     far = 0.4 + 50 / (1e6**0.3 * 5e6**0.25)
-    assert predict(fit, 1e6, 5e6, form="product")[0] == pytest.approx(far, rel=1e-6) == float(expected(fit, 1e6, 5e6, "product"))
-    assert predict(fit, 1e6, 5e6)[0] != pytest.approx(far, rel=1e-3)  # the sum is another law
+    assert predict(fit, 1e6, 5e6)[0] == pytest.approx(far, rel=1e-6) == float(expected(fit, 1e6, 5e6))
+    summed = fit_law(SIZES, BUDGETS, true, floor=0.4, num_draws=0)
+    assert predict(summed, 1e6, 5e6)[0] != pytest.approx(far, rel=1e-3)  # the sum is another law
     assert holdout(SIZES, BUDGETS, true, floor=0.4, num_draws=0, form="product")["error_max"] < 1e-6
-    with pytest.raises(ValueError, match="fit again with a floor"):
-        predict(fit_law(SIZES, BUDGETS, true, num_draws=0), 1e6, 5e6, form="product")
+    assert not undetermined(fit) and fit["product"]["intervals"]["a"] == pytest.approx([0.3, 0.3], abs=1e-6)
+    flat = fit_law(SIZES, BUDGETS, 0.4 + np.exp(0.1 * np.random.default_rng(0).standard_normal(12)) / BUDGETS**0.25, floor=0.4,
+                   form="product", num_draws=0)
+    assert undetermined(flat) == ["a"]  # the size decides nothing here
+    with pytest.raises(ValueError, match="needs a known floor"):
+        fit_law(SIZES, BUDGETS, true, form="product", num_draws=0)
+    with pytest.raises(ValueError, match="no optimal split"):
+        plan(fit, 1e13)
 
 
 def test_intervals_of_a_product_hold_the_share_they_name():
@@ -101,7 +109,7 @@ def test_intervals_of_a_product_hold_the_share_they_name():
     for _ in range(300):
         noisy, new = (0.4 + 50 / (N**0.3 * D**0.25) * np.exp(0.15 * rng.standard_normal(np.shape(N)))
                       for N, D in ((SIZES, BUDGETS), (1e6, 2e6)))
-        low, high = predict({"E": 0.4, "product": fit_product(SIZES, BUDGETS, noisy, floor=0.4)}, 1e6, 2e6, form="product")[1]
+        low, high = predict({"E": 0.4, "product": fit_product(SIZES, BUDGETS, noisy, floor=0.4)}, 1e6, 2e6)[1]
         inside += low < new < high
     assert 0.92 < inside / 300 < 0.98
 

@@ -6,7 +6,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from stages.data.packing import PackedCollator, pack
-from stages.models.attention import DOCUMENTS, GROUPS, documents
+from stages.models.attention import DOCUMENTS, GROUPS, attend, documents
 
 
 def packed_batch(lengths, row_length=512):
@@ -58,3 +58,18 @@ def test_what_is_not_packed_is_refused():
     model.set_attn_implementation(DOCUMENTS)
     with pytest.raises(ValueError, match="documents attention takes packed rows"):
         model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, pad_token_id=0)
+
+
+def test_a_mask_is_refused():
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8,
+                                         num_key_value_heads=1, intermediate_size=8))
+    model.set_attn_implementation(DOCUMENTS)
+    with pytest.raises(ValueError, match="documents attention takes packed rows"):
+        model(input_ids=torch.tensor([[0, 1, 2]]), attention_mask=torch.tensor([[0, 1, 1]]), use_cache=False)
+
+
+@pytest.mark.parametrize("more", [{"softcap": 30.0}, {"s_aux": torch.zeros(1)}, {"sliding_window": 3}])
+def test_what_it_does_not_compute_is_refused(more):
+    heads = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(ValueError, match="no sliding windows, capped scores or sinks"):
+        attend(torch.nn.Identity(), heads, heads, heads, None, position_ids=torch.arange(4)[None], **more)

@@ -386,10 +386,9 @@ def test_missing_numbers_stay_missing(tmp_path):
 
 def test_a_product_is_written_as_one(tmp_path, undrawn):
     home = make_runs(tmp_path / "tiny", ("scaling", "pretrain"))
-    law_file, prediction_file = home / "scaling" / "fit.json", home / "scaling" / "prediction.json"
-    fit, prediction = json.loads(law_file.read_text()), json.loads(prediction_file.read_text())
-    law_file.write_text(json.dumps(fit | {"product": {"C": 50.0, "a": 0.3, "b": 0.25}}))
-    prediction_file.write_text(json.dumps(prediction | {"form": "product"}))
+    law_file = home / "scaling" / "fit.json"
+    fit = json.loads(law_file.read_text())
+    law_file.write_text(json.dumps(fit | {"form": "product", "product": {"C": 50.0, "a": 0.3, "b": 0.25, "intervals": {}}}))
     section = tell(home, tmp_path).sections[0]
     assert "50 / (N^0.3 D^0.25)" in page.plain(section.paragraphs[0])
     by_the_law = fit["E"] + 50 / (60_000**0.3 * 150_000**0.25)

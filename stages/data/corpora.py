@@ -75,17 +75,21 @@ def hub_revision(source: str, repo_type: str = "dataset") -> str:
         raise ValueError(f"{source} is neither a local file nor reachable on the hub ({error}): give a path that exists") from error
 
 
-def hub_rows(source: str, hub_config: str | None, hub_split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a hub dataset, at the revision that is recorded, with where each came from. Raises ValueError when it cannot be had."""
-    revision = hub_revision(source)
+def hub_rows(source: str, hub_config: str | None, hub_split: str, *, streaming: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a hub dataset, at the revision that is recorded, with where each came from.
+
+    Without `streaming` the dataset is kept on this machine, and read from there when the hub is out of reach.
+    Raises ValueError when it cannot be had.
+    """
+    revision = hub_revision(source) if streaming else known_revision(source)
     import datasets
 
     try:
-        rows = datasets.load_dataset(source, hub_config, split=hub_split, streaming=True, revision=revision)
+        rows = datasets.load_dataset(source, hub_config, split=hub_split, streaming=streaming, revision=revision)
+        for number, row in enumerate(rows):
+            yield f"{source}, row {number}", row
     except Exception as error:  # the hub's clients raise what they like
         raise ValueError(f"loading {source} (configuration {hub_config}, split {hub_split}) from the hub failed: {error}") from error
-    for number, row in enumerate(rows):
-        yield f"{source}, row {number}", row
 
 
 def read_text(path: Path, *, decode_errors: str = "strict") -> str:
@@ -118,14 +122,14 @@ def cut(text: str, limit: int) -> Iterator[str]:
 
 
 def read_rows(path: str | Path, *, decode_errors: str = "strict") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a table file with where each came from. JSON may be one list or a row a line, whichever of the two its name says.
+    """Rows of a file with where each came from: parquet by its name, all else JSON, as one list or a row a line.
 
     Raises ValueError naming file and row for what is not a row.
     """
     path = Path(path)
     if path.suffix == ".parquet":
         rows = _parquet_rows(path)
-    elif not path.name.endswith(TABLE_SUFFIXES):
+    elif path.suffix in (".txt", ".md"):
         raise ValueError(f"{path} has no rows with columns: give {', '.join(TABLE_SUFFIXES)}")
     else:
         text = read_text(path, decode_errors=decode_errors)
@@ -136,13 +140,13 @@ def read_rows(path: str | Path, *, decode_errors: str = "strict") -> Iterator[tu
         yield where, row
 
 
-def source_rows(source: str, hub_config: str | None, hub_split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def source_rows(source: str, hub_config: str | None, hub_split: str, *, streaming: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a file, folder or glob or, if the name is none of these, of a hub dataset. Raises ValueError as those readers do."""
     if is_local(source):
         for path in local_files(source):
             yield from read_rows(path)
     else:
-        yield from hub_rows(source, hub_config, hub_split)
+        yield from hub_rows(source, hub_config, hub_split, streaming=streaming)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

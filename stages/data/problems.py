@@ -16,6 +16,8 @@ def read_problems(path: Path, tasks: Sequence[str] = (), difficulties: Sequence[
     """Rows of these tasks and difficulties (empty: all), in the file's order. Raises ValueError naming those there are."""
     rows = [row for _, row in read_rows(path)]
     kept = [r for r in rows if (not tasks or r["task"] in tasks) and (not difficulties or r["difficulty"] in difficulties)]
+    if not rows:
+        raise ValueError(f"{path} holds no problems")
     if not kept:
         raise ValueError(f"no problem of {path} has tasks {tasks} and difficulties {difficulties}: choose from tasks "
                          f"{sorted({r['task'] for r in rows})} and difficulties {sorted({r['difficulty'] for r in rows})}")
@@ -38,7 +40,7 @@ def load_problems(spec: str, *, hub_split: str) -> list[dict[str, Any]]:
     """
     name, format, source = split_spec(spec)
     rows: dict[str, dict] = {}
-    for position, (where, record) in enumerate(source_rows(source, FORMATS[format][1], hub_split)):
+    for position, (where, record) in enumerate(source_rows(source, FORMATS[format][1], hub_split, streaming=False)):
         row = {"id": f"{format}-{position}", "task": name, "difficulty": 0, **_converted(FORMATS[format][0], record, where)}
         if rows.setdefault(row["id"], row) is not row:
             raise ValueError(f"{where}: id {row['id']!r} was there before; every problem needs an id of its own")

@@ -79,6 +79,7 @@ def measure(backend: LocalModel, style: Style, rows: list[dict], num_samples: in
     task = Task(name=rows[0]["task"], rows=rows, cues=style.cues, pool=examples_of(rows[0]["task"]) if shots else [])
     shown = [task.examples(row, shots, 0) for row in rows]
     made: dict[str, list[dict]] = {}
+    too_long = backend.too_long
     for name in ("greedy", "vote") if num_samples else ("greedy",):
         chains = [strategies.few_shot_cot(row, style, shown_) if name == "greedy" else
                   strategies.self_consistency(row, style, shown_, n=num_samples, temperature=temperature)
@@ -87,6 +88,9 @@ def measure(backend: LocalModel, style: Style, rows: list[dict], num_samples: in
         solved = solve(chains, backend, batch_size=4 * backend.batch_size, advance=bar.update)
         bar.close()
         made[name] = [scoring.record(row, solution) for row, solution in zip(rows, solved, strict=True)]
+    if backend.too_long > too_long:  # they would count as wrong
+        raise ValueError(f"{what}: {backend.too_long - too_long} prompts leave no room for {style.max_tokens['worked']} tokens: "
+                         "give fewer --shots or --max-tokens")
     result: dict[str, Any] = {name: "".join(str(int(r["correct"])) for r in records) for name, records in made.items()}
     if num_samples:
         result["sampled"] = [round(share * num_samples) for share in scoring.shares(made["vote"])]
@@ -125,7 +129,7 @@ def study(given: argparse.Namespace) -> None:
 
         def once(key: dict[str, Any], split: str, start: int, num_samples: int, backend=backend, style=style) -> dict[str, Any]:
             """A measurement from the file, or made now and added to it."""
-            if line := next((line for line in done if line.items() >= key.items()), None):
+            if line := next((line for line in done if ({"shots": 0} | line).items() >= key.items()), None):
                 return line
             began, rows = time.time(), fresh(split, key["task"], key["difficulty"], start, key["n"])
             line = key | measure(backend, style, rows, num_samples, given.temperature, f"{key['task']} {key['difficulty']}", given.shots)

@@ -44,7 +44,8 @@ def figures(folder: Path) -> dict[str, float]:
     """Every metric of a seed's finished stages as stage/metric, the minutes each took, memory, and the ladder's error."""
     runs = {stage: Manifest(folder / stage) for stage in STAGES}
     found = {f"{stage}/{name}": value["value"] for stage, run in runs.items() for name, value in run.metrics.items()}
-    timed = {path.parent.name: Manifest(path.parent).data["provenance"] for path in folder.glob(f"*/{MANIFEST}")}
+    timed = {stage: Manifest(folder / stage).data["provenance"] for stage in ("prepare", "scaling", *STAGES)
+             if (folder / stage / MANIFEST).is_file()}
     found |= {f"{stage}/minutes": made["wall_s"] / 60 for stage, made in timed.items()}
     found |= {"minutes to the end of PPO": sum(made["wall_s"] for stage, made in timed.items() if stage != "evaluation") / 60,
               "peak GiB": max(made["peak_rss_bytes"] for made in timed.values()) / 2**30}

@@ -1,8 +1,8 @@
 """What is asked: the embedded test problems, and real benchmarks from a local file or the hub, all as problem rows.
 
 A task is written `word_problems` (embedded, from prepare's problems) or `[name=]format:source`, where the format is one of
-stages/data/problems.py and the source a local file or, if there is no such file, a hub dataset id: `gsm8k:data/test.jsonl` or
-`gsm8k:openai/gsm8k`.
+stages/data/problems.py and the source a local file or, if the name is not one of those, a hub dataset id: `gsm8k:data/test.jsonl`
+or `gsm8k:openai/gsm8k`.
 """
 import random
 from collections.abc import Mapping

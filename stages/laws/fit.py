@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,7 +29,7 @@ TERMS = (-12.0, 30.0)  # bounds of e, a, b: a term below 6e-6 nats is none
 START_EXPONENTS = np.geomspace(0.05, 1.8, 12)  # 144 pairs
 PARAMETERS = ("E", "A", "B", "alpha", "beta")
 Form = Literal["sum", "product"]  # of the law: two powers added, or multiplied
-FORMS: tuple[Form, ...] = ("sum", "product")
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 def log_loss(theta: Array, x: Array, y: Array) -> tuple[Array, Array]:
@@ -135,19 +135,25 @@ def _constants(theta: Array, x0: float, y0: float) -> Array:
     return np.column_stack([np.exp(e), np.exp(a + alpha * x0), np.exp(b + beta * y0), alpha, beta])
 
 
-def fit_law(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, floor: float | None = None, delta: float = DELTA, num_draws: int = 300,
-            seed: int = 0, conventions: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def fit_law(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, floor: float | None = None, form: Form = "sum", delta: float = DELTA,
+            num_draws: int = 300, seed: int = 0, conventions: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Fit the law to finished runs; the result is what fit.json holds.
 
     `N` parameters, `D` training tokens and `loss` (nats) per run, (n,) each; runs whose learning rate has been decayed, one
     convention of counting throughout, which `conventions` records. `floor` is E where it is known, as the entropy of generated
-    text is; otherwise E is fitted. With a floor, "product" holds what `fit_product` finds beside it. Intervals are 95 %
+    text is; otherwise E is fitted. `form` is the one to predict by; a product needs a floor, and
+    "product" then holds what `fit_product` finds, beside the sum. Intervals are 95 %
     percentiles of a residual bootstrap: residuals, centred and widened by sqrt(n / (n - p)) for the p parameters they were fitted
     with, are drawn with replacement, added to the fit, and fitted again. `draws` and `residuals` are kept for `predict` and `plan`.
 
-    Raises ValueError when the runs cannot determine the parameters or a loss lies below the floor.
+    Raises ValueError when the runs cannot determine the parameters, a loss lies below the floor, or a product has none.
     """
     N, D, loss = _runs(N, D, loss, floor)
+    product = None
+    if form == "product":
+        if floor is None:
+            raise ValueError("a product of powers needs a known floor: give one, or fit a sum")
+        product = fit_product(N, D, loss, floor=floor)
     x0, y0 = float(np.log(N).mean()), float(np.log(D).mean())
     x, y = np.log(N) - x0, np.log(D) - y0
     theta, value = _minimise(x, y, loss, delta, floor)
@@ -167,7 +173,7 @@ def fit_law(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, floor: float | None 
                         f"95 % percentiles of {num_draws} residual bootstrap draws", **(conventions or {})},
         "range": {"N": [float(N.min()), float(N.max())], "D": [float(D.min()), float(D.max())]}, "at_bound": at_bound,
         "residuals": widened.tolist(), "draws": draws.tolist(),
-        **({"product": fit_product(N, D, loss, floor=floor)} if floor is not None else {})}
+        "form": form, **({"product": product} if product else {})}
 
 
 def _runs(N: ArrayLike, D: ArrayLike, loss: ArrayLike, floor: float | None) -> tuple[Array, Array, Array]:
@@ -190,14 +196,17 @@ def fit_product(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, floor: float) ->
 
     In the sum of two powers more data cannot make up for a small model; where it can, as in runs that are still learning what
     the text is about, the sum extrapolates too high (LOG.md). `sigma` is the residuals' standard deviation and `covariance` that of
-    (log C, a, b) over sigma^2, both for `predict`. Raises ValueError as `fit_law` does.
+    (log C, a, b) over sigma^2, both for `predict`; intervals are Student's, 95 %. Raises ValueError as `fit_law` does.
     """
     N, D, loss = _runs(N, D, loss, floor)
     rows, target = _plane(N, D), np.log(loss - floor)
-    (log_C, a, b), *_ = np.linalg.lstsq(rows, target, rcond=None)
-    residuals = target - rows @ (log_C, a, b)
-    return {"C": float(np.exp(log_C)), "a": float(a), "b": float(b), "sigma": float(np.sqrt(residuals @ residuals / (len(N) - 3))),
-            "covariance": np.linalg.inv(rows.T @ rows).tolist(), "num_points": len(N)}
+    found, *_ = np.linalg.lstsq(rows, target, rcond=None)
+    residuals = target - rows @ found
+    sigma, covariance = float(np.sqrt(residuals @ residuals / (len(N) - 3))), np.linalg.inv(rows.T @ rows)
+    reach = float(stats.t.ppf(0.975, len(N) - 3)) * sigma * np.sqrt(np.diag(covariance))
+    values, ends = found.tolist(), np.stack([found - reach, found + reach], axis=-1)
+    return {"C": math.exp(values[0]), "a": values[1], "b": values[2], "sigma": sigma, "covariance": covariance.tolist(),
+            "num_points": len(N), "intervals": {"C": np.exp(ends[0]).tolist(), "a": ends[1].tolist(), "b": ends[2].tolist()}}
 
 
 def _plane(N: ArrayLike, D: ArrayLike) -> Array:
@@ -212,32 +221,37 @@ def law(constants: ArrayLike, N: ArrayLike, D: ArrayLike) -> Array:
     return E + A / np.asarray(N, dtype=np.float64) ** alpha + B / np.asarray(D, dtype=np.float64) ** beta
 
 
-def expected(fit: Mapping[str, Any], N: ArrayLike, D: ArrayLike, form: Form = "sum") -> Array:
-    """Loss (nats) by the fitted law in one of its forms; N and D broadcast. Raises ValueError for a form that was not fitted."""
-    if form == "sum":
-        return law([fit[name] for name in PARAMETERS], N, D)
-    if not (product := fit.get("product")):
-        raise ValueError("a product has been fitted only where the floor was known: fit again with a floor")
-    return fit["E"] + np.exp(_plane(N, D) @ (math.log(product["C"]), product["a"], product["b"]))
+def expected(fit: Mapping[str, Any], N: ArrayLike, D: ArrayLike) -> Array:
+    """Loss (nats) by the fitted law, in the form of the fit; N and D broadcast."""
+    if product := fit.get("product"):
+        return fit["E"] + np.exp(_plane(N, D) @ (math.log(product["C"]), product["a"], product["b"]))
+    return law([fit[name] for name in PARAMETERS], N, D)
 
 
-def formula(fit: Mapping[str, Any], form: Form = "sum") -> str:
+def formula(fit: Mapping[str, Any]) -> str:
     """The fitted law as people write it."""
-    if form == "sum":
-        return f"{fit['E']:.3f} + {fit['A']:.3g} / N^{fit['alpha']:.3f} + {fit['B']:.3g} / D^{fit['beta']:.3f}"
-    return f"{fit['E']:.3f} + {fit['product']['C']:.3g} / (N^{fit['product']['a']:.3f} D^{fit['product']['b']:.3f})"
+    if product := fit.get("product"):
+        return f"{fit['E']:.3f} + {product['C']:.3g} / (N^{product['a']:.3f} D^{product['b']:.3f})"
+    return f"{fit['E']:.3f} + {fit['A']:.3g} / N^{fit['alpha']:.3f} + {fit['B']:.3g} / D^{fit['beta']:.3f}"
 
 
-def predict(fit: Mapping[str, Any], N: float, D: float, *, level: float = 0.95, form: Form = "sum") -> tuple[float, tuple[float, float]]:
+def undetermined(fit: Mapping[str, Any]) -> list[str]:
+    """Exponents that the runs leave open: of a sum at the bound of what is tried, of a product with an interval that holds 0."""
+    if product := fit.get("product"):
+        return [name for name in ("a", "b") if product["intervals"][name][0] <= 0]
+    return list(fit["at_bound"])
+
+
+def predict(fit: Mapping[str, Any], N: float, D: float, *, level: float = 0.95) -> tuple[float, tuple[float, float]]:
     """The loss (nats) of a run of N parameters on D tokens, and an interval for one such measurement.
 
     The interval holds both the uncertainty of the parameters and one run's residual: without the residual a nominal 95 %
     covered 13 % of held-out runs in one study, with it 61 %. Extrapolation error of the form itself is in neither: measure it
     with `holdout`. That of the product is Student's, of a new observation of a linear model in log(L - E).
     """
-    value = float(expected(fit, N, D, form))
-    if form == "product":
-        product, row = fit["product"], _plane(N, D)
+    value = float(expected(fit, N, D))
+    if product := fit.get("product"):
+        row = _plane(N, D)
         error = product["sigma"] * math.sqrt(1 + row @ np.asarray(product["covariance"]) @ row)
         reach = float(stats.t.ppf((1 + level) / 2, product["num_points"] - 3)) * error
         return value, (fit["E"] + (value - fit["E"]) * math.exp(-reach), fit["E"] + (value - fit["E"]) * math.exp(reach))
@@ -262,17 +276,17 @@ def holdout(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, fraction: float = 0.
     order = np.argsort(6 * N * D if flops is None else np.asarray(flops, dtype=np.float64), kind="stable")
     num_heldout = max(1, round(fraction * len(order)))
     small, large = order[:-num_heldout], order[-num_heldout:]
-    fit = fit_law(N[small], D[small], loss[small], floor=floor, num_draws=num_draws, seed=seed, conventions=conventions)
+    fit = fit_law(N[small], D[small], loss[small], floor=floor, form=form, num_draws=num_draws, seed=seed, conventions=conventions)
     rows = []
     for i in large:
-        value, interval = predict(fit, N[i], D[i], form=form)
+        value, interval = predict(fit, N[i], D[i])
         rows.append({"N": N[i], "D": D[i], "loss": loss[i], "value": value, "interval": list(interval)})
     errors = np.array([row["value"] / row["loss"] - 1 for row in rows])
     covered = [row["interval"][0] <= row["loss"] <= row["interval"][1] for row in rows]
     return {"num_fitted": len(small), "num_heldout": num_heldout, "level": 0.95, "coverage": float(np.mean(covered)),
             "error_mean": float(np.abs(errors).mean()), "error_max": float(np.abs(errors).max()),
             "error_signed": float(errors.mean()), "runs": rows,
-            "fit": {key: fit[key] for key in (*PARAMETERS, "intervals", "conventions")}}
+            "fit": {key: fit[key] for key in (*PARAMETERS, "intervals", "conventions", "form")}}
 
 
 def read_points(path: str | Path, *, columns: Sequence[str] = ("N", "D", "loss"),

@@ -26,8 +26,10 @@ def optimal(constants: ArrayLike, flops: ArrayLike, flops_per_unit: float = 6.0)
 def plan(fit: Mapping[str, Any], flops: float, *, flops_per_unit: float = 6.0) -> dict[str, Any]:
     """Compute-optimal N, D, their ratio and loss for a budget of `flops`, each {"value", "interval"} (95 %, over the bootstrap).
 
-    The budget counts `flops_per_unit` N D, with N in the fit's own convention. Raises ValueError unless it is positive.
+    The budget counts `flops_per_unit` N D, with N in the fit's own convention. Raises ValueError unless it is positive, and for a product.
     """
+    if fit.get("form") == "product":
+        raise ValueError("a product of powers has no optimal split of a budget: its best is all parameters or all tokens; fit a sum")
     if not flops > 0:
         raise ValueError(f"flops {flops} must be positive, for example 1e18")
     N, D = optimal([fit[name] for name in PARAMETERS], flops, flops_per_unit)

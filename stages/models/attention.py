@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 DOCUMENTS = "documents"
+ONLY_PACKED = "documents attention takes packed rows: position_ids, no mask and no cache"
 GROUPS = (1, 64, 128, 256)  # tokens up to which documents are grouped; single tokens are mostly padding
 
 
@@ -78,14 +79,18 @@ _last: tuple[Tensor, Documents] | None = None  # every layer of a forward pass i
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float | None = None,
-           dropout: float = 0.0, position_ids: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+           dropout: float = 0.0, position_ids: Tensor | None = None, sliding_window: int | None = None, softcap: float | None = None,
+           s_aux: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
     """Attention function of transformers: `query` (B, H, T, d), `key` and `value` (B, H or fewer, T, d) to (B, T, H, d).
 
-    Raises ValueError without position ids or with a mask: rows that are not packed want another attention.
+    Raises ValueError without position ids, with a mask or with a cache, since rows that are not packed want another attention, and
+    for what it does not compute: windows shorter than a row, capped scores, sinks.
     """
     global _last
     if position_ids is None or attention_mask is not None or query.size(2) != key.size(2):
-        raise ValueError("documents attention takes packed rows: position_ids, no mask and no cache")
+        raise ValueError(ONLY_PACKED)
+    if softcap is not None or s_aux is not None or (sliding_window is not None and sliding_window < query.size(2)):
+        raise ValueError("documents attention has no sliding windows, capped scores or sinks: set attn_implementation to sdpa or eager")
     if _last is None or _last[0] is not position_ids:
         _last = position_ids, documents(position_ids.expand(query.size(0), -1))
     where = _last[1]
@@ -99,8 +104,10 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     return _FromGroups.apply(torch.cat(made), where).view(query.size(0), query.size(2), heads[0], -1), None
 
 
-def no_mask(*_: Any, **__: Any) -> None:
-    """The mask of `attend`."""
+def no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
+    """The mask of `attend`: none. Raises ValueError for one that is given."""
+    if attention_mask is not None:
+        raise ValueError(ONLY_PACKED)
 
 
 AttentionInterface.register(DOCUMENTS, attend)

@@ -55,8 +55,8 @@ class PretrainConfig(StageConfig):
     eval_rows: int = option(96, "held-out rows of each evaluation; the last one takes four times as many")
     logs: int = option(50, "lines of metrics over the run", recorded_only=True)
     checkpoints: int = option(4, "checkpoints over the run")
-    attn_implementation: str = option(
-        "auto", "auto: documents on CPU, which computes no attention between documents, else sdpa; or a name that transformers knows",
+    attn_implementation: Literal["auto", "documents", "sdpa", "eager"] = option(
+        "auto", "the same sums by other ways; auto: documents on CPU, which computes nothing between documents, else sdpa",
         recorded_only=True)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
 
@@ -137,7 +137,7 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
         tokenizer, architecture=config.architecture, hidden_size=config.hidden_size, num_layers=config.num_layers,
         num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, intermediate_size=config.intermediate_size,
         context_length=row_length, rope_theta=config.rope_theta, tie_embeddings=config.tie_embeddings)
-    attention = config.attn_implementation
+    attention: str = config.attn_implementation
     if attention == "auto":
         attention = "sdpa" if torch.cuda.is_available() else DOCUMENTS
     model = build_decoder(decoder, seed=config.seed, matrix_std=config.matrix_std, embedding_std=config.embedding_std,

@@ -14,7 +14,7 @@ from stages.run.figures import Series, short
 from stages.run.manifest import MANIFEST
 from stages.run.page import Page, Section, Table, number
 
-Law = Callable[..., Any]  # law(fit, N, D, form): the loss by the fitted law (stages.laws.fit)
+Law = Callable[..., Any]  # law(fit, N, D): the loss by the fitted law (stages.laws.fit)
 CONSTANTS = {"sum": ("E", "A", "B", "alpha", "beta"), "product": ("E", "C", "a", "b")}
 
 
@@ -81,14 +81,15 @@ def scaling(stages: Stages, folder: Path, law: Law) -> Told:
     points = sorted(map(json.loads, written), key=lambda p: (p["N"], p["D"]))
     sizes, budgets = (sorted({p[key] for p in points}) for key in ("N", "D"))
 
-    form = prediction.get("form", "sum")
+    form, product = fit.get("form", "sum"), fit.get("product", {})
+    inside = {name: (product, "product/") if name in product else (fit, "") for name in CONSTANTS[form]}
+    ends = {name: where["intervals"][name] for name, (where, _) in inside.items() if name in where["intervals"]}
 
     def constant(name: str) -> str:
-        inside = "product/" if name in fit.get("product", {}) else ""
-        return number(f"{(fit['product'] if inside else fit)[name]:.3g}", f"{s.manifest.product('fit')}#{inside}{name}")
+        return number(f"{inside[name][0][name]:.3g}", f"{s.manifest.product('fit')}#{inside[name][1]}{name}")
 
     def fitted(p: Mapping[str, Any]) -> float:
-        return float(law(fit, p["N"], p["D"], form))
+        return float(law(fit, p["N"], p["D"]))
 
     terms = (f"{constant('A')} / N^{constant('alpha')} + {constant('B')} / D^{constant('beta')}" if form == "sum" else
              f"{constant('C')} / (N^{constant('a')} D^{constant('b')})")
@@ -114,10 +115,11 @@ def scaling(stages: Stages, folder: Path, law: Law) -> Told:
         [p["run"], *(number(t, f"{s.manifest.product('points')}#{p['run']}") for t in (
             f"{p['N']:,}", f"{p['D']:,}", LOSS.text(p["loss"]), LOSS.text(fitted(p)), ERROR.text(fitted(p) / p["loss"] - 1)))]
         for p in points], "Every run of the ladder.", [s.cite("points.jsonl", "fit.json")], folded=True)
-    letters = Table(MEASURED, [[name, constant(name), number("[{:.3g}, {:.3g}]".format(*fit["intervals"][name]),
-                                                             f"{s.manifest.product('fit')}#intervals/{name}")
-                                if name in fit["intervals"] else "no interval", s.n(name)] for name in CONSTANTS[form]],
-                    "The law's constants; intervals are those of a residual bootstrap.", [s.cite("fit.json")])
+    letters = Table(MEASURED, [[name, constant(name), number("[{:.3g}, {:.3g}]".format(*ends[name]),
+                                                             f"{s.manifest.product('fit')}#{inside[name][1]}intervals/{name}")
+                                if name in ends else "no interval", s.n(name)] for name in CONSTANTS[form]],
+                    f"The law's constants; intervals are those of {'least squares' if product else 'a residual bootstrap'}.",
+                    [s.cite("fit.json")])
     drawn = scaling_figures(s, main, folder, points, prediction, measured, fitted)
     return Section("scaling", TITLES["scaling"], paragraphs, drawn, [table, letters]), lines
 
