@@ -55,8 +55,8 @@ def figures(folder: Path) -> dict[str, float]:
 
 
 def mean(values: Sequence[float], digits: int = 3) -> str:
-    """Mean over seeds with its 95 % interval by Student's t; the value alone where there is one seed."""
-    if len(values) == 1:
+    """Mean over seeds with its 95 % interval by Student's t; the value alone where seeds do not differ."""
+    if len(set(values)) == 1:
         return f"{values[0]:.{digits}f}"
     centre, low, high = mean_interval(values)
     return f"{centre:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
