@@ -389,7 +389,7 @@ def test_a_product_is_written_as_one(tmp_path, undrawn):
     law_file = home / "scaling" / "fit.json"
     fit = json.loads(law_file.read_text())
     law_file.write_text(json.dumps(fit | {"form": "product", "product": {"C": 50.0, "a": 0.3, "b": 0.25, "intervals": {}}}))
-    section = tell(home, tmp_path).sections[0]
+    section = tell(home, tmp_path).sections[1]
     assert "50 / (N^0.3 D^0.25)" in page.plain(section.paragraphs[0])
     by_the_law = fit["E"] + 50 / (60_000**0.3 * 150_000**0.25)
     assert page.plain(section.tables[0].rows[0][4]) == f"{by_the_law:.4f}"
