@@ -49,30 +49,18 @@ def documents(position_ids: Tensor) -> Documents:
     return Documents(index, real[:, None, None], back, shapes)
 
 
-class _ToGroups(torch.autograd.Function):
-    """(B T, H, d) to (M, H, d). Padding gets no gradient, so the sum over a token's places is the gradient at its own."""
+class _Rearrange(torch.autograd.Function):
+    """Rows of `x` at `there`, and gradients back by `back`: each row goes to one place that is real, and padding has no gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, where: Documents) -> Tensor:
-        ctx.where = where
-        return x.index_select(0, where.index)
+    def forward(ctx, x: Tensor, there: Tensor, back: Tensor, real: Tensor | None) -> Tensor:
+        ctx.back, ctx.real = back, real
+        return x.index_select(0, there)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad.index_select(0, ctx.where.back), None
-
-
-class _FromGroups(torch.autograd.Function):
-    """(M, H, d) to (B T, H, d)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, where: Documents) -> Tensor:
-        ctx.where = where
-        return x.index_select(0, where.back)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad.index_select(0, ctx.where.index) * ctx.where.real, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        grad = grad.index_select(0, ctx.back)
+        return grad if ctx.real is None else grad * ctx.real, None, None, None
 
 
 _last: tuple[Tensor, Documents] | None = None  # every layer of a forward pass is given the same tensor
@@ -95,13 +83,15 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
         _last = position_ids, documents(position_ids.expand(query.size(0), -1))
     where = _last[1]
     heads = query.size(1), key.size(1), value.size(1)
-    taken = _ToGroups.apply(torch.cat([query, key, value], dim=1).transpose(1, 2).flatten(0, 1), where)
+    together = torch.cat([query, key, value], dim=1).transpose(1, 2).flatten(0, 1)
+    taken = _Rearrange.apply(together, where.index, where.back, None)
     made = []
     for (n, length), part in zip(where.shapes, taken.split([n * length for n, length in where.shapes]), strict=True):
         q, k, v = part.view(n, length, sum(heads), -1).transpose(1, 2).split(heads, dim=1)
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=heads[0] != heads[1])
         made.append(out.transpose(1, 2).flatten(0, 1))
-    return _FromGroups.apply(torch.cat(made), where).view(query.size(0), query.size(2), heads[0], -1), None
+    out = _Rearrange.apply(torch.cat(made), where.back, where.index, where.real)
+    return out.view(query.size(0), query.size(2), heads[0], -1), None
 
 
 def no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
