@@ -1,5 +1,7 @@
 """Scaling laws of the form L(N, D) = E + A / N^alpha + B / D^beta: fitted, bounded by a bootstrap, asked for predictions.
 
+Above a known floor also as a product of powers, `fit_product`. The rest is about the sum.
+
 The objective is that of Hoffmann et al. 2022 (arXiv 2203.15556), Approach 3: the sum over runs of Huber(1e-3) of the
 difference in log loss. It is flat and kinked, and an optimiser with default tolerances stops early: Besiroglu et al. 2024
 (arXiv 2404.10102) trace the constants of the original paper to a mean in place of the sum. So here: the sum, rescaled by 1e6,
@@ -141,10 +143,10 @@ def fit_law(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, floor: float | None 
 
     `N` parameters, `D` training tokens and `loss` (nats) per run, (n,) each; runs whose learning rate has been decayed, one
     convention of counting throughout, which `conventions` records. `floor` is E where it is known, as the entropy of generated
-    text is; otherwise E is fitted. `form` is the one to predict by; a product needs a floor, and
-    "product" then holds what `fit_product` finds, beside the sum. Intervals are 95 %
-    percentiles of a residual bootstrap: residuals, centred and widened by sqrt(n / (n - p)) for the p parameters they were fitted
-    with, are drawn with replacement, added to the fit, and fitted again. `draws` and `residuals` are kept for `predict` and `plan`.
+    text is; otherwise E is fitted. `form` is the one to predict by; a product needs a floor, and "product" then holds what
+    `fit_product` finds, beside the sum. Intervals are 95 % percentiles of a residual bootstrap: residuals, centred and widened by
+    sqrt(n / (n - p)) for the p parameters they were fitted with, are drawn with replacement, added to the fit, and fitted again.
+    `draws` and `residuals` are kept for `predict` and `plan`.
 
     Raises ValueError when the runs cannot determine the parameters, a loss lies below the floor, or a product has none.
     """
@@ -194,8 +196,8 @@ def _runs(N: ArrayLike, D: ArrayLike, loss: ArrayLike, floor: float | None) -> t
 def fit_product(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, floor: float) -> dict[str, Any]:
     """L = E + C / (N^a D^b) above a known floor E: a plane through log(L - E), by least squares.
 
-    In the sum of two powers more data cannot make up for a small model; where it can, as in runs that are still learning what
-    the text is about, the sum extrapolates too high (LOG.md). `sigma` is the residuals' standard deviation and `covariance` that of
+    In the sum of two powers more data cannot make up for a small model; here it can. Which of the two extrapolates better depends on
+    the ladder (LOG.md). `sigma` is the residuals' standard deviation and `covariance` that of
     (log C, a, b) over sigma^2, both for `predict`; intervals are Student's, 95 %. Raises ValueError as `fit_law` does.
     """
     N, D, loss = _runs(N, D, loss, floor)
