@@ -25,7 +25,7 @@ GROUP_ppo := rlhf
 GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rlhf evaluation evaluate report times test test-quick check plan \
-	study-sc study-seeds clean
+	study-sc study-seeds study-sft bench-sft clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -85,6 +85,9 @@ study-sc: setup ## self-consistency against greedy chain of thought, pooled over
 
 study-seeds: setup ## the whole road at seeds 0, 1 and 2, averaged (over an hour)
 	$(PY) -m stages.evals.study_seeds $(ARGS)
+
+study-sft: setup ## what fine-tuning teaches and forgets: methods and remedies over seeds (half an hour; needs make prepare)
+	$(PY) -m stages.evals.study_sft $(ARGS)
 
 test: setup ## all tests, one full pass of the smoke recipe included
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q

@@ -47,9 +47,10 @@ def example_answer(row: Row, kind: str) -> str:
 
 
 def render(question: str, style: Style, kind: str, examples: Sequence[Row] = ()) -> Prompt:
-    """The prompt for one question after `examples`: blocks between blank lines, or earlier turns of a chat."""
-    asked = [(f"{row['question']} {style.cues[kind]}", example_answer(row, kind)) for row in examples]
-    last = f"{question} {style.cues[kind]}"
+    """The prompt for one question after `examples`: blocks between blank lines, or earlier turns of a chat. A cue may be empty."""
+    cue = f" {style.cues[kind]}" if style.cues[kind] else ""
+    asked = [(f"{row['question']}{cue}", example_answer(row, kind)) for row in examples]
+    last = f"{question}{cue}"
     if not style.chat:
         return "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in asked) + f"Question: {last}\nAnswer:"
     turns = [{"role": "system", "content": style.system}] if style.system else []

@@ -1,242 +1,250 @@
-"""Teach a pretrained model to answer in turns: LoRA through TRL's SFTTrainer, with an eye on overfitting and forgetting.
+"""Teach a pretrained model to answer in turns: full or LoRA tuning through TRL's SFTTrainer, which knows what it taught and what it forgot.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m stages.sft --config recipes/tiny/sft.yaml
 """
+import itertools
+import random
+import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import torch
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig as TrlSftConfig
-from trl import SFTTrainer
+from transformers import AutoTokenizer
 
-from prompts.answers import equal, extract
-from prompts.intervals import wilson
-from stages.data import dialogues
-from stages.data.curriculum import CUES, user_turn
-from stages.data.packing import PackedCollator
+from stages.data import corpora, dialogues, turns
+from stages.data.instructions import instructions
+from stages.data.overlap import screened
+from stages.data.packing import PackedCollator, documents_of
 from stages.data.problems import read_problems
-from stages.data.tokenizer import ASSISTANT, END, EOS, SYSTEM, USER, chat_ids
-from stages.models.heldout import heldout
-from stages.models.sampling import prompt_key, sample
-from stages.models.training import Resumable, barrier, export, fit, gather, rank, save_model, share_batch, training_arguments, world_size
-from stages.run import figures
-from stages.run.checkpoint import read_metrics
-from stages.run.config import StageConfig, option
+from stages.data.tokenizer import ASSISTANT, END, EOS, SYSTEM, USER
+from stages.evals.battery import changes, exam, summary
+from stages.evals.scoring import write_records
+from stages.evals.tasks import load_task
+from stages.models import finetuning
+from stages.models.counts import count_parameters, train_flops_per_token
+from stages.models.finetuning import DialogueCollator, TuningConfig, tune
+from stages.models.forgetting import STEP_IN_FORWARDS, Neutral, Watch, mean
+from stages.models.heldout import measured, summarised
+from stages.models.training import barrier, export, save_model
+from stages.models.verdict import forgotten, transferred, verdict
+from stages.run.config import option
+from stages.run.console import clock, table
 from stages.run.entry import launch
-from stages.run.manifest import Manifest, Run, is_main, metric, say
+from stages.run.manifest import Manifest, Run, hash_data, is_main, metric, say
+
+SHOWN_DROPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(StageConfig):
+class SftConfig(TuningConfig):
     STAGE = "sft"
     PARENTS = ("prepare", "pretrain")
 
-    data: str = option("curriculum", "`curriculum`, a local jsonl, json or parquet file, or a hub dataset id")
-    prompt_column: str = option("prompt", "column of the prompt: text or messages")
-    completion_column: str = option("completion", "column of the completion: text or messages")
-    hub_config: str | None = option(None, "configuration of the hub dataset")
-    hub_split: str = option("train", "split of the hub dataset")
-    num_rows: int = option(3000, "training dialogues (files and hub: at most; 0: all)")
-    validation_rows: int = option(300, "dialogues of the validation set (files and hub: taken off the end)")
-    worked_share: float = option(0.7, "share of the curriculum's dialogues with worked steps")
-    few_shot_share: float = option(0.15, "share of the curriculum's dialogues that begin with worked examples as earlier turns")
-    max_length: int = option(512, "tokens of the longest dialogue; longer ones are cut and counted")
-    method: Literal["lora", "full"] = option("lora", "lora: adapters on all linear layers; full: all weights")
-    lora_rank: int = option(16, "rank of the adapters")
-    lora_alpha: int = option(32, "scale of the adapters")
-    learning_rate: float = option(2e-3, "peak learning rate (full tuning wants about a tenth)")
-    epochs: float = option(2.0, "passes over the training dialogues")
-    batch_size: int = option(16, "dialogues a step, over all processes")
-    micro_batch_size: int | None = option(None, "dialogues a forward pass and process (default: all)")
-    warmup_share: float = option(0.05, "share of the steps with a rising learning rate; it then falls linearly")
-    packing: bool = option(False, "pack dialogues into rows of max_length (needs flash attention: transformers says when it is missing)")
-    evaluations: int = option(5, "validation measurements over the run")
-    probe_prompts: int = option(200, "validation problems answered before and after, for format, stopping and accuracy")
-    max_new_tokens: int = option(96, "longest answer in those")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    sources: list[dict[str, Any]] = option([{"data": "curriculum"}], "what is taught, each {data: curriculum, instructions, a file, "
+                                           "folder, glob or hub id; weight, format, columns, ...} (docs/sft.md)")
+    num_rows: int = option(3000, "training dialogues, divided over the sources by weight (0: all that files and hub datasets have)")
+    validation_rows: int = option(300, "dialogues of the validation set (of files: their last)")
+    bad_rows: Literal["stop", "drop"] = option("stop", "a row that cannot be trained on: stop there, or leave it out, count and list it")
+    repeats: Literal["report", "drop", "ignore"] = option("report", "near-duplicates among training rows, and rows that hold a question "
+                                                          "of an evaluation set: count and list, leave out too, or do not look")
+    evaluation_sets: list[str] = option([], "sets to look for in the training rows, as format:source; benchmarks and validation are anyway")
+    completion_only: bool = option(True, "loss on the assistant's turns alone (false: on all of a dialogue)")
+    order: Literal["mixed", "sequence"] = option("mixed", "sequence: one source after the other; what later ones cost "
+                                                  "earlier ones is measured")
+    replay_share: float = option(0.0, "tokens of pretraining text mixed in, as a share of the dialogues', against forgetting")
+    average: float = option(1.0, "weight of the tuned model in the average with its base that becomes the product, against forgetting")
+    adapter: str | None = option(None, "folder of a LoRA adapter of this base to go on training")
+    evaluations: int = option(5, "looks at validation loss and forgetting over the run, each with a checkpoint")
+    watch_share: float = option(0.1, "what these looks may cost, as a share of the training's work; it sets how many rows they read")
+    patience: int = option(2, "looks in a row above the lowest validation loss, beyond noise, that end the training (0: never)")
+    keep: Literal["recommended", "last"] = option("recommended", "checkpoint that becomes the product; recommended: of those that "
+                                                  "learned as much as the best, the one that forgot least")
     forgetting_rows: int = option(96, "held-out rows of the base corpus measured before and after (0: none)")
-
-
-class ResumableSFTTrainer(Resumable, SFTTrainer):
-    """SFTTrainer whose validation loss is a mean over tokens; Trainer's own is one over batches and moves with their division."""
-
-    validated_at = -1
-
-    def evaluate(self, *args, **kwargs):
-        measured = heldout(self.model, self.eval_dataset, self.data_collator)
-        self.validation, self.validated_at = measured["heldout_loss"], self.state.global_step
-        logs = {"eval_loss": self.validation["value"], "eval_mean_token_accuracy": measured["heldout_accuracy"]["value"]}
-        self.model.eval()  # by this SFTTrainer.log tells training from evaluation
-        self.log(logs)
-        self.model.train()
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
-        return logs
+    probe_prompts: int = option(200, "validation problems answered before and after, for format, stopping and accuracy (0: none)")
+    instruction_prompts: int = option(60, "exact instructions (count, case, order) given before and after (0: none)")
+    benchmarks: list[str] = option([], "benchmarks answered before and after, as format:source (test problems stay for evaluation)",
+                                   recorded_only=True)
+    benchmark_problems: int = option(100, "problems of each benchmark (0: all)")
+    max_new_tokens: int = option(96, "longest answer in these")
 
 
 def main(config: SftConfig) -> Manifest:
-    run = Run(config, inputs={} if config.data == "curriculum" else dialogues.corpora.hash_inputs([config.data]))
+    began = time.time()
+    sources = dialogues.parse_sources(config.sources, "sources")
+    tasks = [load_task(spec, problems=Path(), difficulties=[], num_problems=config.benchmark_problems, seed=config.seed)
+             for spec in config.benchmarks]
+    evaluation_sets = [load_task(spec, problems=Path(), difficulties=[], num_problems=0, seed=0) for spec in config.evaluation_sets]
+    run = Run(config, inputs=corpora.hash_inputs([s.data for s in sources if s.data not in dialogues.GENERATED])
+              | {f"benchmark {task.name}": hash_data(task.rows) for task in tasks})
     if run.finished:
         return run.manifest
-    prepared, pretrained = run.parents["prepare"], run.parents["pretrain"]
-    tokenizer = AutoTokenizer.from_pretrained(pretrained.product("model"))
-    model = AutoModelForCausalLM.from_pretrained(pretrained.product("model"), dtype="auto")
-    check_template(tokenizer, model)
+    prepared, parent = run.parents["prepare"], run.parents["pretrain"]
+    tokenizer: Any = AutoTokenizer.from_pretrained(parent.product("model"))
+    end, end_of_text = turns.end_of_turn(tokenizer), tokenizer.get_vocab().get(EOS, tokenizer.eos_token_id)
+    model: Any = finetuning.load_base(parent.product("model"), config)
+    check_fit(tokenizer, model, config)
 
-    train, validation = read(config, prepared)
-    lengths = [len(chat_ids(tokenizer, r["prompt"] + r["completion"])) for r in train]
-    cut = sum(n > config.max_length for n in lengths)
-    say(f"sft: {len(train):,} dialogues, {sum(lengths):,} tokens, longest {max(lengths)}; "
-        f"{cut} longer than {config.max_length} will be cut")
+    problems = prepared.product("problems")
+    mixture = dialogues.read(sources, problems=problems, seed=config.seed, num_rows=config.num_rows,
+                             validation_rows=config.validation_rows, bad_rows=config.bad_rows)
+    asked_elsewhere = [row["question"] for task in [*tasks, *evaluation_sets] for row in task.rows]
+    rows, found = (mixture.train, []) if config.repeats == "ignore" else screened(
+        mixture.train, mixture.validation, asked_elsewhere, generated=[s.name for s in sources if s.data in dialogues.GENERATED],
+        drop=config.repeats == "drop")
+    train, cut, lengths = turns.encode_all(tokenizer, rows, max_length=config.max_length, end_of_text=end_of_text,
+                                           completion_only=config.completion_only)
+    validation, cut_validation, _ = turns.encode_all(tokenizer, mixture.validation, max_length=config.max_length, end_of_text=end_of_text,
+                                                     completion_only=config.completion_only)
+    dropped = [*mixture.dropped, *(row for row in found if config.repeats == "drop"), *cut, *cut_validation]
+    tell(run, mixture.counts, dropped, [] if config.repeats == "drop" else found, lengths)
+    if not train or not validation:
+        raise ValueError(f"{len(train)} training and {len(validation)} validation dialogues are left of {len(rows)}: "
+                         f"see {run.directory}/dropped.jsonl, or raise max_length ({config.max_length})")
+    random.Random(f"validation:{config.seed}").shuffle(validation)  # of several sources, each look reads some of all
     datasets.disable_progress_bars()
     datasets.disable_caching()  # the cache is keyed by the pickled function, not by what it calls
 
-    problems: list[dict] = []
-    if config.probe_prompts:
-        problems = read_problems(prepared.product("problems") / "validation.jsonl")
+    new = [token for token in (SYSTEM, USER, ASSISTANT, END) if token in tokenizer.get_vocab()]
     base_rows = datasets.load_from_disk(str(prepared.product("tokens") / "heldout"))
     base_rows = base_rows.select(range(min(config.forgetting_rows, len(base_rows))))
-    collator = PackedCollator(eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
-    forgetting_before = heldout(model, base_rows, collator)["heldout_loss"] if config.forgetting_rows else None
-    give_meaning(model, tokenizer)
-    before = probe(model, tokenizer, problems[:config.probe_prompts], config)
+    packed = PackedCollator(eos_id=end_of_text, pad_id=tokenizer.pad_token_id)
+    neutral = Neutral(model, base_rows, packed) if config.forgetting_rows else None
 
-    local_batch = share_batch(config.batch_size, world_size(), "batch_size")
-    micro = min(config.micro_batch_size or local_batch, local_batch)
-    if local_batch % micro:
-        raise ValueError(f"{local_batch} dialogues a process do not divide into micro batches of {micro}: "
-                         "set micro_batch_size to a divisor")
-    steps = max(1, int(len(train) / config.batch_size * config.epochs))
-    tokenizer.eos_token = END  # from here on a turn, not a document, is what the model ends
-    trainer = ResumableSFTTrainer(
-        model=model, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(train),
-        eval_dataset=datasets.Dataset.from_list(validation),
-        peft_config=adapter(config, tokenizer, model.config.tie_word_embeddings) if config.method == "lora" else None,
-        args=TrlSftConfig(**training_arguments(
-            run, seed=config.seed, report_to=config.report_to, logging_steps=max(1, steps // 25),
-            save_steps=max(1, steps // 5), per_device_train_batch_size=micro, per_device_eval_batch_size=max(micro, 8),
-            gradient_accumulation_steps=local_batch // micro, learning_rate=config.learning_rate, lr_scheduler_type="linear",
-            warmup_steps=max(1, int(steps * config.warmup_share)), num_train_epochs=config.epochs, max_length=config.max_length,
-            completion_only_loss=True, packing=config.packing, eval_strategy="steps", eval_steps=max(1, steps // config.evaluations),
-            gradient_checkpointing=config.gradient_checkpointing, max_grad_norm=1.0, weight_decay=0.0)))
-    fit(trainer)
+    def examine(model: Any) -> dict[str, Any]:
+        """The same exam in the chat format and, as far as it asks for skill, in that of the pretraining text."""
+        asked = read_problems(problems / "validation.jsonl")[:config.probe_prompts]
+        drawn = itertools.islice(instructions(config.seed, split="validation"), 4 * config.instruction_prompts)  # some come again
+        orders = list({row["id"]: row for row in drawn}.values())[:config.instruction_prompts]
+        ask = partial(exam, model, tokenizer, problems=asked, instructions=orders, benchmarks=tasks, seed=config.seed,
+                      max_new_tokens=config.max_new_tokens)
+        if not (asked or orders or tasks):
+            return {}
+        chat, plain = ask(chat=True, stop_ids=[end]), ask(chat=False, stop_ids=[end, end_of_text])
+        return chat | {f"plain/{name}": column for name, column in plain.items() if not name.endswith("rate")}
 
-    if trainer.validated_at != trainer.state.global_step:
-        trainer.evaluate()
-    final = trainer.validation
+    def prepare(base: Any) -> None:
+        if parent.data["stage"] == "pretrain" and new:
+            finetuning.give_meaning(base, tokenizer)
+
+    prepare(model)
+    before = examine(model)
+    start = {name: weight.clone() for name, weight in model.state_dict().items()} if config.average < 1 else {}
+    base_hash = parent.data["products"]["model"]["sha256"]
+    adapters = None
+    if config.adapter:
+        model = finetuning.load_adapter(model, config.adapter, base_hash)
+    elif config.method != "full":
+        adapters = finetuning.adapter(config, tokenizer.convert_tokens_to_ids(new), model.config.tie_word_embeddings)
+
+    blocks = [[row for row in train if row["source"] == s.name] for s in sources] if config.order == "sequence" else [train]
+    text = replay(config, prepared, end_of_text, tokenizer.pad_token_id, lengths.tokens)
+    blocks = [[*block, *text[number::len(blocks)]] for number, block in enumerate(blocks)]
+    schedule, ends = finetuning.in_blocks(blocks, config.epochs, config.seed) if config.order == "sequence" else (blocks[0], [])
+    boundaries = [max(1, rows_so_far // config.batch_size) for rows_so_far in ends]
+    trained_tokens = sum(len(row["input_ids"]) for row in schedule) * (1 if ends else config.epochs)
+    collator = DialogueCollator(tokenizer.pad_token_id)
+    watch = Watch(run.directory / "watch", validation=validation, sources=[str(row["source"]) for row in validation], collator=collator,
+                  neutral=neutral, tokens=config.watch_share * STEP_IN_FORWARDS * trained_tokens / (config.evaluations + 1))
+    tokenizer.eos_token_id = end  # from here on a turn, not a document, is what the model ends
+    training_began = time.time()
+    trainer = tune(model, tokenizer, config, run=run, train=schedule, watch=watch, evaluations=config.evaluations, peft_config=adapters,
+                   in_order=bool(ends), look_at=boundaries[:-1], patience=config.patience)
+    training = time.time() - training_began
+
+    last = trainer.state.global_step
+    recommended, equal = watch.recommended()
+    kept = recommended if config.keep == "recommended" else last
+    trainer.load_step(kept)
     trained = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    if config.method == "lora" and is_main():
-        trained.save_pretrained(run.directory / "adapter")
+    peft = hasattr(trained, "peft_config")
+    if peft and is_main():
+        finetuning.save_adapter(trained, run.directory / "adapter", base_hash)
     barrier()
-    merged = trained.merge_and_unload() if config.method == "lora" else trained
-    set_stops(merged, tokenizer)
-    if config.method == "lora":
-        save_model(merged, tokenizer, run.directory / "model")
+    product = finetuning.merged(trained, config, parent.product("model"), run.directory / "adapter", prepare)
+    if config.average < 1:
+        finetuning.average(product, start, config.average)
+    product.config.eos_token_id = product.generation_config.eos_token_id = end
+    product.generation_config.pad_token_id = tokenizer.pad_token_id
+    if peft:
+        save_model(product, tokenizer, run.directory / "model")
     else:
         export(trainer, tokenizer, run.directory / "model")
-    after = probe(merged, tokenizer, problems[:config.probe_prompts], config)
 
-    logged = read_metrics(run.directory / "metrics.jsonl")
-    train_loss = [row["train/loss"] for row in logged if "train/loss" in row][-5:]
-    metrics = {"validation_loss": final, "validation_gap": metric(final["value"] - sum(train_loss) / len(train_loss), n=final["n"])}
-    metrics |= {f"before/{k}": v for k, v in before.items()} | {f"after/{k}": v for k, v in after.items()}
-    if forgetting_before:
-        forgetting = heldout(merged, base_rows, collator)["heldout_loss"]
-        metrics |= {"before/base_loss": forgetting_before, "after/base_loss": forgetting}
-        say(f"base corpus: held-out loss {forgetting_before['value']:.4f} before, {forgetting['value']:.4f} after")
-    for name in ("format_rate", "stop_rate"):
+    learned = measured(product, validation, collator)
+    seen = measured(product, train[:len(validation)], collator)
+    gap = mean(learned) - mean(seen)
+    metrics = {"validation_loss": summarised(learned)["heldout_loss"], "training_loss": summarised(seen)["heldout_loss"],
+               "validation_gap": metric(gap, n=int(sum(row[2] for row in learned)))}
+    after = examine(product)
+    metrics |= summary(before, "before") | summary(after, "after") | changes(before, after)
+    if neutral:
+        metrics |= forgotten(neutral.before, neutral.look(product))
+    if ends:
+        metrics |= transferred(watch, [s.name for s in sources], [*boundaries[:-1], last])
+    verdict(run.directory, watch, kept=kept, recommended=recommended, equal=equal)
+    for name in ("format_rate", "stop_rate", "instructions", "worked_accuracy", "plain/worked_accuracy"):
         if name in before:
-            say(f"{name}: {before[name]['value']:.3f} before, {after[name]['value']:.3f} after")
-    if is_main():
-        show(run.directory, logged)
-    return run.finish(metrics=metrics, products={"model": "model"} | ({"adapter": "adapter"} if config.method == "lora" else {}),
-                      counts={"dialogues": len(train), "tokens": int(sum(lengths) * config.epochs), "cut": cut,
-                              "steps": trainer.state.global_step})
+            say(f"{name}: {metrics[f'before/{name}']['value']:.3f} before, {metrics[f'after/{name}']['value']:.3f} after")
+    overhead = watch.seconds / max(1e-9, training - watch.seconds)
+    say(f"watching took {watch.seconds:.1f} s, {overhead:.1%} of the {training - watch.seconds:.1f} s of training; reading, and measuring "
+        f"before and after, {clock(time.time() - began - training)}")
+    counts = count_parameters(product)
+    tokens = int(trained_tokens * last / max(1, trainer.state.max_steps))
+    per_token = train_flops_per_token(product.config, max(1, lengths.tokens // len(train)), counts)
+    return run.finish(
+        metrics=metrics, products={"model": "model"} | ({"adapter": "adapter"} if peft else {}),
+        counts={"dialogues": len(train), "validation_dialogues": len(validation), "replayed_documents": len(text), "tokens": tokens,
+                "loss_tokens": lengths.loss_tokens, "cut": lengths.cut_rows, "dropped": len(dropped), "steps": last, "kept_step": kept,
+                "parameters": counts["total"], "trainable_parameters": trainer.num_trainable,
+                "flops": tokens * per_token * 2 // 3 if peft else tokens * per_token},  # of frozen matrices no gradient is computed
+        notes={"recommended_step": recommended, "as_good_steps": equal, "sources": mixture.counts,
+               "watch": {"seconds": watch.seconds, "share_of_training": overhead, "validation_rows": watch.count,
+                         "base_rows": watch.neutral_count}})
 
 
-def read(config: SftConfig, prepared: Manifest) -> tuple[list[dict], list[dict]]:
-    """Training and validation dialogues. The curriculum has its own splits; of a file the end is held out."""
-    if config.data == "curriculum":
-        def rows(split: str, count: int) -> list[dict[str, Any]]:
-            known = read_problems(prepared.product("problems") / f"{split}.jsonl")
-            return dialogues.curriculum_rows(known, seed=config.seed, count=count, worked_share=config.worked_share,
-                                             few_shot_share=config.few_shot_share)
-        return rows("sft", config.num_rows), rows("validation", config.validation_rows)
-    rows_ = dialogues.file_rows(config.data, prompt_column=config.prompt_column, completion_column=config.completion_column,
-                                hub_config=config.hub_config, hub_split=config.hub_split,
-                                limit=config.num_rows + config.validation_rows if config.num_rows else 0)
-    if len(rows_) <= config.validation_rows:
-        raise ValueError(f"{config.data} has {len(rows_)} rows, not more than validation_rows {config.validation_rows}: lower it")
-    return rows_[:-config.validation_rows], rows_[-config.validation_rows:]
-
-
-def check_template(tokenizer, model) -> None:
-    if tokenizer.chat_template is None or END not in tokenizer.get_vocab():
-        raise ValueError(f"the tokenizer has no chat template with {END}: take that of stages.prepare, or give this one a template")
+def check_fit(tokenizer, model, config: SftConfig) -> None:
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens but the model only {model.config.vocab_size}: they do not match")
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and config.max_length > context:
+        raise ValueError(f"max_length {config.max_length} is longer than the model's context of {context} tokens: lower it")
+    if not 0 < config.average <= 1 or config.replay_share < 0:
+        raise ValueError(f"average {config.average} must lie above 0 and at most at 1, replay_share {config.replay_share} at 0 or above")
+    if config.order == "sequence" and (config.packing or len(config.sources) < 2):
+        raise ValueError("order: sequence needs two sources or more, and packing off (packed rows mix them)")
 
 
-@torch.no_grad()
-def give_meaning(model, tokenizer) -> None:
-    """Start the chat tokens, which pretraining never saw, where the words stand that did their work in "Question: ... Answer: ...".
-
-    From random rows the adapters first have to undo the noise, and what the base could do is lost on the way (LOG.md).
-    Averaging over the words' tokens follows Hewitt 2021 (Initializing new word embeddings).
-    """
-    ends = [model.get_input_embeddings().weight] + ([] if model.config.tie_word_embeddings else [model.get_output_embeddings().weight])
-    for token, word in {SYSTEM: "Question", USER: "Question", ASSISTANT: ":", END: EOS}.items():
-        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
-        for weight in ends:
-            weight[tokenizer.convert_tokens_to_ids(token)] = weight[ids].mean(0)
-
-
-def adapter(config: SftConfig, tokenizer, tied: bool) -> LoraConfig:
-    """LoRA on all linear layers; the chat tokens, never seen in pretraining, train at both ends.
-
-    The head trains whole: TRL multiplies by `lm_head.weight` itself, so rows trained through peft's wrapper would be passed over.
-    """
-    turns = tokenizer.convert_tokens_to_ids([SYSTEM, USER, ASSISTANT, END])
-    return LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM",
-                      trainable_token_indices={"embed_tokens": turns}, modules_to_save=None if tied else ["lm_head"])
+def tell(run: Run, counts: dict[str, dict[str, int]], dropped: list[dict], found: list[dict], lengths: turns.Lengths) -> None:
+    """What is trained on, what was left out and why, before training starts; every row left out or found is in findings.jsonl."""
+    say(table(["source", "read", "dropped", "train", "repeated", "validation"],
+              [[name, *(f"{of[key]:,}" for key in ("read", "dropped", "train", "repeated", "validation"))] for name, of in counts.items()]))
+    for rows, what in ((dropped, "left out"), (found, "found, and kept")):
+        for row in rows[:SHOWN_DROPS]:
+            say(f"{what}: {row['where']}: {row['reason']}")
+        if len(rows) > SHOWN_DROPS:
+            say(f"{what}: {len(rows):,} rows in all, listed in {run.directory.name}/findings.jsonl")
+    for line in lengths.lines():
+        say(line)
+    if is_main():
+        write_records(run.directory / "findings.jsonl", [{**row, "dropped": out}
+                                                         for rows, out in ((dropped, True), (found, False)) for row in rows])
 
 
-def set_stops(model, tokenizer) -> None:
-    end = tokenizer.convert_tokens_to_ids(END)
-    model.config.eos_token_id = end
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = end, tokenizer.pad_token_id
-
-
-def probe(model, tokenizer, problems: list[dict], config: SftConfig) -> dict[str, dict]:
-    """Greedy answers to validation problems in the chat format: does it keep the format, stop, and answer right."""
-    metrics: dict[str, dict] = {}
-    if not problems:
-        return metrics
-    end = tokenizer.convert_tokens_to_ids(END)
-    mine = problems[rank()::world_size()]
-    counts = {"format_rate": 0, "stop_rate": 0}
-    for style in CUES:
-        prompts = [chat_ids(tokenizer, [{"role": "user", "content": user_turn(p["question"], style)}], ask=True) for p in mine]
-        drawn = sample(model, prompts, keys=[(prompt_key(p["id"]), 0) for p in mine], seed=config.seed, temperature=0.0,
-                       max_new_tokens=config.max_new_tokens, eos_ids=[end], pad_id=tokenizer.pad_token_id)
-        texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
-        flags = gather([(ids[-1] == end, text.strip().endswith(".") and text.count("The answer is") == 1,
-                         equal(extract(text) or "", p["answer"])) for ids, text, p in zip(drawn, texts, mine, strict=True)])
-        counts["stop_rate"] += sum(f[0] for f in flags)
-        counts["format_rate"] += sum(f[0] and f[1] for f in flags)
-        right = sum(f[2] for f in flags)
-        metrics[f"{style}_accuracy"] = metric(right / len(flags), n=len(flags), ci95=wilson(right, len(flags)))
-    total = len(CUES) * len(problems)
-    return metrics | {name: metric(count / total, n=total, ci95=wilson(count, total)) for name, count in counts.items()}
-
-
-def show(directory: Path, logged: list[dict]) -> None:
-    figures.lines(directory / "figures" / "loss.png", {
-        label: ([r["step"] for r in logged if key in r], [r[key] for r in logged if key in r])
-        for label, key in (("training", "train/loss"), ("validation", "eval/loss"))}, x="step", y="loss (nats a completion token)")
+def replay(config: SftConfig, prepared: Manifest, eos_id: int, pad_id: int, dialogue_tokens: int) -> list[dict[str, Any]]:
+    """Documents of the pretraining text, `replay_share` of the dialogues' tokens, as rows with loss on all but the first token."""
+    rows, wanted = [], config.replay_share * dialogue_tokens
+    if wanted:
+        packed = datasets.load_from_disk(str(prepared.product("tokens") / "train"))
+        order = iter(random.Random(f"replay:{config.seed}").sample(range(len(packed)), len(packed)))
+        while wanted > 0 and (at := next(order, None)) is not None:
+            for ids in documents_of(packed[at]["input_ids"], eos_id=eos_id, pad_id=pad_id):
+                if wanted > 0:
+                    rows.append({"input_ids": ids[:config.max_length], "labels": [turns.IGNORED, *ids[1:config.max_length]],
+                                 "source": "replay"})
+                    wanted -= len(ids)
+    return rows
 
 
 if __name__ == "__main__":

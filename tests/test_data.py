@@ -3,14 +3,13 @@ import itertools
 import json
 import random
 import re
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from prompts.answers import equal, extract
-from stages.data import corpora, curriculum, dialogues
+from stages.data import corpora, curriculum
 from stages.data.packing import PackedCollator, pack, to_dataset
 from stages.data.tokenizer import END, train_tokenizer
 from stages.models.sizes import build_decoder, decoder_config
@@ -64,18 +63,6 @@ def test_same_seed_same_documents_and_cue_in_every_problem():
         style = d["kind"].removesuffix("-few-shot")
         if style in curriculum.CUES:
             assert d["text"].count(curriculum.CUES[style]) == d["text"].count("Answer:")
-
-
-def test_dialogues_hold_as_many_of_each_task_and_examples_of_that_task():
-    known = list({p.id: p.as_row() for p in itertools.islice(curriculum.problems(0, split="train"), 400)}.values())
-    task_of = {p["question"]: p["task"] for p in known}
-    rows = dialogues.curriculum_rows(known, seed=0, count=400, worked_share=0.7, few_shot_share=0.5)
-    assert Counter(next(p["task"] for p in known if p["id"] == row["id"]) for row in rows) == dict.fromkeys(curriculum.TASKS, 100)
-    for row in rows:
-        asked = [turn["content"].rsplit(" " + curriculum.CUES[row["style"]])[0] for turn in row["prompt"] if turn["role"] == "user"]
-        assert len(set(asked)) == len(asked)  # no example is the question itself
-        assert len({task_of[question] for question in asked}) == 1
-    assert {len(row["prompt"]) for row in rows} == {1, 3, 5, 7}
 
 
 def test_unknown_split_and_task():
@@ -190,8 +177,11 @@ def test_plain_text_is_cut_at_blank_lines(tmp_path):
     ("a.parquet", b"nonsense", "is not a readable parquet file"),
     ("a.json", b'[{"text": "x"}, "y"]', "a.json, row 1 must be a JSON object, got str"),
     ("a.json", b"3", "a.json, line 1 must be a JSON object, got int"),
-    ("a.csv", b"text\nx\n", "a.csv: cannot tell what it holds by its name: give .txt, .md, .jsonl"),
+    ("a.pdf", b"text\nx\n", "a.pdf: cannot tell what it holds by its name: give .txt, .md, .jsonl"),
     ("a.txt.gz", b"", "cannot tell what it holds by its name"),
+    ("a.csv", b"text,kind\na,b\n\n\"c\nd\",e\nf\n", "a.csv, line 6 has 1 cells, but the header names 2: text, kind"),
+    ("a.csv", b"text,text\na,b\n", "a.csv, line 1: columns need names, each its own: got text, text"),
+    ("a.csv", b"text\n\"a\"b\n", "a.csv, line 2 is not csv"),
     ("a.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 20, "is not a whole gzip file"),
 ])
 def test_bad_files_are_named(tmp_path, name, content, message):
@@ -201,12 +191,15 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     assert message in str(error.value)
 
 
-def test_parquet_and_json_sources(tmp_path):
+def test_parquet_json_and_table_sources(tmp_path):
     import pandas
 
     pandas.DataFrame({"text": ["a", "b"]}).to_parquet(tmp_path / "a.parquet")
     (tmp_path / "b.json").write_text(json.dumps([{"text": "c"}]))
-    assert [d["text"] for d in corpora.read_documents(str(tmp_path), seed=0, num_documents=0)] == ["a", "b", "c"]
+    (tmp_path / "c.csv").write_bytes('\ufefftext,kind\r\n"d, ""e""\nf",x\r\n'.encode())
+    (tmp_path / "d.tsv").write_text("kind\ttext\nx\t" + "g" * 200_000)
+    texts = [d["text"] for d in corpora.read_documents(str(tmp_path), seed=0, num_documents=0)]
+    assert texts == ["a", "b", "c", 'd, "e"\nf', "g" * 200_000]
 
 
 def test_a_hub_id_offline_and_a_missing_file(monkeypatch):
@@ -259,36 +252,15 @@ def test_a_hub_row_without_the_text_column_is_named(hub):
 
 
 def test_files_are_hashed_as_they_are_found(tmp_path):
-    for name in ("a.jsonl", "b.jsonl", "notes.csv"):
+    for name in ("a.jsonl", "b.jsonl", "notes.log"):
         (tmp_path / name).write_text('{"text": "x"}\n')
     sources = [str(tmp_path), str(tmp_path / "*.jsonl"), str(tmp_path / "a.jsonl")]
     first = corpora.hash_inputs(sources)
     assert all(re.fullmatch("sha256:[0-9a-f]{64}", value) for value in first.values())
-    (tmp_path / "notes.csv").write_text("nobody reads this")
+    (tmp_path / "notes.log").write_text("nobody reads this")
     assert corpora.hash_inputs(sources) == first
     (tmp_path / "b.jsonl").write_text('{"text": "y"}\n')
     second = corpora.hash_inputs(sources)
     assert [first[source] == second[source] for source in sources] == [False, False, True]
-    with pytest.raises(ValueError, match=r"notes.csv: cannot tell"):
+    with pytest.raises(ValueError, match=r"notes.log: cannot tell"):
         corpora.hash_inputs([str(tmp_path / "*")])
-
-
-@pytest.mark.parametrize("prompt", [
-    5, {"role": "user", "content": "q"}, ["q"], [{"role": "user", "content": [{"type": "text", "text": "q"}]}]])
-def test_a_message_column_that_is_neither_text_nor_messages(tmp_path, prompt):
-    good = {"prompt": "q", "completion": [{"role": "assistant", "content": "a"}]}
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (good, {**good, "prompt": prompt})))
-    with pytest.raises(ValueError, match=r"a.jsonl, line 2: expected text or a list of \{'role', 'content'\}"):
-        rows_of(tmp_path / "a.jsonl")
-    (tmp_path / "a.jsonl").write_text(json.dumps(good))
-    assert rows_of(tmp_path / "*.jsonl")[0]["completion"] == good["completion"]
-
-
-def test_text_without_columns_is_no_source_of_dialogues(tmp_path):
-    (tmp_path / "a.txt").write_text("a play")
-    with pytest.raises(ValueError, match=r"a.txt has no rows with columns: give .jsonl, .jsonl.gz, .json, .parquet"):
-        rows_of(tmp_path / "a.txt")
-
-
-def rows_of(path):
-    return dialogues.file_rows(str(path), prompt_column="prompt", completion_column="completion")

@@ -80,12 +80,12 @@ def test_answers_end_at_stop_text_and_end_token(model_folder):
     backend = LocalModel(model_folder, seed=0, batch_size=8)
     encode = backend.tokenizer.encode
     end = backend.tokenizer.convert_tokens_to_ids(END)
-    assert backend.end_of_turn == end and backend.end_of_text == backend.tokenizer.eos_token_id != end
+    assert backend.end_of_turn == [end] and backend.end_of_text == [backend.tokenizer.eos_token_id] != [end]
     answer = encode(" The answer is 7.")
-    assert backend.read([*answer, end], end, ()) == Result(text=" The answer is 7.", tokens=len(answer) + 1, finished=True)
-    assert backend.read(answer, end, ()) == Result(text=" The answer is 7.", tokens=len(answer), finished=False)
+    assert backend.read([*answer, end], [end], ()) == Result(text=" The answer is 7.", tokens=len(answer) + 1, finished=True)
+    assert backend.read(answer, [end], ()) == Result(text=" The answer is 7.", tokens=len(answer), finished=False)
     longer = encode(" The answer is 7.\n\nQuestion: Tom")
-    assert backend.read(longer, end, PLAIN.stop) == Result(text=" The answer is 7.", tokens=len(longer), finished=True)
+    assert backend.read(longer, [end], PLAIN.stop) == Result(text=" The answer is 7.", tokens=len(longer), finished=True)
     assert encode("\n\n")[0] in backend.stop_ids(PLAIN.stop) and encode(" Tom")[0] not in backend.stop_ids(PLAIN.stop)
 
 

@@ -86,7 +86,7 @@ def test_recipes_for_gpus_read_real_data_and_name_who_ranked_it(recipe):
     """Every source is a hub id (or, for evaluation and PPO, a format and a hub id), none a file of this machine or a default."""
     hub_id = re.compile(r"[\w-]+/[\w.-]+")
     raw = {stage: read_yaml(RECIPES / recipe / f"{stage}.yaml") for stage in STAGES}
-    for source in [*raw["prepare"]["sources"], raw["sft"]["data"], raw["preferences"]["source"]]:
+    for source in [*raw["prepare"]["sources"], *(s["data"] for s in raw["sft"]["sources"]), raw["preferences"]["source"]]:
         assert hub_id.fullmatch(source), source
     for spec in [raw["ppo"]["problems"], *raw["evaluation"]["tasks"]]:
         assert hub_id.fullmatch(split_spec(spec)[2]), spec

@@ -1,13 +1,16 @@
 """Documents from the embedded curriculum, local files or a hub dataset: read, cleaned, de-duplicated, split, with every drop counted."""
+import csv
 import dataclasses
 import functools
 import glob
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import os
 import re
+import sys
 import unicodedata
 import zlib
 from collections import Counter
@@ -18,7 +21,7 @@ from typing import Any
 from stages.data import curriculum
 from stages.run.manifest import hash_data, hash_path
 
-TABLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+TABLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv", ".tsv")
 LOCAL_SUFFIXES = (".txt", ".md", *TABLE_SUFFIXES)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _SPACES = re.compile(r"[ \t\u00a0\u2000-\u200a\u3000]+")
@@ -122,7 +125,7 @@ def cut(text: str, limit: int) -> Iterator[str]:
 
 
 def read_rows(path: str | Path, *, decode_errors: str = "strict") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a file with where each came from: parquet by its name, all else JSON, as one list or a row a line.
+    """Rows of a file with where each came from: parquet, csv and tsv by their names, all else JSON, as one list or a row a line.
 
     Raises ValueError naming file and row for what is not a row.
     """
@@ -133,6 +136,9 @@ def read_rows(path: str | Path, *, decode_errors: str = "strict") -> Iterator[tu
         raise ValueError(f"{path} has no rows with columns: give {', '.join(TABLE_SUFFIXES)}")
     else:
         text = read_text(path, decode_errors=decode_errors)
+        if path.suffix in (".csv", ".tsv"):
+            yield from _table_rows(text, path)
+            return
         rows = (_list_rows if text.lstrip().startswith("[") else _line_rows)(text, path)  # AQuA's .json files hold lines
     for where, row in rows:
         if not isinstance(row, dict):
@@ -159,6 +165,26 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}, row {number}", row
     except pyarrow.lib.ArrowInvalid as error:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+
+
+def _table_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(sys.maxsize)  # the module's own limit, 128 KiB a cell, is less than a long document
+    reader = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    header: list[str] = []
+    begins = 1  # a quoted cell may run over several lines
+    try:
+        for cells in reader:
+            if not header:
+                header = cells
+                if len(set(header)) < len(header) or "" in header:
+                    raise ValueError(f"{path}, line {begins}: columns need names, each its own: got {', '.join(header)}")
+            elif cells and len(cells) != len(header):
+                raise ValueError(f"{path}, line {begins} has {len(cells)} cells, but the header names {len(header)}: {', '.join(header)}")
+            elif cells:
+                yield f"{path}, line {begins}", dict(zip(header, cells, strict=True))
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {begins} is not {path.suffix[1:]} ({error}): put cells with quotes in \", each doubled") from None
 
 
 def _list_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:

@@ -1,9 +1,296 @@
-"""Prompt and completion rows for supervised fine-tuning, from the curriculum or from the user's own files."""
+"""The rows of supervised fine-tuning: a weighted mixture of sources, each row checked and brought to one form.
+
+A dialogue is `{"id", "source", "messages": [{"role", "content"}, ...], "first": k}`: the assistant's turns from message `k` on are
+learned. Plain text is `{"id", "source", "text"}`. Files and hub datasets may hold prompts and completions, conversations (also
+ShareGPT's `from` and `value`), Alpaca's instruction, input and output, the `chosen` side of preferences, or text.
+"""
 import itertools
 import random
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
+from reward.preferences import TURN, dialogue
 from stages.data import corpora, curriculum
+from stages.data.instructions import instructions
+from stages.data.problems import read_problems
+from stages.run.config import fill, unknown
+
+Row = dict[str, Any]
+FORMATS = {  # roles of columns that a row needs; the order decides where a row would fit several
+    "prompt_completion": ("prompt", "completion"), "messages": ("messages",), "instruction": ("instruction", "output"),
+    "chosen": ("chosen",), "text": ("text",)}
+OPTIONAL = {"instruction": ("input",), "chosen": ("prompt",)}
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}  # the last two: ShareGPT
+GENERATED = {"curriculum": ("tasks", "worked_share", "few_shot_share"), "instructions": ()}
+READ = ("format", "columns", "hub_config", "hub_split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One part of a mixture: `data` is `curriculum`, `instructions`, a local file, folder or glob, or a hub dataset id.
+
+    `columns` maps a column's role to its name in the file ({prompt: question}). `tasks` (empty: all) and the two shares are the
+    curriculum's: of dialogues with worked steps, and of those that begin with examples as earlier turns.
+    """
+
+    data: str
+    name: str = ""
+    format: Literal["auto", "prompt_completion", "messages", "instruction", "chosen", "text"] = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    weight: float = 1.0
+    hub_config: str | None = None
+    hub_split: str = "train"
+    tasks: list[str] = field(default_factory=list)
+    worked_share: float = 0.7
+    few_shot_share: float = 0.15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """`train` and `validation` source by source in the order given; `dropped` rows as `{"where", "reason", "source"}`.
+
+    `counts` by source: rows read, dropped, trained on, of these repeats of a row (or problem) that is there already, and validated on.
+    """
+
+    train: list[Row]
+    validation: list[Row]
+    dropped: list[dict[str, str]]
+    counts: dict[str, dict[str, int]]
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on: where it is, and why."""
+
+    def __init__(self, where: str, reason: str, remedy: str = ""):
+        super().__init__(f"{where}: {reason}{remedy}")
+        self.where, self.reason = where, reason
+
+
+def parse_sources(given: Sequence[dict[str, Any]], where: str = "data") -> list[Source]:
+    """Sources from a recipe's mappings. Raises ValueError naming the entry, and the nearest valid key or the values there are."""
+    if not given:
+        raise ValueError(f"{where}: no source: give at least one, such as {{data: curriculum}}")
+    sources: dict[str, Source] = {}
+    for number, values in enumerate(given):
+        place = f"{where}[{number}]"
+        source = Source(**fill(Source, values, where=place))
+        own = ("data", "name", "weight", *GENERATED.get(source.data, READ))
+        if foreign := [key for key in values if key not in own]:
+            raise ValueError(f"{place}: {foreign[0]} has no meaning for {source.data}: it takes {', '.join(own)}")
+        _check_values(source, place)
+        source = replace(source, name=source.name or _name(source.data))
+        if source.name in sources:
+            raise ValueError(f"{place}: a source named {source.name!r} is there already: give one of them another name")
+        sources[source.name] = source
+    return list(sources.values())
+
+
+def _check_values(source: Source, place: str) -> None:
+    if not 0 < source.weight < float("inf"):
+        raise ValueError(f"{place}: weight {source.weight} must be above 0: leave the source out instead")
+    for key in ("worked_share", "few_shot_share"):
+        if not 0 <= getattr(source, key) <= 1:
+            raise ValueError(f"{place}: {key} {getattr(source, key)} must lie between 0 and 1")
+    for task in source.tasks:
+        if task not in curriculum.TASKS:
+            raise unknown(task, list(curriculum.TASKS), f"{place}: tasks", "task")
+    known = _roles(source.format) if source.format != "auto" else list(dict.fromkeys(r for f in FORMATS for r in _roles(f)))
+    for role in source.columns:
+        if role not in known:
+            raise unknown(role, known, f"{place}: columns")
+
+
+def _roles(format: str) -> list[str]:
+    return [*FORMATS[format], *OPTIONAL.get(format, ())]
+
+
+def _name(data: str) -> str:
+    suffix = next((s for s in sorted(corpora.LOCAL_SUFFIXES, key=len, reverse=True) if data.endswith(s)), "")
+    return data if data in GENERATED or not corpora.is_local(data) or "*" in data else Path(data).name.removesuffix(suffix)
+
+
+def read(sources: Sequence[Source], *, problems: Path | None, seed: int, num_rows: int, validation_rows: int,
+         bad_rows: str = "stop") -> Mixture:
+    """The mixture: `num_rows` training rows divided by the weights, or with 0 every source's rows times its weight.
+
+    Whole passes over a source come in its own order first and in seeded orders after; of a last pass a seeded part is taken. A
+    source without an end counts, with `num_rows` 0, as long as the others on average. Validation rows, divided by the weights, are
+    the last of a file (of a hub dataset, the last of what is needed and read) and never trained on; the curriculum has its own.
+    `problems` is the folder of the curriculum's files. Raises BadRow with `bad_rows` stop; ValueError where rows are too few.
+    """
+    weights, dropped = [source.weight for source in sources], []
+    held = apportion(validation_rows, weights)
+    shares = apportion(num_rows, weights)
+    pools: dict[str, list[Row]] = {}
+    for source, share, out in zip(sources, shares, held, strict=True):
+        if source.data not in GENERATED:
+            limit = max(1, share + out) if num_rows and not corpora.is_local(source.data) else None
+            pools[source.name], bad = _read_source(source, limit, bad_rows)
+            dropped += bad
+            if len(pools[source.name]) <= out:
+                raise ValueError(f"{source.data} has {len(pools[source.name])} rows that can be used ({len(bad)} dropped), not more than "
+                                 f"the {out} validation rows that are its share: lower validation_rows")
+    if not num_rows:
+        lengths = {source.name: len(pools[source.name]) - out for source, out in zip(sources, held, strict=True) if source.name in pools}
+        if not lengths:
+            raise ValueError(f"{sources[0].data} has no end: set num_rows above 0")
+        mean = sum(lengths.values()) / len(lengths)
+        shares = [round(source.weight * lengths.get(source.name, mean)) for source in sources]
+
+    mixture = Mixture(train=[], validation=[], dropped=dropped, counts={})
+    for source, share, out in zip(sources, shares, held, strict=True):
+        if source.name in pools:
+            pool = pools[source.name]
+            train = _take(pool[:len(pool) - out], share, random.Random(f"mixture:{source.name}:{seed}"))
+            validation = pool[len(pool) - out:]
+        else:
+            train, validation = (_generated(source, split, count, problems, seed) for split, count in (("sft", share), ("validation", out)))
+        bad_count = sum(d["source"] == source.name for d in dropped)
+        mixture.train.extend(train)
+        mixture.validation.extend(validation)
+        mixture.counts[source.name] = {
+            "read": len(pools[source.name]) + bad_count if source.name in pools else len(train) + len(validation), "dropped": bad_count,
+            "train": len(train), "repeated": len(train) - len({row["id"] for row in train}), "validation": len(validation)}
+    return mixture
+
+
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` in whole parts by weight, what rounding leaves going to the largest remainders (Hamilton's method), earlier first."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    parts = [int(share) for share in exact]
+    for i in sorted(range(len(parts)), key=lambda i: parts[i] - exact[i])[:total - sum(parts)]:
+        parts[i] += 1
+    return parts
+
+
+def _take(rows: list[Row], count: int, rng: random.Random) -> list[Row]:
+    taken: list[Row] = []
+    while len(taken) < count:
+        size = min(len(rows), count - len(taken))
+        taken += rows if not taken and size == len(rows) else rng.sample(rows, size)
+    return taken
+
+
+def _read_source(source: Source, limit: int | None, bad_rows: str) -> tuple[list[Row], list[dict[str, str]]]:
+    rows: list[Row] = []
+    dropped: list[dict[str, str]] = []
+    format: str = source.format
+    for where, raw in corpora.source_rows(source.data, source.hub_config, source.hub_split):
+        if len(rows) == limit:
+            break
+        try:
+            format = detect(raw, source.columns, where) if format == "auto" else format
+            rows.append({"id": where, "source": source.name, **normalise(raw, format, source.columns, where)})
+        except BadRow as error:
+            if bad_rows == "stop":
+                raise BadRow(error.where, error.reason, "; `bad_rows: drop` leaves such rows out and lists them") from None
+            dropped.append({"where": error.where, "reason": error.reason, "source": source.name})
+    if not rows:
+        why = f" that can be used: {len(dropped)} dropped, the first, {dropped[0]['where']}: {dropped[0]['reason']}" if dropped else ""
+        raise ValueError(f"{source.data} has no rows{why}")
+    return rows, dropped
+
+
+def detect(row: Row, columns: dict[str, str], where: str) -> str:
+    """The format of a row by its columns; only those that know every role of `columns` are asked. Raises BadRow."""
+    able = [format for format in FORMATS if set(columns) <= set(_roles(format))]
+    found = [format for format in able if all(_column(role, columns, row) in row for role in FORMATS[format])]
+    if found or len(able) == 1:
+        return (found or able)[0]
+    forms = "; ".join(" and ".join(columns.get(role, role) for role in FORMATS[format]) for format in able)
+    raise BadRow(where, f"cannot tell its format: it has {', '.join(row)}; expected one of: {forms}; name others in `columns`")
+
+
+def _column(role: str, columns: dict[str, str], row: Row) -> str:
+    if role == "messages" and role not in columns and role not in row and "conversations" in row:
+        return "conversations"
+    return columns.get(role, role)
+
+
+def normalise(row: Row, format: str, columns: dict[str, str], where: str) -> Row:
+    """`{"messages", "first"}` or `{"text"}` of one row. Raises BadRow for a missing column or what cannot be trained on."""
+    cells: dict[str, Any] = {}
+    for role in _roles(format):
+        column = _column(role, columns, row)
+        if column not in row and (role in FORMATS[format] or role in columns):
+            raise BadRow(where, f"no column {column!r} for {role}: it has {', '.join(row)}; set columns: {{{role}: ...}}")
+        cells[role] = row.get(column)
+        optional = role not in FORMATS[format] and cells[role] in (None, "")
+        if not optional and (cells[role] in (None, []) or (isinstance(cells[role], str) and not cells[role].strip())):
+            raise BadRow(where, f"an empty {role}")
+        if role in ("instruction", "input", "output", "text") and not optional and not isinstance(cells[role], str):
+            raise BadRow(where, f"{role} is not text but {cells[role]!r:.60}")
+    if format == "text":
+        return {"text": cells["text"]}
+    if format == "instruction":
+        cells = {"prompt": "\n\n".join(filter(None, (cells["instruction"], cells["input"]))), "completion": cells["output"]}
+    if format == "messages":
+        prompt, rest = [], _turns(cells["messages"], "", where)
+    elif format == "chosen":
+        rest = _chosen(cells, where)
+        prompt = _turns(cells["prompt"], "user", where) if cells["prompt"] and rest[0]["role"] == "assistant" else []
+    else:
+        prompt, rest = _turns(cells["prompt"], "user", where), _turns(cells["completion"], "assistant", where)
+    _check_turns([*prompt, *rest], where)
+    return {"messages": [*prompt, *rest], "first": len(prompt)}
+
+
+def _chosen(cells: Row, where: str) -> list[dict[str, str]]:
+    """The turns of an hh-rlhf transcript or a list; a text that is neither answers the row's prompt."""
+    text = cells["chosen"]
+    if not isinstance(text, str) or (cells["prompt"] and not TURN.match(text)):
+        return _turns(text, "assistant", where)
+    try:
+        return dialogue(text, where)
+    except ValueError as error:
+        raise BadRow(where, str(error).removeprefix(f"{where}: ")) from None
+
+
+def _turns(value: Any, role: str, where: str) -> list[dict[str, str]]:
+    """One turn of `role` for text (where a role is given), or the messages of a list."""
+    if isinstance(value, str) and role:
+        return [{"role": role, "content": value}]
+    turns = []
+    for message in value if isinstance(value, list) else [value]:
+        if not isinstance(value, list) or not isinstance(message, dict):
+            raise BadRow(where, f"expected {'text or ' if role else ''}a list of {{'role', 'content'}}, got {value!r:.60}")
+        said, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if said not in ROLES:
+            raise BadRow(where, f"unknown role {said!r}: use system, user or assistant")
+        if content is not None and not isinstance(content, str):
+            raise BadRow(where, f"the content of a turn ({ROLES[said]}) is not text but {content!r:.60}")
+        turns.append({"role": ROLES[said], "content": content or ""})
+    return turns
+
+
+def _check_turns(turns: list[dict[str, str]], where: str) -> None:
+    roles = [turn["role"] for turn in turns]
+    for number, turn in enumerate(turns, start=1):
+        if not turn["content"].strip():
+            raise BadRow(where, f"turn {number} ({turn['role']}) is empty")
+        if turn["role"] == "system" and number > 1:
+            raise BadRow(where, f"turn {number} is a system turn: only the first may be")
+        if number > 1 and roles[number - 2] == turn["role"]:
+            raise BadRow(where, f"two {turn['role']} turns in a row (turns {number - 1} and {number})")
+    if "assistant" not in roles:
+        raise BadRow(where, "no assistant turn: nothing to learn")
+    if roles[-1] != "assistant":
+        raise BadRow(where, f"the dialogue does not end with the assistant's turn but with the {roles[-1]}'s")
+
+
+def _generated(source: Source, split: str, count: int, problems: Path | None, seed: int) -> list[Row]:
+    if source.data == "instructions":
+        made = itertools.islice(instructions(seed, split=split), count)
+        return [{"id": row["id"], "source": source.name, "first": 1, "messages": [
+            {"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["answer"]}]} for row in made]
+    if problems is None:
+        raise ValueError("the curriculum's dialogues are made of the problems of stages.prepare: none were given")
+    rows = curriculum_rows(read_problems(problems / f"{split}.jsonl", source.tasks), seed=seed, count=count,
+                           worked_share=source.worked_share, few_shot_share=source.few_shot_share) if count else []
+    return [{"id": row["id"], "source": source.name, "messages": [*row["prompt"], *row["completion"]], "first": len(row["prompt"])}
+            for row in rows]
 
 
 def curriculum_rows(problems: list[dict], *, seed: int, count: int, worked_share: float, few_shot_share: float) -> list[dict[str, Any]]:
@@ -32,36 +319,3 @@ def curriculum_rows(problems: list[dict], *, seed: int, count: int, worked_share
 def _answer(problem: dict, style: str, rng: random.Random) -> str:
     steps = " ".join(rng.choice(problem["solutions"])) + " " if style == curriculum.WORKED else ""
     return f"{steps}The answer is {problem['answer']}."
-
-
-def file_rows(source: str, *, prompt_column: str, completion_column: str, hub_config: str | None = None,
-              hub_split: str = "train", limit: int = 0) -> list[dict[str, Any]]:
-    """Dialogues of a local file or a hub dataset. A column may hold text (one turn) or a list of messages.
-
-    Raises ValueError naming file and row for a missing column, one that is neither, an empty completion or an unknown role.
-    """
-    rows = []
-    for where, row in itertools.islice(corpora.source_rows(source, hub_config, hub_split), limit or None):
-        for column in (prompt_column, completion_column):
-            if not row.get(column):
-                raise ValueError(f"{where} has nothing in column {column!r}: it has {', '.join(row)}; "
-                                 "set prompt_column and completion_column")
-        prompt = _messages(row[prompt_column], "user", where)
-        completion = _messages(row[completion_column], "assistant", where)
-        rows.append({"id": where, "style": "file", "prompt": prompt, "completion": completion})
-    if not rows:
-        raise ValueError(f"{source} has no rows")
-    return rows
-
-
-def _messages(value: Any, role: str, where: str) -> list[dict[str, str]]:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    for message in value if isinstance(value, list) else [value]:
-        if not isinstance(value, list) or not isinstance(message, dict) or not isinstance(message.get("content") or "", str):
-            raise ValueError(f"{where}: expected text or a list of {{'role', 'content'}} with text as content, got {str(value)[:60]!r}")
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(f"{where}: unknown role {message.get('role')!r}: use system, user or assistant")
-        if not message.get("content"):
-            raise ValueError(f"{where}: an empty {message['role']} turn")
-    return list(value)

@@ -9,7 +9,7 @@ Letters: B rows, T tokens a row.
 """
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +47,20 @@ def pack(documents: Iterable[list[int]], row_length: int, *, eos_id: int, pad_id
                 yield fullest + [pad_id] * (row_length - len(fullest))
     for row in rows:
         yield row + [pad_id] * (row_length - len(row))
+
+
+def documents_of(row: Sequence[int], *, eos_id: int, pad_id: int) -> Iterator[list[int]]:
+    """The documents of one packed row, each with its end-of-text token; a piece that was cut off stands as it is."""
+    document: list[int] = []
+    for token in row:
+        if token == pad_id:
+            break
+        document.append(token)
+        if token == eos_id:
+            yield document
+            document = []
+    if document:
+        yield document
 
 
 def to_dataset(rows: Iterable[list[int]], row_length: int, *, vocab_size: int) -> Dataset:

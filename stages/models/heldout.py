@@ -1,6 +1,7 @@
 """Loss and next-token accuracy on held-out rows, equal whatever the number of processes."""
 import math
 import tempfile
+from collections.abc import Callable, Sequence
 
 import datasets
 import evaluate
@@ -24,24 +25,32 @@ class TokenLoss(evaluate.Metric):
                                         "count": datasets.Value("int64")}))
 
     def _compute(self, *, loss_sum, correct, count):
-        tokens, rows = sum(count), len(count)
+        (loss, around_loss), (accuracy, around_accuracy) = (
+            (value, (value - 1.96 * error, value + 1.96 * error)) for value, error in (ratio(loss_sum, count), ratio(correct, count)))
+        return {"loss": loss, "ci95": around_loss, "accuracy": accuracy, "accuracy_ci95": around_accuracy, "n": sum(count)}
 
-        def ratio(sums: list[float]) -> tuple[float, tuple[float, float]]:
-            """Sum over tokens with its interval: the spread of row sums around what their length predicts (Cochran 1977, section 6.4)."""
-            value = sum(sums) / tokens
-            spread = sum((s - value * c) ** 2 for s, c in zip(sums, count, strict=True))
-            error = math.sqrt(spread / max(1, rows - 1) * rows) / tokens
-            return value, (value - 1.96 * error, value + 1.96 * error)
 
-        (loss, around_loss), (accuracy, around_accuracy) = ratio(loss_sum), ratio(correct)
-        return {"loss": loss, "ci95": around_loss, "accuracy": accuracy, "accuracy_ci95": around_accuracy, "n": tokens}
+def ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Mean over tokens of what was summed in each row, and its standard error: rows are independent, tokens of one row are not.
+
+    The error is the spread of the row sums around what their lengths predict (Cochran 1977, section 6.4).
+    """
+    tokens, rows = sum(counts), len(counts)
+    value = sum(sums) / tokens
+    spread = sum((s - value * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    return value, math.sqrt(spread / max(1, rows - 1) * rows) / tokens
 
 
 @torch.no_grad()
-def row_sums(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss sum, correct predictions and predicted tokens of each row, (B,) each, float64 and int64."""
+def row_sums(model: nn.Module, batch: dict[str, torch.Tensor], look: Callable[[torch.Tensor], None] = lambda logits: None,
+             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss sum, correct predictions and predicted tokens of each row, (B,) each, float64 and int64.
+
+    `look` is shown the logits, (B, T - 1, V), of what follows each token but the last.
+    """
     labels = batch.pop("labels")[:, 1:]
     logits = model(**batch, use_cache=False).logits[:, :-1].float()
+    look(logits)
     keep = labels != -100
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
     correct = (logits.argmax(-1) == labels) & keep
@@ -49,26 +58,38 @@ def row_sums(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Te
 
 
 def heldout(model: nn.Module, rows, collator, *, batch_size: int = 16) -> dict[str, dict]:
-    """`heldout_loss` and `heldout_accuracy` of `model` over `rows`, as manifest metrics. Call on every process.
+    """`heldout_loss` and `heldout_accuracy` of `model` over `rows`, as manifest metrics. Call on every process."""
+    return summarised(measured(model, rows, collator, batch_size=batch_size))
 
-    Each process takes every W-th row; the metric is combined through exact row sums, so the result does not depend on W.
+
+@torch.no_grad()
+def measured(model: nn.Module, rows, collator, *, batch_size: int = 16,
+             measure: Callable[..., tuple[torch.Tensor, ...]] = row_sums) -> list[list[float]]:
+    """What `measure` says of each row (by default loss sum, correct predictions, predicted tokens), in the order of the rows.
+
+    Each process takes every W-th row and all are told the whole, so the result does not depend on W. The model is in eval mode
+    meanwhile and then as it was.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
+    mine = range(rank(), len(rows), world_size())
+    found: list[tuple[int, list[float]]] = []
+    for start in range(0, len(mine), batch_size):
+        chosen = mine[start:start + batch_size]
+        batch = {key: value.to(device) for key, value in collator([rows[i] for i in chosen]).items()}
+        columns = [column.tolist() for column in measure(model, batch)]
+        found += zip(chosen, map(list, zip(*columns, strict=True)), strict=True)
+    model.train(was_training)
+    return [values for _, values in sorted(gather(found), key=lambda pair: pair[0])]
+
+
+def summarised(rows: list[list[float]]) -> dict[str, dict]:
+    """`heldout_loss` and `heldout_accuracy` of what `measured` found, as manifest metrics."""
     with tempfile.TemporaryDirectory() as cache:
         total = TokenLoss(cache_dir=cache)
-        mine = range(rank(), len(rows), world_size())
-        sums = []
-        for start in range(0, len(mine), batch_size):
-            chosen = [rows[i] for i in mine[start:start + batch_size]]
-            batch = {key: value.to(device) for key, value in collator(chosen).items()}
-            sums.append([t.tolist() for t in row_sums(model, batch)])
-        parts = gather([[x for part in sums for x in part[i]] for i in range(3)]) if sums else gather([[], [], []])
-        for i in range(0, len(parts), 3):
-            if parts[i]:
-                total.add_batch(loss_sum=parts[i], correct=parts[i + 1], count=parts[i + 2])
+        loss_sum, correct, count = zip(*rows, strict=True)
+        total.add_batch(loss_sum=list(loss_sum), correct=list(correct), count=list(count))
         result = total.compute()
-    model.train(was_training)
     return {"heldout_loss": metric(result["loss"], n=result["n"], ci95=result["ci95"]),
             "heldout_accuracy": metric(result["accuracy"], n=result["n"], ci95=result["accuracy_ci95"])}

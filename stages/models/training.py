@@ -76,6 +76,11 @@ class Resumable:
     def metrics_log(self) -> MetricsLog:
         return MetricsLog(Path(self.args.output_dir).parent / "metrics.jsonl")  # type: ignore[attr-defined]
 
+    def rewind(self, step: int) -> None:
+        """Forget what was recorded after `step` (-1: all of it), which training is about to repeat. Called on every process."""
+        if is_main():
+            self.metrics_log.rewind(step)
+
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         barrier()
@@ -134,10 +139,9 @@ def fit(trainer: Any) -> None:
         remove_incomplete(checkpoints)
     barrier()
     resume = newest_complete(checkpoints, world_size=world_size())
-    if is_main():
-        trainer.metrics_log.rewind(step_of(resume) if resume else -1)
-        if resume:
-            say(f"resuming from {resume}")
+    trainer.rewind(step_of(resume) if resume else -1)
+    if resume:
+        say(f"resuming from {resume}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
 

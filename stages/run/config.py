@@ -131,24 +131,32 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
     raise ValueError(f"{key}: got {value!r} ({type(value).__name__}), expected {describe(hint)}")
 
 
-def _unknown(key: str, known: list[str], where: str) -> ValueError:
+def unknown(key: str, known: list[str], where: str, what: str = "key") -> ValueError:
+    """The error for a key that is not among those known: it names the nearest, or all."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return ValueError(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f": choose from {', '.join(known)}"))
+    remedy = f", did you mean {near[0]!r}?" if near else f": choose from {', '.join(known)}"
+    return ValueError(f"{where}: unknown {what} {key!r}{remedy}")
 
 
-def build_config(cls: type[C], values: Mapping[str, Any], *, recipe: str = "", where: str = "config") -> C:
-    """A config from plain values. Raises ValueError naming the nearest valid key or the type wanted."""
+def fill(cls: type, values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """The given fields of a dataclass in their types. Raises ValueError naming the nearest key, the type wanted or what is missing."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     filled: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
-            raise _unknown(str(key), list(fields), where)
+            raise unknown(str(key), list(fields), where)
         filled[key] = coerce(value, hints[key], f"{where}: {key}")
     missing = [n for n, f in fields.items() if n not in filled
                and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     if missing:
         raise ValueError(f"{where}: {missing[0]} is required")
+    return filled
+
+
+def build_config(cls: type[C], values: Mapping[str, Any], *, recipe: str = "", where: str = "config") -> C:
+    """A config from plain values. Raises ValueError naming the nearest valid key or the type wanted."""
+    filled = fill(cls, values, where=where)
     recipe = filled.setdefault("recipe", recipe) or recipe or "custom"
     filled["recipe"] = recipe
     runs = os.environ.get("PLUMBLINE_RUNS", "runs")
@@ -157,7 +165,7 @@ def build_config(cls: type[C], values: Mapping[str, Any], *, recipe: str = "", w
     given = filled.get("parents", {})
     for name in given:
         if name not in cls.PARENTS:
-            raise _unknown(name, list(cls.PARENTS), f"{where}: parents")
+            raise unknown(name, list(cls.PARENTS), f"{where}: parents")
     moved = {name: path if path.startswith(f"{runs}/") or not path.startswith("runs/") else f"{runs}/{path.removeprefix('runs/')}"
              for name, path in given.items()}
     filled["parents"] = {name: moved.get(name, f"{home}/{name}") for name in cls.PARENTS}

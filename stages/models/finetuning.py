@@ -1,0 +1,322 @@
+"""Supervised fine-tuning on TRL's SFTTrainer: full, LoRA and its kin; batches without padding; remedies against forgetting.
+
+Rows come encoded (`input_ids` and `labels`, -100 where no loss falls), so what carries loss is decided once, in stages/data/turns.py.
+
+Where documents can be attended to one by one (on CPU through stages/models/attention.py, on GPUs through FlashAttention), the
+dialogues of a batch lie behind one another in a single row: no padding is computed, and losses and gradients are those of
+separate rows. `packing` fills rows of `max_length` with several dialogues besides, so that every step has about as many tokens.
+"""
+import copy
+import importlib.util
+import json
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, PeftType
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTConfig as TrlSftConfig
+from trl import SFTTrainer
+
+from stages.data.tokenizer import ASSISTANT, END, EOS, SYSTEM, USER
+from stages.models.attention import DOCUMENTS
+from stages.models.forgetting import Watch
+from stages.models.training import Resumable, fit, is_main, share_batch, training_arguments, world_size
+from stages.run.config import StageConfig, option
+from stages.run.manifest import say
+
+METHODS = ("full", "lora", "qlora")
+BASE_FILE = "base.json"  # beside an adapter: the hash of the model that it belongs to
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig(StageConfig):
+    """How a model is fine-tuned, whatever the dialogues."""
+
+    max_length: int = option(512, "tokens of the longest dialogue; longer ones are cut and counted")
+    method: str = option("lora", "lora: adapters on all linear layers; full: all weights; qlora: lora on a base in 4 bits "
+                         "(bitsandbytes); or another method of peft by its name, such as ia3 or vera")
+    lora_rank: int = option(16, "rank of the adapters")
+    lora_alpha: int = option(32, "scale of the adapters")
+    peft: dict[str, Any] = option({}, "more of the method's settings under peft's own names, such as {use_dora: true}")
+    learning_rate: float = option(2e-3, "peak learning rate (full tuning wants about a tenth)")
+    epochs: float = option(2.0, "passes over the training dialogues")
+    batch_size: int = option(16, "dialogues a step, over all processes (with packing: rows of max_length)")
+    micro_batch_size: int | None = option(None, "dialogues a forward pass and process (default: all)")
+    warmup_share: float = option(0.05, "share of the steps with a rising learning rate; it then falls linearly")
+    packing: bool = option(False, "fill rows of max_length with several dialogues, which do not see one another")
+    neftune_alpha: float = option(0.0, "size of noise on the embeddings while training (NEFTune, Jain et al. 2023: 5; 0: none)")
+    kl_coef: float = option(0.0, "weight of KL(base || tuned) on the training dialogues' tokens, against forgetting (0: none)")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    attn_implementation: str = option("auto", "attention in training; auto: documents on CPU, flash_attention_2 on a GPU that has it, "
+                                      "else sdpa on padded rows", recorded_only=True)
+
+
+class DialogueCollator:
+    """Encoded dialogues to `input_ids`, `labels`, `position_ids`, (B, T) int64 each, padded at the right; labels are -100 there.
+
+    No mask: what pads a row comes after all of it, and attention is causal.
+    """
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def padded(key: str, filler: int) -> Tensor:
+            return torch.tensor([[*row[key], *[filler] * (longest - len(row[key]))] for row in rows])
+
+        return {"input_ids": padded("input_ids", self.pad_id), "labels": padded("labels", -100),
+                "position_ids": torch.arange(longest).expand(len(rows), -1)}
+
+
+class FineTuner(Resumable, SFTTrainer):
+    """SFTTrainer that watches what it forgets, and can hold on to its base.
+
+    Validation loss is a mean over tokens; Trainer's own is one over batches and moves with their division. `looks` are steps at
+    which to look besides the regular ones; `patience` looks in a row that lie above the lowest validation loss end the training.
+    """
+
+    def __init__(self, *, model: Any, watch: Watch, kl_coef: float = 0.0, patience: int = 0, looks: Sequence[int] = (), **kwargs):
+        self.watch, self.kl_coef, self.patience = watch, kl_coef, patience
+        adapted = kwargs.get("peft_config") is not None or isinstance(model, PeftModel)
+        self.frozen = copy.deepcopy(model).requires_grad_(False).eval() if kl_coef and not adapted else None
+        super().__init__(model=model, **kwargs)
+        if looks:
+            self.add_callback(_LookAt(looks))
+
+    @property
+    def num_trainable(self) -> int:
+        model: Any = self.model
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def rewind(self, step: int) -> None:
+        super().rewind(step)
+        self.watch.rewind(step)
+
+    def evaluate(self, *args, **kwargs):
+        logs = self.watch.look(self.model, self.state.global_step)
+        self.model.eval()  # by this SFTTrainer.log tells training from evaluation
+        self.log(logs)
+        self.model.train()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        if self.state.global_step:
+            self._tidy()
+            if self.patience and self.watch.worse_in_a_row() >= self.patience:
+                say(f"stopping early: the last {self.patience} looks at the validation set are above the lowest beyond their noise")
+                self.control.should_training_stop = True
+        return logs
+
+    def _tidy(self) -> None:
+        """Remove checkpoints that can no longer be recommended: the lowest loss only falls. The newest stays, to continue from."""
+        folders = {int(p.name.rsplit("-", 1)[1]): p for p in Path(str(self.args.output_dir)).glob("checkpoint-*")}
+        _, equal = self.watch.recommended()
+        for step in set(folders) - set(equal) - {max(folders, default=0)} if is_main() else ():
+            shutil.rmtree(folders[step])
+
+    def load_step(self, step: int) -> None:
+        """Put the weights of a checkpoint of this run into the model, whatever engine holds them."""
+        if step != self.state.global_step:
+            self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{step}"
+            self._load_best_model()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss; with `kl_coef`, plus that times KL(base || model) summed over all tokens, a loss-bearing token.
+
+        Distillation from the model as it was, on the new task's inputs (Li & Hoiem 2016, Learning without forgetting).
+        """
+        if not self.kl_coef:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")[:, 1:]
+        real = inputs["attention_mask"][:, 1:].bool() if "attention_mask" in inputs else torch.ones_like(labels, dtype=torch.bool)
+        if "position_ids" in inputs:
+            real = real & (inputs["position_ids"][:, 1:] != 0)  # the first token of a dialogue follows nothing
+        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+        with torch.no_grad():
+            base = self._base_logits(inputs)[:, :-1].float().log_softmax(-1)
+        kept = labels != -100
+        count = kept.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        nll = nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum")
+        kl = nn.functional.kl_div(logits[real].log_softmax(-1), base[real], reduction="sum", log_target=True)
+        self._metrics["train"]["kl_to_base"].append(float(kl.detach() / real.sum().clamp(min=1)))
+        loss = (nll + self.kl_coef * kl) / count.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # as SFTTrainer: the count is of all ranks, whose gradients DDP averages
+        return loss
+
+    def _base_logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        if self.frozen is not None:
+            return self.frozen.to(self.args.device)(**inputs, use_cache=False).logits
+        model: Any = self.accelerator.unwrap_model(self.model)
+        with model.disable_adapter():
+            return model(**inputs, use_cache=False).logits
+
+
+class _LookAt(TrainerCallback):
+    def __init__(self, steps: Sequence[int]):
+        self.steps = frozenset(steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.steps:
+            control.should_evaluate = control.should_save = True
+
+
+def load_base(path: Path, config: TuningConfig) -> PreTrainedModel:
+    """The model to tune. Raises ValueError for a method that is not known, or that this machine cannot run."""
+    if config.method not in METHODS and config.method.upper() not in PeftType.__members__:
+        raise ValueError(f"unknown method {config.method!r}: choose full, lora, qlora, or one of peft's: "
+                         f"{', '.join(sorted(name.lower() for name in PeftType.__members__))}")
+    if config.method != "qlora":
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("method qlora needs bitsandbytes (pip install bitsandbytes) and, to be of use, a GPU: set method: lora here")
+    from transformers import BitsAndBytesConfig
+
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                   bnb_4bit_compute_dtype=torch.bfloat16)  # Dettmers et al. 2023, section 3
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=four_bits)
+
+
+@torch.no_grad()
+def give_meaning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Start the chat tokens, which pretraining never saw, where the words stand that did their work in "Question: ... Answer: ...".
+
+    From random rows the adapters first have to undo the noise, and what the base could do is lost on the way (LOG.md).
+    Averaging over the words' tokens follows Hewitt 2021 (Initializing new word embeddings).
+    """
+    ends = [model.get_input_embeddings().weight] + ([] if model.config.tie_word_embeddings else [model.get_output_embeddings().weight])
+    for token, word in {SYSTEM: "Question", USER: "Question", ASSISTANT: ":", END: EOS}.items():
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        for weight in ends:
+            weight[tokenizer.convert_tokens_to_ids(token)] = weight[ids].mean(0)
+
+
+def adapter(config: TuningConfig, new_tokens: Sequence[int], tied: bool) -> PeftConfig:
+    """The adapters: on all linear layers, with rows of new tokens trained at both ends where the method allows it.
+
+    An untied head trains whole: TRL multiplies by `lm_head.weight` itself, so rows trained through peft's wrapper would be passed
+    over. Raises ValueError for a setting that the method does not have.
+    """
+    lora = config.method in ("lora", "qlora")
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType["LORA" if lora else config.method.upper()]]
+    known = kind.__dataclass_fields__
+    if unknown := sorted(set(config.peft) - set(known)):
+        raise ValueError(f"peft: {config.method} has no setting {unknown[0]!r}: it has {', '.join(sorted(known))}")
+    given: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if lora:
+        given |= {"r": config.lora_rank, "lora_alpha": config.lora_alpha}
+    if new_tokens:
+        given |= {"trainable_token_indices": {"embed_tokens": list(new_tokens)}} if "trainable_token_indices" in known else {
+            "modules_to_save": ["embed_tokens"]}
+        if not tied:
+            given["modules_to_save"] = [*given.get("modules_to_save", []), "lm_head"]
+    return kind(**{key: value for key, value in (given | config.peft).items() if key in known})
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path, base_hash: str) -> PeftModel:
+    """An adapter to go on training, put on the base it belongs to.
+
+    Raises ValueError for a folder without one, and for one that was trained on another base.
+    """
+    try:
+        mark = Path(folder) / BASE_FILE
+        trained_on = json.loads(mark.read_text(encoding="utf-8"))["sha256"] if mark.is_file() else base_hash
+        if trained_on != base_hash:
+            raise ValueError(f"the adapter in {folder} was trained on another base ({trained_on[:19]}) than the one given "
+                             f"({base_hash[:19]}): set parents.pretrain to the run that it belongs to")
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    except (OSError, RuntimeError) as error:  # peft: no adapter_config.json; torch: sizes that differ
+        raise ValueError(f"the adapter in {folder} does not fit the base: {' '.join(str(error).split())[:200]}") from None
+
+
+def save_adapter(model: PeftModel, folder: Path, base_hash: str) -> None:
+    model.save_pretrained(str(folder))
+    (folder / BASE_FILE).write_text(json.dumps({"sha256": base_hash}) + "\n", encoding="utf-8")
+
+
+def merged(model: Any, config: TuningConfig, base_path: Path, adapter_path: Path, prepare) -> PreTrainedModel:
+    """The tuned model without adapters. Of a base in 4 bits, a whole one takes their place: merged into 4 bits they would be rounded.
+
+    `prepare` is done to that base before the adapters are put on it.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    if config.method != "qlora":
+        return model.merge_and_unload()
+    base = AutoModelForCausalLM.from_pretrained(base_path, dtype="auto")
+    prepare(base)
+    return PeftModel.from_pretrained(base, adapter_path).merge_and_unload()
+
+
+@torch.no_grad()
+def average(model: nn.Module, base: Mapping[str, Tensor], share: float) -> None:
+    """Set `model` to base + share x (model - base), weight by weight (WiSE-FT, Wortsman et al. 2022, section 3)."""
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point():
+            weight.lerp_(base[name].to(weight), 1 - share)
+
+
+def in_blocks(blocks: Sequence[Sequence[dict]], epochs: float, seed: int) -> tuple[list[dict], list[int]]:
+    """Rows of all epochs of each block in turn, shuffled anew in each epoch, and how many rows there are by the end of each block."""
+    rows: list[dict] = []
+    ends = []
+    for number, block in enumerate(blocks):
+        rng = random.Random(f"blocks:{seed}:{number}")
+        wanted = round(len(block) * epochs)
+        end = len(rows) + wanted
+        while len(rows) < end:
+            rows += rng.sample(block, len(block))[:end - len(rows)]
+        ends.append(end)
+    return rows, ends
+
+
+def attention_of(config: TuningConfig) -> str:
+    if config.attn_implementation != "auto":
+        return config.attn_implementation
+    if not torch.cuda.is_available():
+        return DOCUMENTS
+    return "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+
+
+def tune(model: Any, tokenizer: PreTrainedTokenizerBase, config: TuningConfig, *, run: Any, train: Sequence[Mapping[str, Any]],
+         watch: Watch, evaluations: int, peft_config: PeftConfig | None, in_order: bool = False, look_at: Sequence[int] = (),
+         patience: int = 0) -> FineTuner:
+    """Train on encoded rows and return the trainer, the model at its last step. Interrupted, it continues from `run.directory`.
+
+    `evaluations` looks are spread over the steps, with a checkpoint each; `in_order` trains on the rows as they stand, once, instead
+    of `epochs` shuffled passes. Raises ValueError for batches that do not divide.
+    """
+    local = share_batch(config.batch_size, world_size(), "batch_size")
+    micro = min(config.micro_batch_size or local, local)
+    if local % micro:
+        raise ValueError(f"{local} dialogues a process do not divide into micro batches of {micro}: set micro_batch_size to a divisor")
+    attention = attention_of(config)
+    model.set_attn_implementation(attention)
+    data = datasets.Dataset.from_list([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in train])
+    trainer = FineTuner(
+        model=model, processing_class=tokenizer, train_dataset=data, eval_dataset=data.select(range(1)), peft_config=peft_config,
+        watch=watch, kl_coef=config.kl_coef, patience=patience, looks=look_at,
+        args=TrlSftConfig(**training_arguments(
+            run, seed=config.seed, report_to=config.report_to, logging_steps=1, save_steps=1, save_total_limit=None, eval_steps=1,
+            eval_strategy="steps", eval_on_start=True, per_device_train_batch_size=micro, gradient_accumulation_steps=local // micro,
+            learning_rate=config.learning_rate, lr_scheduler_type="linear", num_train_epochs=1 if in_order else config.epochs,
+            max_length=config.max_length if config.packing else None, packing=config.packing, eval_packing=False,
+            padding_free=config.packing or attention in (DOCUMENTS, "flash_attention_2"),
+            neftune_noise_alpha=config.neftune_alpha or None, gradient_checkpointing=config.gradient_checkpointing, max_grad_norm=1.0,
+            weight_decay=0.0, **({"train_sampling_strategy": "sequential"} if in_order else {}))))
+    arguments, rows = trainer.args, len(trainer.train_dataset)  # type: ignore[arg-type]
+    steps = max(1, int(rows * arguments.num_train_epochs / config.batch_size))  # packing alone knows its rows
+    arguments.logging_steps, arguments.warmup_steps = max(1, steps // 25), max(1, int(steps * config.warmup_share))
+    arguments.eval_steps = arguments.save_steps = max(1, steps // evaluations)
+    fit(trainer)
+    if watch.points[-1]["step"] != trainer.state.global_step:
+        trainer.evaluate()
+    trainer.accelerator.unwrap_model(trainer.model_wrapped).set_attn_implementation("sdpa")
+    return trainer
