@@ -24,13 +24,13 @@ GROUP_reward_model := rlhf
 GROUP_ppo := rlhf
 GROUP_evaluation := evaluate
 
-.PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rlhf evaluation evaluate report times test test-quick check plan \
+.PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test test-quick check plan \
 	study-sc study-seeds study-sft bench-sft clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -hE '^[a-z][a-zA-Z_-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -hE '^[a-z][a-zA-Z_-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 	@echo; echo "RECIPE=$(RECIPE)  ACCELERATE=$(ACCELERATE)  ARGS='--key value ...' overrides settings of the stages named"
 
 .venv/.installed: requirements.lock pyproject.toml
@@ -63,6 +63,9 @@ reward_model: setup ## train the reward model on the rankings
 ppo: setup ## PPO against the reward model
 	$(call STAGE,ppo)
 
+rejection_sampling: setup ## PPO's baseline: sample K, keep the best, fine-tune again
+	$(call STAGE,rejection_sampling)
+
 rlhf: preferences reward_model ppo times ## preferences, reward_model, ppo
 
 evaluation: setup ## the same as evaluate
@@ -88,6 +91,9 @@ study-seeds: setup ## the whole road at seeds 0, 1 and 2, averaged (over an hour
 
 study-sft: setup ## what fine-tuning teaches and forgets: methods and remedies over seeds (half an hour; needs make prepare)
 	$(PY) -m stages.evals.study_sft $(ARGS)
+
+bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, and TRL's own trainer (needs make prepare)
+	$(PY) -m stages.evals.bench_sft $(ARGS)
 
 test: setup ## all tests, one full pass of the smoke recipe included
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q

@@ -49,7 +49,8 @@ class SftConfig(TuningConfig):
     bad_rows: Literal["stop", "drop"] = option("stop", "a row that cannot be trained on: stop there, or leave it out, count and list it")
     repeats: Literal["report", "drop", "ignore"] = option("report", "near-duplicates among training rows, and rows that hold a question "
                                                           "of an evaluation set: count and list, leave out too, or do not look")
-    evaluation_sets: list[str] = option([], "sets to look for in the training rows, as format:source; benchmarks and validation are anyway")
+    evaluation_sets: list[str] = option([], "sets to look for in the training rows, as format:source; benchmarks and validation are anyway",
+                                        recorded_only=True)
     completion_only: bool = option(True, "loss on the assistant's turns alone (false: on all of a dialogue)")
     order: Literal["mixed", "sequence"] = option("mixed", "sequence: one source after the other; what later ones cost "
                                                   "earlier ones is measured")
@@ -57,7 +58,7 @@ class SftConfig(TuningConfig):
     average: float = option(1.0, "weight of the tuned model in the average with its base that becomes the product, against forgetting")
     adapter: str | None = option(None, "folder of a LoRA adapter of this base to go on training")
     evaluations: int = option(5, "looks at validation loss and forgetting over the run, each with a checkpoint")
-    watch_share: float = option(0.1, "what these looks may cost, as a share of the training's work; it sets how many rows they read")
+    watch_share: float = option(0.08, "what these looks may cost, as a share of the training's work; it sets how many rows they read")
     patience: int = option(2, "looks in a row above the lowest validation loss, beyond noise, that end the training (0: never)")
     keep: Literal["recommended", "last"] = option("recommended", "checkpoint that becomes the product; recommended: of those that "
                                                   "learned as much as the best, the one that forgot least")
@@ -77,6 +78,7 @@ def main(config: SftConfig) -> Manifest:
              for spec in config.benchmarks]
     evaluation_sets = [load_task(spec, problems=Path(), difficulties=[], num_problems=0, seed=0) for spec in config.evaluation_sets]
     run = Run(config, inputs=corpora.hash_inputs([s.data for s in sources if s.data not in dialogues.GENERATED])
+              | {f"evaluation set {task.name}": hash_data(task.rows) for task in evaluation_sets}
               | {f"benchmark {task.name}": hash_data(task.rows) for task in tasks})
     if run.finished:
         return run.manifest
@@ -101,7 +103,7 @@ def main(config: SftConfig) -> Manifest:
     tell(run, mixture.counts, dropped, [] if config.repeats == "drop" else found, lengths)
     if not train or not validation:
         raise ValueError(f"{len(train)} training and {len(validation)} validation dialogues are left of {len(rows)}: "
-                         f"see {run.directory}/dropped.jsonl, or raise max_length ({config.max_length})")
+                         f"see {run.directory}/findings.jsonl, or raise max_length ({config.max_length})")
     random.Random(f"validation:{config.seed}").shuffle(validation)  # of several sources, each look reads some of all
     datasets.disable_progress_bars()
     datasets.disable_caching()  # the cache is keyed by the pickled function, not by what it calls
@@ -177,6 +179,9 @@ def main(config: SftConfig) -> Manifest:
     gap = mean(learned) - mean(seen)
     metrics = {"validation_loss": summarised(learned)["heldout_loss"], "training_loss": summarised(seen)["heldout_loss"],
                "validation_gap": metric(gap, n=int(sum(row[2] for row in learned)))}
+    if len(sources) > 1:
+        metrics |= {f"validation_loss/{s.name}": summarised([row for row, of in zip(learned, validation, strict=True)
+                                                             if of["source"] == s.name])["heldout_loss"] for s in sources}
     after = examine(product)
     metrics |= summary(before, "before") | summary(after, "after") | changes(before, after)
     if neutral:
@@ -218,8 +223,8 @@ def check_fit(tokenizer, model, config: SftConfig) -> None:
 
 def tell(run: Run, counts: dict[str, dict[str, int]], dropped: list[dict], found: list[dict], lengths: turns.Lengths) -> None:
     """What is trained on, what was left out and why, before training starts; every row left out or found is in findings.jsonl."""
-    say(table(["source", "read", "dropped", "train", "repeated", "validation"],
-              [[name, *(f"{of[key]:,}" for key in ("read", "dropped", "train", "repeated", "validation"))] for name, of in counts.items()]))
+    columns = ("read", "filtered", "dropped", "train", "repeated", "validation")
+    say(table(["source", *columns], [[name, *(f"{of[key]:,}" for key in columns)] for name, of in counts.items()]))
     for rows, what in ((dropped, "left out"), (found, "found, and kept")):
         for row in rows[:SHOWN_DROPS]:
             say(f"{what}: {row['where']}: {row['reason']}")

@@ -50,7 +50,8 @@ class Recipe:
 
 
 PARENTS = {"prepare": (), "scaling": ("prepare",), "pretrain": ("prepare",), "sft": ("pretrain",), "preferences": ("sft",),
-           "reward_model": ("preferences",), "ppo": ("reward_model",), "evaluation": ("ppo",), "report": ("scaling", "evaluation")}
+           "reward_model": ("preferences",), "ppo": ("reward_model",), "rejection_sampling": ("reward_model",),
+           "evaluation": ("ppo",), "report": ("scaling", "evaluation")}
 
 
 @pytest.fixture(scope="session")

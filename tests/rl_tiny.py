@@ -1,4 +1,6 @@
-"""Tiny random models, a tokenizer of letters and a trainer, for the tests of stages/rl."""
+"""Tiny random models, a tokenizer of letters, a trainer and parents of a stage, for the tests of stages/rl."""
+import json
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -11,8 +13,15 @@ from transformers import (
     TrainingArguments,
 )
 
+from stages.data import curriculum
+from stages.data.packing import pack, to_dataset
+from stages.data.tokenizer import END as TURN_END
+from stages.data.tokenizer import EOS, train_tokenizer
+from stages.models.sizes import decoder_config
+from stages.models.training import save_model
 from stages.rl.models import PolicyWithCritic
 from stages.rl.trainer import PpoSettings, PPOTrainer
+from stages.run.manifest import write_json
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PAD, END = 0, 1
@@ -67,3 +76,28 @@ def trainer(directory: Path, *, iterations: int = 2, world: int = 1, reward=None
             "learning_rate": learning_rate, "logging_steps": steps, "save_steps": save_iterations * steps, "disable_tqdm": True,
             "remove_unused_columns": False, "dataloader_pin_memory": False, **(arguments or {})}),
         settings, prompts=prompts(), reward=reward or function_reward("tests.rl_tiny:early_letters"), tokenizer=tokenizer(), judge=judge)
+
+
+def write_parents(root: Path) -> Path:
+    """Folders of prepare, sft and reward_model with a real tokenizer and random models."""
+    texts = [row["text"] for row in islice(curriculum.documents(0), 300)]
+    bpe = train_tokenizer(texts, vocab_size=400)
+    rows = pack([bpe(text)["input_ids"] for text in texts[:12]], 128, eos_id=bpe.eos_token_id, pad_id=bpe.pad_token_id)
+    to_dataset(rows, 128, vocab_size=len(bpe)).save_to_disk(str(root / "prepare" / "tokens" / "heldout"))
+    assert bpe.eos_token == EOS
+    bpe.eos_token = TURN_END
+    model = decoder_config(bpe, hidden_size=32, num_layers=2, num_heads=2, context_length=160)
+    model.eos_token_id = bpe.eos_token_id
+    torch.manual_seed(0)
+    save_model(AutoModelForCausalLM.from_config(model), bpe, root / "sft" / "model")
+    model.num_labels, model.score_mean, model.score_std = 1, 0.1, 0.5
+    save_model(AutoModelForSequenceClassification.from_config(model), bpe, root / "reward_model" / "model")
+    (root / "prepare" / "problems").mkdir()
+    for split in ("ppo", "validation"):
+        lines = [json.dumps(p.as_row()) + "\n" for p in islice(curriculum.problems(0, split=split), 20)]
+        (root / "prepare" / "problems" / f"{split}.jsonl").write_text("".join(lines))
+    for stage, products in (("prepare", ("problems", "tokens")), ("sft", ("model",)), ("reward_model", ("model",))):
+        write_json(root / stage / "manifest.json", {
+            "stage": stage, "fingerprint": f"sha256:{stage}", "config": {}, "counts": {}, "metrics": {},
+            "products": {product: {"path": product, "sha256": ""} for product in products}})
+    return root

@@ -85,7 +85,7 @@ def test_two_processes_train_as_one(smoke, stage, tmp_path):
 
 
 @pytest.mark.parametrize(("stage", "moment"), [
-    ("pretrain", "step:17"), ("pretrain", "save:2"), ("pretrain", "finish"),
+    ("pretrain", "step:17"), ("pretrain", "save:2"), ("pretrain", "finish"), ("sft", "step:4"), ("sft", "save:2"),
     ("ppo", "step:4"), ("ppo", "save:1"), ("ppo", "finish")])
 def test_a_killed_run_continues_as_if_nothing_had_happened(smoke, stage, moment, tmp_path):
     whole = smoke.path(stage)

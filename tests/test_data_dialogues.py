@@ -129,7 +129,7 @@ def talk(*said):
     ({"text": 5}, {}, "text is not text but 5"),
     ({"prompt": 5, "completion": "a"}, {}, "expected text or a list of {'role', 'content'}, got 5"),
     ({"prompt": {"role": "user", "content": "q"}, "completion": "a"}, {}, "expected text or a list of {'role', 'content'}, got {'role'"),
-    ({"prompt": ["q"], "completion": "a"}, {}, "expected text or a list of {'role', 'content'}, got ['q']"),
+    ({"prompt": ["q", 5], "completion": "a"}, {}, "expected text or a list of {'role', 'content'}, got ['q', 5]"),
     ({"messages": "hello"}, {}, "expected a list of {'role', 'content'}, got 'hello'"),
     (talk(("user", [{"type": "text", "text": "q"}]), ("assistant", "a")), {}, "the content of a turn (user) is not text but [{'type'"),
     (talk(("user", "q"), ("bot", "a")), {}, "unknown role 'bot': use system, user or assistant"),
@@ -155,7 +155,8 @@ def test_a_bad_row_stops_with_file_and_line_or_is_dropped_and_listed(tmp_path, r
     if good and set(row) <= {"prompt", "completion"}:
         write(tmp_path / "a.jsonl", [good, row, good])
         mixture = read([{"data": path, "columns": columns}], bad_rows="drop")
-        assert len(mixture.train) == 2 and mixture.counts["a"] == {"read": 3, "dropped": 1, "train": 2, "repeated": 0, "validation": 0}
+        assert len(mixture.train) == 2
+        assert mixture.counts["a"] == {"read": 3, "filtered": 0, "dropped": 1, "train": 2, "repeated": 0, "validation": 0}
         (dropped,) = mixture.dropped
         assert dropped["where"] == f"{path}, line 2" and dropped["reason"].startswith(reason[:20]) and dropped["source"] == "a"
 
@@ -186,8 +187,8 @@ def test_files_of_every_kind(tmp_path):
 def test_weights_divide_the_rows_and_short_sources_repeat(tmp_path):
     data = [{"data": numbered(tmp_path / "a.jsonl", 10, "a"), "weight": 3}, {"data": numbered(tmp_path / "b.jsonl", 100, "b")}]
     mixture = read(data, num_rows=42, validation_rows=4)
-    assert mixture.counts == {"a": {"read": 10, "dropped": 0, "train": 32, "repeated": 25, "validation": 3},
-                              "b": {"read": 100, "dropped": 0, "train": 10, "repeated": 0, "validation": 1}}
+    assert mixture.counts == {"a": {"read": 10, "filtered": 0, "dropped": 0, "train": 32, "repeated": 25, "validation": 3},
+                              "b": {"read": 100, "filtered": 0, "dropped": 0, "train": 10, "repeated": 0, "validation": 1}}
     assert [row["source"] for row in mixture.train] == ["a"] * 32 + ["b"] * 10  # 31.5 and 10.5: the tie goes to the first
     asked = [row["messages"][0]["content"] for row in mixture.train]
     first, second = asked[:7], asked[7:14]
@@ -263,3 +264,17 @@ def test_names_of_sources():
     given = [{"data": data} for data in ("curriculum", "instructions", "d/a.jsonl.gz", "d/b.csv", "org/set", "d/*.json", "recipes")]
     assert [s.name for s in parse_sources(given)] == ["curriculum", "instructions", "a", "b", "org/set", "d/*.json", "recipes"]
     assert parse_sources([{"data": "org/set", "name": "n", "weight": 2}])[0] == Source(data="org/set", name="n", weight=2.0)
+
+
+def test_rows_are_kept_by_their_columns_and_a_list_of_lines_is_one_turn(tmp_path):
+    rows = [{"input": f"q{i}", "steps": [f"one {i}", "two"], "mistake_index": None if i % 2 else 0} for i in range(6)]
+    path = tmp_path / "steps.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"data": str(path), "columns": {"prompt": "input", "completion": "steps"}, "where": {"mistake_index": None}}
+    mixture = read([source], validation_rows=1)
+    assert [row["messages"][1]["content"] for row in mixture.train] == ["one 1\ntwo", "one 3\ntwo"]
+    assert mixture.counts["steps"] == {"read": 6, "filtered": 3, "dropped": 0, "train": 2, "repeated": 0, "validation": 1}
+    with pytest.raises(ValueError, match=r"no column 'mistake' for where: it has input, steps, mistake_index"):
+        read([source | {"where": {"mistake": None}}])
+    with pytest.raises(ValueError, match=r"steps.jsonl has no rows where {'mistake_index': 7}"):
+        read([source | {"where": {"mistake_index": 7}}])

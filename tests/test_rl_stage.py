@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from prompts.templates import BENCHMARK_CUES
 from stages import ppo
-from stages.data import curriculum
-from stages.data.tokenizer import END, train_tokenizer
-from stages.models.sizes import decoder_config
-from stages.models.training import save_model
+from stages.data.tokenizer import END
 from stages.ppo import PpoConfig, main, own_problems
 from stages.run.config import load_config
-from stages.run.manifest import write_json
+from tests.rl_tiny import write_parents
 
 ROOT = Path(__file__).parent.parent
 FLAGS = {"iterations": 4, "rollout-batch": 8, "minibatches": 2, "micro-batch-size": 2, "max-new-tokens": 8, "save-iterations": 1,
@@ -30,25 +26,7 @@ FLAGS = {"iterations": 4, "rollout-batch": 8, "minibatches": 2, "micro-batch-siz
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory) -> Path:
     """Folders of prepare, sft and reward_model with a real tokenizer and random models."""
-    root = tmp_path_factory.mktemp("runs")
-    texts = [row["text"] for row in islice(curriculum.documents(0), 300)]
-    tokenizer = train_tokenizer(texts, vocab_size=400)
-    tokenizer.eos_token = END
-    config = decoder_config(tokenizer, hidden_size=32, num_layers=2, num_heads=2, context_length=160)
-    config.eos_token_id = tokenizer.convert_tokens_to_ids(END)
-    torch.manual_seed(0)
-    save_model(AutoModelForCausalLM.from_config(config), tokenizer, root / "sft" / "model")
-    config.num_labels, config.score_mean, config.score_std = 1, 0.1, 0.5
-    save_model(AutoModelForSequenceClassification.from_config(config), tokenizer, root / "reward_model" / "model")
-    (root / "prepare" / "problems").mkdir(parents=True)
-    for split in ("ppo", "validation"):
-        rows = [p.as_row() for p in islice(curriculum.problems(0, split=split), 20)]
-        (root / "prepare" / "problems" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    for stage, product in (("prepare", "problems"), ("sft", "model"), ("reward_model", "model")):
-        write_json(root / stage / "manifest.json", {
-            "stage": stage, "fingerprint": f"sha256:{stage}", "config": {}, "counts": {}, "metrics": {},
-            "products": {product: {"path": product, "sha256": ""}}})
-    return root
+    return write_parents(tmp_path_factory.mktemp("runs"))
 
 
 def command(parents: Path, run_dir: Path, *launcher: str, **flags) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from reward.preferences import TURN, dialogue
 from stages.data import corpora, curriculum
-from stages.data.instructions import instructions
+from stages.data.instructions import KINDS, instructions
 from stages.data.problems import read_problems
 from stages.run.config import fill, unknown
 
@@ -23,22 +23,24 @@ FORMATS = {  # roles of columns that a row needs; the order decides where a row 
     "chosen": ("chosen",), "text": ("text",)}
 OPTIONAL = {"instruction": ("input",), "chosen": ("prompt",)}
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}  # the last two: ShareGPT
-GENERATED = {"curriculum": ("tasks", "worked_share", "few_shot_share"), "instructions": ()}
-READ = ("format", "columns", "hub_config", "hub_split")
+GENERATED = {"curriculum": ("tasks", "worked_share", "few_shot_share"), "instructions": ("tasks",)}
+READ = ("format", "columns", "where", "hub_config", "hub_split")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """One part of a mixture: `data` is `curriculum`, `instructions`, a local file, folder or glob, or a hub dataset id.
 
-    `columns` maps a column's role to its name in the file ({prompt: question}). `tasks` (empty: all) and the two shares are the
-    curriculum's: of dialogues with worked steps, and of those that begin with examples as earlier turns.
+    `columns` maps a column's role to its name in the file ({prompt: question}); `where` keeps the rows whose columns equal its values
+    ({is_correct: true}) and counts the others as filtered. `tasks` (empty: all) are the curriculum's, or kinds of instructions; the two
+    shares are the curriculum's: of dialogues with worked steps, and of those that begin with examples as earlier turns.
     """
 
     data: str
     name: str = ""
     format: Literal["auto", "prompt_completion", "messages", "instruction", "chosen", "text"] = "auto"
     columns: dict[str, str] = field(default_factory=dict)
+    where: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
     hub_config: str | None = None
     hub_split: str = "train"
@@ -51,7 +53,8 @@ class Source:
 class Mixture:
     """`train` and `validation` source by source in the order given; `dropped` rows as `{"where", "reason", "source"}`.
 
-    `counts` by source: rows read, dropped, trained on, of these repeats of a row (or problem) that is there already, and validated on.
+    `counts` by source: rows read, filtered, dropped, trained on, of these repeats of a row (or problem) that is there already, and
+    validated on.
     """
 
     train: list[Row]
@@ -93,9 +96,10 @@ def _check_values(source: Source, place: str) -> None:
     for key in ("worked_share", "few_shot_share"):
         if not 0 <= getattr(source, key) <= 1:
             raise ValueError(f"{place}: {key} {getattr(source, key)} must lie between 0 and 1")
+    tasks = KINDS if source.data == "instructions" else tuple(curriculum.TASKS)
     for task in source.tasks:
-        if task not in curriculum.TASKS:
-            raise unknown(task, list(curriculum.TASKS), f"{place}: tasks", "task")
+        if task not in tasks:
+            raise unknown(task, list(tasks), f"{place}: tasks", "task")
     known = _roles(source.format) if source.format != "auto" else list(dict.fromkeys(r for f in FORMATS for r in _roles(f)))
     for role in source.columns:
         if role not in known:
@@ -124,10 +128,11 @@ def read(sources: Sequence[Source], *, problems: Path | None, seed: int, num_row
     held = apportion(validation_rows, weights)
     shares = apportion(num_rows, weights)
     pools: dict[str, list[Row]] = {}
+    filtered: dict[str, int] = {}
     for source, share, out in zip(sources, shares, held, strict=True):
         if source.data not in GENERATED:
             limit = max(1, share + out) if num_rows and not corpora.is_local(source.data) else None
-            pools[source.name], bad = _read_source(source, limit, bad_rows)
+            pools[source.name], bad, filtered[source.name] = _read_source(source, limit, bad_rows)
             dropped += bad
             if len(pools[source.name]) <= out:
                 raise ValueError(f"{source.data} has {len(pools[source.name])} rows that can be used ({len(bad)} dropped), not more than "
@@ -151,7 +156,8 @@ def read(sources: Sequence[Source], *, problems: Path | None, seed: int, num_row
         mixture.train.extend(train)
         mixture.validation.extend(validation)
         mixture.counts[source.name] = {
-            "read": len(pools[source.name]) + bad_count if source.name in pools else len(train) + len(validation), "dropped": bad_count,
+            "read": len(pools[source.name]) + bad_count + filtered[source.name] if source.name in pools else len(train) + len(validation),
+            "filtered": filtered.get(source.name, 0), "dropped": bad_count,
             "train": len(train), "repeated": len(train) - len({row["id"] for row in train}), "validation": len(validation)}
     return mixture
 
@@ -173,14 +179,19 @@ def _take(rows: list[Row], count: int, rng: random.Random) -> list[Row]:
     return taken
 
 
-def _read_source(source: Source, limit: int | None, bad_rows: str) -> tuple[list[Row], list[dict[str, str]]]:
+def _read_source(source: Source, limit: int | None, bad_rows: str) -> tuple[list[Row], list[dict[str, str]], int]:
     rows: list[Row] = []
     dropped: list[dict[str, str]] = []
-    format: str = source.format
+    filtered, format = 0, str(source.format)
     for where, raw in corpora.source_rows(source.data, source.hub_config, source.hub_split):
         if len(rows) == limit:
             break
         try:
+            if missing := [column for column in source.where if column not in raw]:
+                raise BadRow(where, f"no column {missing[0]!r} for where: it has {', '.join(raw)}")
+            if any(raw[column] != value for column, value in source.where.items()):
+                filtered += 1
+                continue
             format = detect(raw, source.columns, where) if format == "auto" else format
             rows.append({"id": where, "source": source.name, **normalise(raw, format, source.columns, where)})
         except BadRow as error:
@@ -188,9 +199,10 @@ def _read_source(source: Source, limit: int | None, bad_rows: str) -> tuple[list
                 raise BadRow(error.where, error.reason, "; `bad_rows: drop` leaves such rows out and lists them") from None
             dropped.append({"where": error.where, "reason": error.reason, "source": source.name})
     if not rows:
-        why = f" that can be used: {len(dropped)} dropped, the first, {dropped[0]['where']}: {dropped[0]['reason']}" if dropped else ""
+        first = f" that can be used: {len(dropped)} dropped, the first, {dropped[0]['where']}: {dropped[0]['reason']}" if dropped else ""
+        why = first or (f" where {source.where}" if source.where else "")
         raise ValueError(f"{source.data} has no rows{why}")
-    return rows, dropped
+    return rows, dropped, filtered
 
 
 def detect(row: Row, columns: dict[str, str], where: str) -> str:
@@ -249,7 +261,9 @@ def _chosen(cells: Row, where: str) -> list[dict[str, str]]:
 
 
 def _turns(value: Any, role: str, where: str) -> list[dict[str, str]]:
-    """One turn of `role` for text (where a role is given), or the messages of a list."""
+    """One turn of `role` for text or a list of its lines (where a role is given), or the messages of a list."""
+    if role and isinstance(value, list) and value and all(isinstance(line, str) for line in value):
+        value = "\n".join(value)
     if isinstance(value, str) and role:
         return [{"role": role, "content": value}]
     turns = []
@@ -282,7 +296,7 @@ def _check_turns(turns: list[dict[str, str]], where: str) -> None:
 
 def _generated(source: Source, split: str, count: int, problems: Path | None, seed: int) -> list[Row]:
     if source.data == "instructions":
-        made = itertools.islice(instructions(seed, split=split), count)
+        made = itertools.islice(instructions(seed, split=split, kinds=source.tasks or KINDS), count)
         return [{"id": row["id"], "source": source.name, "first": 1, "messages": [
             {"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["answer"]}]} for row in made]
     if problems is None:

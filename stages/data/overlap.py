@@ -54,11 +54,14 @@ def _sketches(shingles: Sequence[set[str]]) -> list[MinHash]:
 
 
 def overlapping(texts: Sequence[str], questions: Sequence[str]) -> list[tuple[int, int]]:
-    """(position of a text, position of a question) wherever the text holds 13 words in a row of the question, or all of a shorter one."""
+    """(position of a text, position of a question) wherever the text holds 13 words in a row of the question, or all of a shorter one.
+
+    Questions of fewer words than a shingle ("Why?") are not looked for: they stand in any text.
+    """
     asked: dict[int, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     for number, question in enumerate(questions):
         said = words(question)
-        for gram in grams(said, GRAM):
+        for gram in grams(said, GRAM) if len(said) >= SHINGLE else ():
             asked[min(len(said), GRAM)][gram].add(number)
     found = set()
     for at, text in enumerate(texts):

@@ -25,26 +25,37 @@ from stages.run.figures import Series
 from stages.run.manifest import Manifest, say
 
 RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
-BASELINE = "LoRA 16"
-MIXTURE = [{"data": "curriculum"}, {"data": "instructions"}]
-SEQUENCE = [{"data": "curriculum", "name": "words", "tasks": ["word_problems"]}, {"data": "instructions"},
-            {"data": "curriculum", "name": "chains", "tasks": ["chained_variables"]}]
-ARMS: dict[str, dict[str, Any]] = {
-    BASELINE: {},
-    "replay 1 %": {"replay_share": 0.01}, "replay 5 %": {"replay_share": 0.05}, "replay 10 %": {"replay_share": 0.1},
-    "KL x 0.1": {"kl_coef": 0.1}, "KL x 1": {"kl_coef": 1.0},
-    "average .75": {"average": 0.75}, "average .5": {"average": 0.5},
-    "LoRA 4": {"lora_rank": 4, "lora_alpha": 8}, "LoRA 64": {"lora_rank": 64, "lora_alpha": 128},
-    "LoRA 16, LR / 3": {"learning_rate": 3.3e-4}, "LoRA 16, LR x 3": {"learning_rate": 3e-3},
-    "LoRA 4, LR x 3": {"lora_rank": 4, "lora_alpha": 8, "learning_rate": 3e-3},
-    "LoRA 64, LR x 3": {"lora_rank": 64, "lora_alpha": 128, "learning_rate": 3e-3},
-    "full, LR / 10": {"method": "full", "learning_rate": 1e-4}, "full, LR / 3": {"method": "full", "learning_rate": 3.3e-4},
-    "full": {"method": "full"}, "full, LR x 3": {"method": "full", "learning_rate": 3e-3},
-    "sequence": {"order": "sequence"}, "sequence, replay 5 %": {"order": "sequence", "replay_share": 0.05},
-    "sequence, full, LR / 3": {"order": "sequence", "method": "full", "learning_rate": 3.3e-4}}
-SHOWN = {"validation_loss": "validation loss", "after/instructions": "instructions followed", "after/worked_accuracy": "problems right, chat",
-         "change/base_loss": "base loss, change", "after/kl_to_base": "KL from the base",
-         "after/plain/worked_accuracy": "problems right, base format"}
+CURRICULUM = {"data": "curriculum"}
+INSTRUCTIONS = {"data": "instructions", "tasks": ["count", "order"]}  # answers in words of the base's text; it never saw capitals
+LEARN: dict[str, Any] = {"sources": [INSTRUCTIONS], "num_rows": 3000}
+BOTH: dict[str, Any] = {"sources": [CURRICULUM, INSTRUCTIONS], "num_rows": 2000}
+IN_TURN: dict[str, Any] = {"num_rows": 2000, "order": "sequence", "sources": [
+    {**CURRICULUM, "name": "words", "tasks": ["word_problems"]}, INSTRUCTIONS,
+    {**CURRICULUM, "name": "chains", "tasks": ["chained_variables"]}]}
+FULL: dict[str, Any] = {"method": "full"}
+
+
+def lora(rank: int, rate: float) -> dict[str, Any]:
+    return {"lora_rank": rank, "lora_alpha": 2 * rank, "learning_rate": rate}
+
+
+BASELINE = "LoRA"
+GROUPS: dict[str, dict[str, dict[str, Any]]] = {
+    "remedies": {BASELINE: BOTH, "replay 1 %": BOTH | {"replay_share": 0.01}, "replay 5 %": BOTH | {"replay_share": 0.05},
+                 "replay 10 %": BOTH | {"replay_share": 0.1}, "KL x 0.1": BOTH | {"kl_coef": 0.1}, "average .75": BOTH | {"average": 0.75},
+                 "rank 4": BOTH | lora(4, 1e-3), "LR / 3": BOTH | lora(16, 3.3e-4)},
+    "methods": {**{f"LoRA {rank}, {rate:g}": LEARN | lora(rank, rate) for rank, rate in (
+                    (16, 3e-4), (16, 1e-3), (16, 3e-3), (4, 1e-3), (64, 1e-3))},
+                **{f"full, {rate:g}": LEARN | FULL | {"learning_rate": rate} for rate in (1e-4, 3e-4, 1e-3)}},
+    "sequence": {"in turn, LoRA": IN_TURN, "in turn, replay 5 %": IN_TURN | {"replay_share": 0.05},
+                 "in turn, full": IN_TURN | FULL | {"learning_rate": 3.3e-4}}}
+ARMS = {name: arm for group in GROUPS.values() for name, arm in group.items()}
+FORGOTTEN = {"change/base_loss": "base loss, change", "after/kl_to_base": "KL from the base",
+             "after/plain/worked_accuracy": "problems right, base format"}
+SHOWN = {"remedies": {"validation_loss/curriculum": "validation loss, problems", "validation_loss/instructions": "the same, instructions",
+                      "after/worked_accuracy": "problems right, chat", **FORGOTTEN},
+         "methods": {"validation_loss": "validation loss", "after/instructions": "instructions followed", **FORGOTTEN},
+         "sequence": {"backward_transfer": "backward transfer", "validation_loss": "validation loss", **FORGOTTEN}}
 ASSUMED_BASE_S, ASSUMED_RUN_S = 80, 35  # on two CPU cores, for the budget alone
 
 
@@ -54,8 +65,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--hidden-size", type=int, default=64, help="width of the base")
     parser.add_argument("--train-tokens", type=int, default=1_100_000, help="tokens that the base is pretrained on")
-    parser.add_argument("--num-rows", type=int, default=2000, help="training dialogues")
-    parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run that base and dialogues come from")
     parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_sft", help="a folder a run in here")
     parser.add_argument("--out", type=Path, help="one JSON line a run (default: study_sft.jsonl in --runs)")
@@ -73,7 +82,7 @@ def stage(name: str, folder: Path, **settings: Any) -> Manifest:
 
 def study(given: argparse.Namespace) -> None:
     runs = len(given.arms) * len(given.seeds)
-    say(f"budget: {len(given.seeds)} bases and {runs} runs of {given.num_rows:,} dialogues x {given.epochs:g}, about "
+    say(f"budget: {len(given.seeds)} bases and {runs} fine-tuning runs, about "
         f"{clock(len(given.seeds) * ASSUMED_BASE_S + runs * ASSUMED_RUN_S)}")
     lines: list[dict[str, Any]] = []
     for seed in given.seeds:
@@ -81,9 +90,8 @@ def study(given: argparse.Namespace) -> None:
         stage("pretrain", base, seed=seed, hidden_size=given.hidden_size, num_heads=max(1, given.hidden_size // 32),
               tokens=given.train_tokens, **{"parents.prepare": given.prepare})
         for name in given.arms:
-            arm = ARMS[name]
-            settings = {"sources": SEQUENCE if "order" in arm else MIXTURE, "num_rows": given.num_rows, "epochs": given.epochs,
-                        "keep": "last", "patience": 0, "probe_prompts": 120, "instruction_prompts": 100, "forgetting_rows": 48} | arm
+            settings = {"epochs": 2.0, "keep": "last", "patience": 0, "probe_prompts": 120, "instruction_prompts": 100,
+                        "forgetting_rows": 48, "watch_share": 0.08} | ARMS[name]
             folder = given.runs / f"{name.replace(' ', '-').replace('/', 'over').replace('%', 'percent').replace(',', '')}-{seed}"
             run = stage("sft", folder, seed=seed, **settings, **{"parents.prepare": given.prepare, "parents.pretrain": str(base)})
             lines.append({"arm": name, "seed": seed, "run": str(folder), "settings": settings, "wall_s": run.data["provenance"]["wall_s"],
@@ -95,43 +103,40 @@ def study(given: argparse.Namespace) -> None:
     frontier(given.runs / "frontier.svg", lines)
 
 
-def by_arm(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """Figures of each arm's runs, in the order of the seeds."""
-    arms: dict[str, list[dict[str, float]]] = {}
+def by_arm(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, dict[str, float]]]:
+    """Figures of each arm's runs by seed."""
+    arms: dict[str, dict[int, dict[str, float]]] = {}
     for line in lines:
-        arms.setdefault(line["arm"], []).append(line["figures"])
+        arms.setdefault(line["arm"], {})[line["seed"]] = line["figures"]
     return arms
 
 
 def report(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown tables: every arm, mean over seeds; each arm less the baseline of its seed; the sequence."""
+    """Markdown tables, one a group: every arm, mean over seeds; and each remedy less no remedy, seed by seed."""
     arms = by_arm(lines)
-    mixed = {name: runs for name, runs in arms.items() if "order" not in ARMS[name]}
     tables = []
-    if mixed:
-        tables.append(markdown(["arm", *SHOWN.values()], [
-            [name, *(mean([run[key] for run in runs]) for key in SHOWN)] for name, runs in mixed.items()]))
-    if BASELINE in mixed and len(mixed) > 1:
-        tables.append(markdown([f"less {BASELINE}, seed by seed", *SHOWN.values()], [
-            [name, *(mean([run[key] - other[key] for run, other in zip(runs, mixed[BASELINE], strict=True)]) for key in SHOWN)]
-            for name, runs in mixed.items() if name != BASELINE]))
-    if rows := [[name, *(mean([run[key] for run in runs]) for key in ("backward_transfer", *SHOWN))]
-                for name, runs in arms.items() if "order" in ARMS[name]]:
-        tables.append(markdown(["arm", "backward transfer", *SHOWN.values()], rows))
+    for group, shown in SHOWN.items():
+        found = {name: arms[name] for name in GROUPS[group] if name in arms}
+        rows = [[name, *(mean([run[key] for run in runs.values()]) for key in shown)] for name, runs in found.items()]
+        tables += [markdown([group, *shown.values()], rows)] if rows else []
+        if BASELINE in found and len(found) > 1:
+            rows = [[name, *(mean([run[key] - found[BASELINE][seed][key] for seed, run in runs.items()]) for key in shown)]
+                    for name, runs in found.items() if name != BASELINE]
+            tables.append(markdown([f"less {BASELINE}, seed by seed", *shown.values()], rows))
     return "\n\n".join(tables)
 
 
 def frontier(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Learning against forgetting, a point an arm (mean over seeds): LoRA, full tuning, and LoRA with remedies."""
-    groups: dict[str, list[tuple[float, float]]] = {}
+    """Learning against forgetting, a point an arm (mean over seeds): LoRA by rank and full tuning, over learning rates."""
+    series: dict[str, list[tuple[float, ...]]] = {}
     for name, runs in by_arm(lines).items():
-        if "order" not in ARMS[name]:
-            group = "full" if name.startswith("full") else "LoRA" if name.startswith("LoRA") else "LoRA 16 with a remedy"
-            groups.setdefault(group, []).append(tuple(sum(run[key] for run in runs) / len(runs)  # type: ignore[arg-type]
-                                                      for key in ("change/base_loss", "validation_loss")))
-    figures.plot(path, [Series(group, [x for x, _ in points], [y for _, y in points], look="points") for group, points in groups.items()],
-                 x="forgetting: rise of the base corpus's loss (nats a token)", y="learning: validation loss (nats a token)", log_y=True)
-    say(f"figure: {path}")
+        if name in GROUPS["methods"]:
+            series.setdefault(name.partition(",")[0], []).append(
+                tuple(sum(run[key] for run in runs.values()) / len(runs) for key in ("change/base_loss", "validation_loss")))
+    if series:
+        figures.plot(path, [Series(label, [p[0] for p in points], [p[1] for p in points]) for label, points in series.items()],
+                     x="forgetting: rise of the base corpus's loss (nats a token)", y="learning: validation loss (nats a token)")
+        say(f"figure: {path}")
 
 
 if __name__ == "__main__":

@@ -94,6 +94,17 @@ def train_flops_per_token(config: PretrainedConfig, sequence_length: int, counts
     return 6 * counts["matmul"] + attention_flops(config, sequence_length)
 
 
+def forward_flops(config: PretrainedConfig, *, tokens: int, predicted: int, sequence_length: int) -> int:
+    """FLOPs of reading `tokens` tokens in rows of `sequence_length` where the head is asked at `predicted` of them alone.
+
+    Sampling asks at the response's tokens, a reward model, which has no such head, at none. 2 a matmul parameter and token.
+    """
+    text = config.get_text_config()
+    head = text.vocab_size * text.hidden_size
+    each = 2 * (count_parameters(config)["matmul"] - head) + attention_flops(config, sequence_length) // 3
+    return each * tokens + 2 * head * predicted
+
+
 class _Vocabulary:
     """What a config needs of a tokenizer that does not exist yet: its length."""
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import PartialState
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -32,6 +33,9 @@ from stages.run.config import StageConfig, option
 from stages.run.manifest import say
 
 METHODS = ("full", "lora", "qlora")
+# of peft's methods those that change layers: vectors before a row cannot be merged
+PEFT_METHODS = sorted(kind.name.lower() for kind, settings in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+                      if "target_modules" in settings.__dataclass_fields__)
 BASE_FILE = "base.json"  # beside an adapter: the hash of the model that it belongs to
 
 
@@ -84,13 +88,19 @@ class FineTuner(Resumable, SFTTrainer):
     which to look besides the regular ones; `patience` looks in a row that lie above the lowest validation loss end the training.
     """
 
-    def __init__(self, *, model: Any, watch: Watch, kl_coef: float = 0.0, patience: int = 0, looks: Sequence[int] = (), **kwargs):
+    def __init__(self, *, model: Any, watch: Watch, kl_coef: float = 0.0, patience: int = 0, looks: Sequence[int] = (),
+                 head_rows: Sequence[int] = (), **kwargs):
         self.watch, self.kl_coef, self.patience = watch, kl_coef, patience
         adapted = kwargs.get("peft_config") is not None or isinstance(model, PeftModel)
         self.frozen = copy.deepcopy(model).requires_grad_(False).eval() if kl_coef and not adapted else None
         super().__init__(model=model, **kwargs)
+        head = self.model.get_output_embeddings()  # type: ignore[union-attr, operator]
+        if not hasattr(head, "bias"):
+            head.bias = None  # TRL's fused head asks for one; peft's wrapper of trained rows, at a tied head, has none
         if looks:
             self.add_callback(_LookAt(looks))
+        if head_rows and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # those engines put parameters of their own in its place
+            hold_other_rows(head.weight, head_rows)
 
     @property
     def num_trainable(self) -> int:
@@ -100,6 +110,11 @@ class FineTuner(Resumable, SFTTrainer):
     def rewind(self, step: int) -> None:
         super().rewind(step)
         self.watch.rewind(step)
+
+    def _run_epoch(self, *args, **kwargs):
+        """An epoch; none of a training that had come to its end when it was interrupted: Trainer would ask only after one more step."""
+        if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
         logs = self.watch.look(self.model, self.state.global_step)
@@ -155,8 +170,11 @@ class FineTuner(Resumable, SFTTrainer):
         if self.frozen is not None:
             return self.frozen.to(self.args.device)(**inputs, use_cache=False).logits
         model: Any = self.accelerator.unwrap_model(self.model)
+        model.eval()  # no dropout, no noise on the embeddings, which belong to both
         with model.disable_adapter():
-            return model(**inputs, use_cache=False).logits
+            logits = model(**inputs, use_cache=False).logits
+        model.train()
+        return logits
 
 
 class _LookAt(TrainerCallback):
@@ -170,18 +188,18 @@ class _LookAt(TrainerCallback):
 
 def load_base(path: Path, config: TuningConfig) -> PreTrainedModel:
     """The model to tune. Raises ValueError for a method that is not known, or that this machine cannot run."""
-    if config.method not in METHODS and config.method.upper() not in PeftType.__members__:
-        raise ValueError(f"unknown method {config.method!r}: choose full, lora, qlora, or one of peft's: "
-                         f"{', '.join(sorted(name.lower() for name in PeftType.__members__))}")
+    if config.method not in METHODS and config.method not in PEFT_METHODS:
+        raise ValueError(f"unknown method {config.method!r}: choose full, lora, qlora, or one of peft's: {', '.join(PEFT_METHODS)}")
     if config.method != "qlora":
-        return AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        whole: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        return whole.to(PartialState().device)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("method qlora needs bitsandbytes (pip install bitsandbytes) and, to be of use, a GPU: set method: lora here")
     from transformers import BitsAndBytesConfig
 
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                    bnb_4bit_compute_dtype=torch.bfloat16)  # Dettmers et al. 2023, section 3
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=four_bits)
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=four_bits, dtype=torch.bfloat16)
 
 
 @torch.no_grad()
@@ -201,8 +219,8 @@ def give_meaning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 def adapter(config: TuningConfig, new_tokens: Sequence[int], tied: bool) -> PeftConfig:
     """The adapters: on all linear layers, with rows of new tokens trained at both ends where the method allows it.
 
-    An untied head trains whole: TRL multiplies by `lm_head.weight` itself, so rows trained through peft's wrapper would be passed
-    over. Raises ValueError for a setting that the method does not have.
+    An untied head is saved whole: TRL multiplies by `lm_head.weight` itself, so rows trained through peft's wrapper would be passed
+    over; `hold_other_rows` keeps all but the new tokens' where they are. Raises ValueError for a setting that the method does not have.
     """
     lora = config.method in ("lora", "qlora")
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType["LORA" if lora else config.method.upper()]]
@@ -225,14 +243,14 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, base_hash: str) -> 
 
     Raises ValueError for a folder without one, and for one that was trained on another base.
     """
+    mark = Path(folder) / BASE_FILE
+    trained_on = json.loads(mark.read_text(encoding="utf-8"))["sha256"] if mark.is_file() else base_hash
+    if trained_on != base_hash:
+        raise ValueError(f"the adapter in {folder} was trained on another base ({trained_on[:19]}) than the one given "
+                         f"({base_hash[:19]}): set parents.pretrain to the run that it belongs to")
     try:
-        mark = Path(folder) / BASE_FILE
-        trained_on = json.loads(mark.read_text(encoding="utf-8"))["sha256"] if mark.is_file() else base_hash
-        if trained_on != base_hash:
-            raise ValueError(f"the adapter in {folder} was trained on another base ({trained_on[:19]}) than the one given "
-                             f"({base_hash[:19]}): set parents.pretrain to the run that it belongs to")
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
-    except (OSError, RuntimeError) as error:  # peft: no adapter_config.json; torch: sizes that differ
+    except (OSError, ValueError, RuntimeError) as error:  # peft: no adapter_config.json; torch: sizes that differ
         raise ValueError(f"the adapter in {folder} does not fit the base: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -255,12 +273,25 @@ def merged(model: Any, config: TuningConfig, base_path: Path, adapter_path: Path
     return PeftModel.from_pretrained(base, adapter_path).merge_and_unload()
 
 
+def head_rows(config: TuningConfig, peft_config: PeftConfig | None) -> list[int]:
+    """Rows of an untied head that train beside adapters, those of the new tokens; none if it is not there or trains whole by `peft`."""
+    if peft_config is None or "modules_to_save" in config.peft or "lm_head" not in (getattr(peft_config, "modules_to_save", None) or []):
+        return []
+    return list((getattr(peft_config, "trainable_token_indices", None) or {}).get("embed_tokens", []))
+
+
+def hold_other_rows(weight: nn.Parameter, rows: Sequence[int]) -> None:
+    """Let only these rows of a head move, which has to train whole for its loss: others get no gradient, and nothing decays them."""
+    moves = torch.zeros(weight.size(0), 1)
+    moves[list(rows)] = 1
+    weight.register_hook(lambda grad: grad * moves.to(grad))
+
+
 @torch.no_grad()
 def average(model: nn.Module, base: Mapping[str, Tensor], share: float) -> None:
     """Set `model` to base + share x (model - base), weight by weight (WiSE-FT, Wortsman et al. 2022, section 3)."""
-    for name, weight in model.state_dict().items():
-        if weight.is_floating_point():
-            weight.lerp_(base[name].to(weight), 1 - share)
+    for name, weight in model.named_parameters():  # each once: in state_dict() tied ones come twice
+        weight.lerp_(base[name].to(weight), 1 - share)
 
 
 def in_blocks(blocks: Sequence[Sequence[dict]], epochs: float, seed: int) -> tuple[list[dict], list[int]]:
@@ -291,8 +322,11 @@ def tune(model: Any, tokenizer: PreTrainedTokenizerBase, config: TuningConfig, *
     """Train on encoded rows and return the trainer, the model at its last step. Interrupted, it continues from `run.directory`.
 
     `evaluations` looks are spread over the steps, with a checkpoint each; `in_order` trains on the rows as they stand, once, instead
-    of `epochs` shuffled passes. Raises ValueError for batches that do not divide.
+    of `epochs` shuffled passes, and all of them: `patience` would leave out what comes last. Raises ValueError for batches that do not
+    divide, and for no looks at all.
     """
+    if evaluations < 1:
+        raise ValueError(f"evaluations {evaluations}: set it to 1 or more, since a look at the end says what was learned")
     local = share_batch(config.batch_size, world_size(), "batch_size")
     micro = min(config.micro_batch_size or local, local)
     if local % micro:
@@ -302,7 +336,8 @@ def tune(model: Any, tokenizer: PreTrainedTokenizerBase, config: TuningConfig, *
     data = datasets.Dataset.from_list([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in train])
     trainer = FineTuner(
         model=model, processing_class=tokenizer, train_dataset=data, eval_dataset=data.select(range(1)), peft_config=peft_config,
-        watch=watch, kl_coef=config.kl_coef, patience=patience, looks=look_at,
+        watch=watch, kl_coef=config.kl_coef, patience=0 if in_order else patience, looks=look_at,
+        head_rows=head_rows(config, peft_config or getattr(model, "peft_config", {}).get("default")),
         args=TrlSftConfig(**training_arguments(
             run, seed=config.seed, report_to=config.report_to, logging_steps=1, save_steps=1, save_total_limit=None, eval_steps=1,
             eval_strategy="steps", eval_on_start=True, per_device_train_batch_size=micro, gradient_accumulation_steps=local // micro,

@@ -47,7 +47,8 @@ def verdict(folder: Path, watch: Watch, *, kept: int, recommended: int, equal: S
     rows = []
     for step, logs in looks:
         training = next((row["train/loss"] for row in reversed(logged) if row["step"] <= step and "train/loss" in row), float("nan"))
-        rows.append([f"{step}", f"{training:.4f}", f"{logs['eval_loss']:.4f}", f"{logs['eval_loss'] - training:+.4f}",
+        rows.append([f"{step}", *((f"{training:.4f}", f"{logs['eval_loss']:.4f}", f"{logs['eval_loss'] - training:+.4f}") if step else
+                                  ("-", f"{logs['eval_loss']:.4f}", "-")),
                      *((f"{logs[f'forgetting/{key}']:.4f}" if watch.neutral else "-") for key in ("base_loss", "kl_to_base")),
                      "recommended" if step == recommended else "as good" if step in equal else ""])
     say(table(["step", "training", "validation", "gap", "base corpus", "KL", ""], rows))

@@ -7,27 +7,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prompts.intervals import mean_interval, share_interval
 from stages.models.sampling import prompt_key, sample
 from stages.models.training import gather, rank, world_size
-from stages.rl.models import PolicyWithCritic
+from stages.rl.models import policy_alone
 from stages.rl.rewards import Response, Reward, Row, gold_scores
 from stages.rl.rollouts import token_numbers
-from stages.run.manifest import metric
+from stages.run.manifest import metric, say
 
 Prompts = Sequence[tuple[Row, list[int]]]
 
 
 @torch.no_grad()
-def measure(model: PolicyWithCritic, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, *,
-            reward: Reward, samples: int, seed: int, max_new_tokens: int, eos_ids: Sequence[int], pad_id: int,
+def measure(policy: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, *,
+            reward: Reward, samples: int, seed: int, temperature: float, max_new_tokens: int, eos_ids: Sequence[int], pad_id: int,
             batch_size: int = 256) -> dict[str, list[float]]:
-    """One value a prompt, in the order of `prompts`, the same on every process: means over `samples` keyed draws at the policy's
-    temperature, and a greedy answer.
+    """One value a prompt, in the order of `prompts`, the same on every process: means over `samples` keyed draws at `temperature`,
+    and a greedy answer.
 
     Names: `score` (of `reward`), `gold`, `sampled_accuracy`, `kl` (nats a response, to the reference), `entropy` (nats a token),
     `length` (tokens), `eos_rate`, `greedy_accuracy`. Greedy accuracy and entropy tell sharpening from learning.
     """
-    def answers(problems: Prompts, temperature: float, numbers: list[int]) -> list[Response]:
-        ids = sample(model.policy, [p for _, p in problems], keys=[(prompt_key(row["id"]), n) for (row, _), n in
-                     zip(problems, numbers, strict=True)], seed=seed, temperature=temperature, max_new_tokens=max_new_tokens,
+    def answers(problems: Prompts, heat: float, numbers: list[int]) -> list[Response]:
+        ids = sample(policy, [p for _, p in problems], keys=[(prompt_key(row["id"]), n) for (row, _), n in
+                     zip(problems, numbers, strict=True)], seed=seed, temperature=heat, max_new_tokens=max_new_tokens,
                      eos_ids=eos_ids, pad_id=pad_id, batch_size=batch_size)
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [Response(row, prompt, each, text, each[-1] in eos_ids)
@@ -37,9 +37,10 @@ def measure(model: PolicyWithCritic, reference: PreTrainedModel, tokenizer: PreT
     rows: list[tuple[int, dict[str, float]]] = []
     if mine:
         own = [prompts[i] for i in mine]
-        drawn = answers([p for p in own for _ in range(samples)], model.temperature, list(range(samples)) * len(own))
+        drawn = answers([p for p in own for _ in range(samples)], temperature, list(range(samples)) * len(own))
         greedy = gold_scores(answers(own, 0.0, [0] * len(own)))
-        numbers = token_numbers(model, reference, drawn, pad_id=pad_id, batch_size=64, device=model.policy.device)
+        numbers = token_numbers(policy_alone(policy, temperature), reference, drawn, temperature=temperature, pad_id=pad_id,
+                                batch_size=64, device=policy.device)
         judged = gold_scores(drawn)
         columns = {"score": reward(drawn).tolist(), "gold": [g.score for g in judged],
                    "sampled_accuracy": [float(g.correct) for g in judged],
@@ -69,3 +70,12 @@ def summarise(values: Mapping[str, Sequence[float]], group: str) -> dict[str, di
 def differences(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     """After minus before, prompt by prompt: prompts differ far more among themselves than a policy from its beginning."""
     return {name: [b - a for a, b in zip(before[name], after[name], strict=True)] for name in before}
+
+
+def report(group: str, values: Mapping[str, Sequence[float]]) -> None:
+    """Say what was measured, each figure with its interval."""
+    def text(m: dict) -> str:
+        return f"{m['value']:.3f}" + (f" [{m['ci95'][0]:.3f}, {m['ci95'][1]:.3f}]" if "ci95" in m else "")
+
+    measured = {name.split("/")[1]: m for name, m in summarise(values, group).items()}
+    say(f"{group} (n={len(values['gold'])}): " + "  ".join(f"{name} {text(m)}" for name, m in measured.items()))

@@ -7,7 +7,7 @@ columns, the response window, hold every response token. Masks come from lengths
 
 Letters: B rows, T tokens of the longest prompt + response, R tokens of the longest response, V vocabulary.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,6 +80,15 @@ def policy_stats(policy: PreTrainedModel, inputs: dict[str, Tensor], temperature
 def scatter(real: Tensor, mask: Tensor) -> Tensor:
     """(B, R) with the values of the real tokens in their places and 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=real.dtype, device=real.device).masked_scatter(mask, real)
+
+
+def policy_alone(policy: PreTrainedModel, temperature: float) -> Callable[..., TokenStats]:
+    """What PolicyWithCritic says about each response token of its inputs, of a policy without a critic: the values are 0."""
+    def stats(**inputs: Tensor) -> TokenStats:
+        logprobs, entropy, _ = policy_stats(policy, inputs, temperature)
+        return TokenStats(logprobs, entropy, torch.zeros_like(logprobs))
+
+    return stats
 
 
 class PolicyWithCritic(nn.Module):

@@ -3,6 +3,7 @@
 A source takes the responses and returns one score each. Named in a recipe as a mapping of sources to weights:
 
     reward: {model: 1.0}                                  # the reward model trained before
+    reward: {verifier: 1.0}                               # 1 where the answer is right, else 0
     reward: {model: 0.5, "stages.rl.rewards:gold": 0.5}   # with a function `f(problems, texts, finished) -> list of floats`
     reward: {runs/other/reward_model/model: 1.0}          # a reward model by its folder
 """
@@ -33,6 +34,7 @@ class Response(NamedTuple):
 
 
 Reward = Callable[[Sequence[Response]], Tensor]
+VERIFIER = "stages.rl.rewards:right"
 
 
 def gold_scores(responses: Sequence[Response]) -> list[GoldScore]:
@@ -43,6 +45,11 @@ def gold_scores(responses: Sequence[Response]) -> list[GoldScore]:
 def gold(problems: Sequence[Row], texts: Sequence[str], finished: Sequence[bool]) -> list[float]:
     """The judge as a reward function, for control runs."""
     return [gold_score(p, t, finished=f).score for p, t, f in zip(problems, texts, finished, strict=True)]
+
+
+def right(problems: Sequence[Row], texts: Sequence[str], finished: Sequence[bool]) -> list[float]:
+    """1 where the answer is right, else 0: what can be verified without a worked solution."""
+    return [float(gold_score(p, t, finished=f).correct) for p, t, f in zip(problems, texts, finished, strict=True)]
 
 
 def model_reward(path: str | Path, *, vocab_size: int, device: torch.device | str = "cpu") -> Reward:
@@ -86,11 +93,21 @@ def build_reward(spec: Mapping[str, float], *, model_path: Path | None, vocab_si
         raise ValueError("reward has no source: set reward to {model: 1.0} or to {module:function: 1.0}")
     sources: list[tuple[float, Reward]] = []
     for name, weight in spec.items():
-        folder = model_path if name == "model" else Path(name)
-        if folder is not None and (folder / "config.json").is_file():
+        if folder := _folder(name, model_path):
             sources.append((weight, model_reward(folder, vocab_size=vocab_size, device=device)))
-        elif ":" in name:
-            sources.append((weight, function_reward(name)))
+        elif name == "verifier" or ":" in name:
+            sources.append((weight, function_reward(VERIFIER if name == "verifier" else name)))
         else:
-            raise ValueError(f"reward {name!r} is neither `model`, a folder with a reward model, nor module:function")
+            raise ValueError(f"reward {name!r} is neither `model`, `verifier`, a folder with a reward model, nor module:function")
     return lambda responses: torch.stack([weight * source(responses) for weight, source in sources]).sum(dim=0)
+
+
+def scorers(spec: Mapping[str, float], model_path: Path | None) -> list[Path]:
+    """Folders of the reward models among the sources: each reads every response that is scored."""
+    return [folder for name in spec if (folder := _folder(name, model_path))]
+
+
+def _folder(name: str, model_path: Path | None) -> Path | None:
+    """The reward model's folder that a source names, if it names one."""
+    folder = model_path if name == "model" else Path(name)
+    return folder if folder is not None and (folder / "config.json").is_file() else None

@@ -2,7 +2,7 @@
 
 Letters: N responses of an iteration over all processes, R tokens of the longest.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from reward.verifiers import GoldScore
 from stages.rl import maths
-from stages.rl.models import PolicyWithCritic, align_right, pad_sequences, policy_stats
+from stages.rl.models import TokenStats, align_right, pad_sequences, policy_stats
 from stages.rl.rewards import Response
 
 
@@ -71,10 +71,11 @@ def minibatch_rows(iteration: int, epoch: int, minibatch: int, *, count: int, mi
 
 
 @torch.no_grad()
-def token_numbers(model: PolicyWithCritic, reference: PreTrainedModel, responses: Sequence[Response], *, pad_id: int,
-                  batch_size: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def token_numbers(stats_of: Callable[..., TokenStats], reference: PreTrainedModel, responses: Sequence[Response], *, temperature: float,
+                  pad_id: int, batch_size: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """For each response its tokens' log-probabilities under policy and reference, entropies and values, on the CPU.
 
+    `stats_of` is a PolicyWithCritic, or `policy_alone`, whose values are 0.
     Computed here and not taken from the sampler: a decoder with a cache rounds differently, and the ratio would not start at 1.
     """
     numbers: list[tuple[Tensor, Tensor, Tensor, Tensor]] = [None] * len(responses)  # type: ignore[list-item]
@@ -83,8 +84,8 @@ def token_numbers(model: PolicyWithCritic, reference: PreTrainedModel, responses
         rows = order[start:start + batch_size]
         inputs = pad_sequences([responses[i].prompt_ids for i in rows], [responses[i].ids for i in rows], pad_id)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        stats = model(**inputs)
-        ref_logprobs, _, _ = policy_stats(reference, inputs, model.temperature)
+        stats = stats_of(**inputs)
+        ref_logprobs, _, _ = policy_stats(reference, inputs, temperature)
         columns = [x.cpu() for x in (stats.logprobs, ref_logprobs, stats.entropy, stats.values)]
         for place, i in enumerate(rows):
             length = len(responses[i].ids)

@@ -145,8 +145,8 @@ class PPOTrainer(Resumable, Trainer):
             responses = [Response(problem, prompt, response, text, response[-1] in s.eos_ids)
                          for problem, prompt, response, text in zip(problems, prompts, ids, texts, strict=True)]
             scores = self.reward(responses)
-            numbers = token_numbers(self.model, self.reference, responses, pad_id=s.pad_id, batch_size=s.micro_batch,
-                                    device=self.args.device)
+            numbers = token_numbers(self.model, self.reference, responses, temperature=self.model.temperature, pad_id=s.pad_id,
+                                    batch_size=s.micro_batch, device=self.args.device)
         judged = self.judge(responses) if self.judge else [None] * len(responses)
         scored = gather([Scored(response, float(score), opinion, *each)
                          for response, score, opinion, each in zip(responses, scores, judged, numbers, strict=True)])

@@ -19,9 +19,9 @@ def sft(stages: Stages, folder: Path) -> Told:
     s = stages["sft"]
     how = f"LoRA of rank {s.config['lora_rank']}" if s.config.get("method") == "lora" else "all weights"
     paragraphs = [
-        f"The pretrained model was tuned on {s.count('dialogues')} dialogues ({how}). The validation loss ends at "
-        f"{s.full('validation_loss', LOSS)} completion tokens; "
-        f"its gap to the training loss is {s.value('validation_gap', Form(4, sign='+'))}. "
+        f"The pretrained model was tuned on {s.count('dialogues')} dialogues ({how}). The validation loss is "
+        f"{s.full('validation_loss', LOSS)} tokens with loss; "
+        f"its gap to the training dialogues' loss is {s.value('validation_gap', Form(4, sign='+'))}. "
         f"Answers that end by themselves: {s.value('before/stop_rate', SHARE)} before, {s.full('after/stop_rate', SHARE)} after; in "
         f"format: {s.value('before/format_rate', SHARE)} before, {s.full('after/format_rate', SHARE)} after."]
     old, new = s.get("before/base_loss"), s.get("after/base_loss")
@@ -29,8 +29,14 @@ def sft(stages: Stages, folder: Path) -> Told:
         change = number(CHANGE.text(new["value"] - old["value"]), s.origin("metrics", "after/base_loss") + " - before/base_loss")
         paragraphs.append("Forgetting: the loss on held-out text of the base corpus went from "
                           f"{s.short_form('before/base_loss', LOSS)} to {s.short_form('after/base_loss', LOSS)} ({change} nats a token).")
+        if s.get("after/kl_to_base"):
+            paragraphs[-1] += f" KL from the base on that text: {s.full('after/kl_to_base', LOSS)} positions."
+    if "kept_step" in s.counts:
+        paragraphs.append(f"The product is the checkpoint of step {s.count('kept_step')} of {s.count('steps')}. Recommended is, of those "
+                          "that learned as much as the best, the one that forgot least: the star below.")
     names = {"format_rate": "in format", "stop_rate": "ends by itself", "worked_accuracy": "right, worked",
-             "direct_accuracy": "right, direct"}
+             "direct_accuracy": "right, direct"} | {key: label for key, label in (
+                 ("plain/worked_accuracy", "right, worked, base format"), ("instructions", "exact instructions")) if s.get(f"after/{key}")}
     times = ("before", "after")
     drawn = [
         draw(figures.plot, folder, "sft-loss", [*s.series("training", "train/loss"), *s.series("validation", "eval/loss")],
@@ -41,6 +47,15 @@ def sft(stages: Stages, folder: Path) -> Told:
              x="share of answers", x_range=(0, 1.02)),
         draw(figures.bars, folder, "sft-forgetting", {t: {"": s.bar(f"{t}/base_loss")} for t in times},
              "Forgetting: loss on the base corpus before and after, with 95 % intervals.", [s.cite()], x="held-out loss (nats a token)")]
+    looks = [row for row in read_metrics(s.path / "metrics.jsonl") if {"eval/loss", "forgetting/base_loss"} <= set(row) and row["step"]]
+    if looks:
+        chosen = s.manifest.data["notes"].get("recommended_step")
+        points = [(row["forgetting/base_loss"], row["eval/loss"], row["step"] == chosen) for row in looks]
+        drawn.append(draw(figures.plot, folder, "sft-verdict", [
+            Series("looks, in the order of training", [x for x, _, _ in points], [y for _, y, _ in points], color=0),
+            Series("recommended", [x for x, _, star in points if star], [y for _, y, star in points if star], look="star", color=1)],
+            "Learning against forgetting at every look: down is learned, right is forgotten.", [s.cite("metrics.jsonl")],
+            x="loss on the base corpus (nats a token)", y="validation loss (nats a token)"))
     rows = [[label, *(cell for t in times for cell in (s.value(f"{t}/{key}", form), s.interval(f"{t}/{key}", form))), s.n(f"after/{key}")]
             for key, label, form in (*((key, label, SHARE) for key, label in names.items()), ("base_loss", "loss, base corpus", LOSS))]
     table = Table(["", "before", "95 % interval", "after", "95 % interval", "n"], rows, "Before and after fine-tuning.", [s.cite()])

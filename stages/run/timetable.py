@@ -5,7 +5,8 @@ from pathlib import Path
 from stages.run.console import clock, table
 from stages.run.manifest import MANIFEST, Manifest
 
-ORDER = ("prepare", "scaling", "pretrain", "sft", "preferences", "reward_model", "ppo", "evaluation", "report")
+ORDER = ("prepare", "scaling", "pretrain", "sft", "preferences", "reward_model", "ppo", "rejection_sampling", "evaluation",
+         "report")
 
 
 def timetable(folder: Path) -> str:
