@@ -24,8 +24,8 @@ GROUP_reward_model := rlhf
 GROUP_ppo := rlhf
 GROUP_evaluation := evaluate
 
-.PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test test-quick check plan \
-	study-sc study-seeds study-sft bench-sft clean
+.PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
+	test-quick check plan study-sc study-seeds study-sft bench-sft clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 

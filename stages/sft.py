@@ -5,6 +5,7 @@
 import itertools
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,10 +102,14 @@ def main(config: SftConfig) -> Manifest:
                                                      completion_only=config.completion_only)
     dropped = [*mixture.dropped, *(row for row in found if config.repeats == "drop"), *cut, *cut_validation]
     tell(run, mixture.counts, dropped, [] if config.repeats == "drop" else found, lengths)
+    unwatched = {s.name for s in sources} - {row["source"] for row in validation}
+    if config.order == "sequence" and unwatched:
+        raise ValueError(f"order: sequence measures every source, but {sorted(unwatched)[0]} has no validation rows: raise validation_rows "
+                         f"({config.validation_rows}) or its weight")
     if not train or not validation:
         raise ValueError(f"{len(train)} training and {len(validation)} validation dialogues are left of {len(rows)}: "
                          f"see {run.directory}/findings.jsonl, or raise max_length ({config.max_length})")
-    random.Random(f"validation:{config.seed}").shuffle(validation)  # of several sources, each look reads some of all
+    validation = in_turn(validation, config.seed)
     datasets.disable_progress_bars()
     datasets.disable_caching()  # the cache is keyed by the pickled function, not by what it calls
 
@@ -153,7 +158,7 @@ def main(config: SftConfig) -> Manifest:
     training_began = time.time()
     trainer = tune(model, tokenizer, config, run=run, train=schedule, watch=watch, evaluations=config.evaluations, peft_config=adapters,
                    in_order=bool(ends), look_at=boundaries[:-1], patience=config.patience)
-    training = time.time() - training_began
+    training, num_trainable = time.time() - training_began, trainer.num_trainable
 
     last = trainer.state.global_step
     recommended, equal = watch.recommended()
@@ -175,13 +180,15 @@ def main(config: SftConfig) -> Manifest:
         export(trainer, tokenizer, run.directory / "model")
 
     learned = measured(product, validation, collator)
-    seen = measured(product, train[:len(validation)], collator)
+    shares = Counter(row["source"] for row in validation)  # the gap is between the same mixtures
+    seen = measured(product, [row for name, n in shares.items() for row in [r for r in train if r["source"] == name][:n]], collator)
     gap = mean(learned) - mean(seen)
     metrics = {"validation_loss": summarised(learned)["heldout_loss"], "training_loss": summarised(seen)["heldout_loss"],
                "validation_gap": metric(gap, n=int(sum(row[2] for row in learned)))}
     if len(sources) > 1:
-        metrics |= {f"validation_loss/{s.name}": summarised([row for row, of in zip(learned, validation, strict=True)
-                                                             if of["source"] == s.name])["heldout_loss"] for s in sources}
+        metrics |= {f"validation_loss/{name}": summarised([row for row, of in zip(learned, validation, strict=True)
+                                                           if of["source"] == name])["heldout_loss"]
+                    for name in shares}
     after = examine(product)
     metrics |= summary(before, "before") | summary(after, "after") | changes(before, after)
     if neutral:
@@ -202,7 +209,7 @@ def main(config: SftConfig) -> Manifest:
         metrics=metrics, products={"model": "model"} | ({"adapter": "adapter"} if peft else {}),
         counts={"dialogues": len(train), "validation_dialogues": len(validation), "replayed_documents": len(text), "tokens": tokens,
                 "loss_tokens": lengths.loss_tokens, "cut": lengths.cut_rows, "dropped": len(dropped), "steps": last, "kept_step": kept,
-                "parameters": counts["total"], "trainable_parameters": trainer.num_trainable,
+                "parameters": counts["total"], "trainable_parameters": num_trainable,
                 "flops": tokens * per_token * 2 // 3 if peft else tokens * per_token},  # of frozen matrices no gradient is computed
         notes={"recommended_step": recommended, "as_good_steps": equal, "sources": mixture.counts,
                "watch": {"seconds": watch.seconds, "share_of_training": overhead, "validation_rows": watch.count,
@@ -217,6 +224,8 @@ def check_fit(tokenizer, model, config: SftConfig) -> None:
         raise ValueError(f"max_length {config.max_length} is longer than the model's context of {context} tokens: lower it")
     if not 0 < config.average <= 1 or config.replay_share < 0:
         raise ValueError(f"average {config.average} must lie above 0 and at most at 1, replay_share {config.replay_share} at 0 or above")
+    if config.adapter and config.method == "full":
+        raise ValueError(f"method full has no use for the adapter {config.adapter}: set method: lora, or leave the adapter out")
     if config.order == "sequence" and (config.packing or len(config.sources) < 2):
         raise ValueError("order: sequence needs two sources or more, and packing off (packed rows mix them)")
 
@@ -235,6 +244,14 @@ def tell(run: Run, counts: dict[str, dict[str, int]], dropped: list[dict], found
     if is_main():
         write_records(run.directory / "findings.jsonl", [{**row, "dropped": out}
                                                          for rows, out in ((dropped, True), (found, False)) for row in rows])
+
+
+def in_turn(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """The rows in a seeded order with the sources taking turns, so that each look, which reads the first of them, reads some of all."""
+    by_source: dict[str, list[dict[str, Any]]] = {}
+    for row in random.Random(f"validation:{seed}").sample(rows, len(rows)):
+        by_source.setdefault(row["source"], []).append(row)
+    return [row for turn in itertools.zip_longest(*by_source.values()) for row in turn if row is not None]
 
 
 def replay(config: SftConfig, prepared: Manifest, eos_id: int, pad_id: int, dialogue_tokens: int) -> list[dict[str, Any]]:

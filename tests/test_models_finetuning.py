@@ -465,19 +465,32 @@ def test_training_stops_when_it_does_harm(monkeypatch, tmp_path, tokenizer):
 def test_rows_in_order_are_visited_in_order(monkeypatch, tmp_path, tokenizer):
     rows = dialogues(21)
     config = config_of(epochs=3.0, micro_batch_size=4)
-    trainer = tune(monkeypatch, tmp_path / "a", tokenizer, config, train=rows, in_order=True, look_at=[2], evaluations=1)
+    trainer = tune(monkeypatch, tmp_path / "a", tokenizer, config, train=rows, in_order=True, look_at=[1], evaluations=1)
     assert list(itertools.chain(*trainer.batches)) == list(itertools.chain(*(row["input_ids"] for row in rows)))
-    assert trainer.state.global_step == 3 and set(looked(tmp_path / "a")) == {0, 2, 3}
-    assert {2, 3} >= checkpoints(tmp_path / "a") >= {3}
+    assert trainer.state.global_step == 3 and {0, 1, 3} <= set(looked(tmp_path / "a")) <= {0, 1, 2, 3}
+    assert 3 in checkpoints(tmp_path / "a")
     mixed = tune(monkeypatch, tmp_path / "b", tokenizer, config, train=rows, evaluations=1)
     seen = list(itertools.chain(*mixed.batches))
     assert len(seen) == 3 * sum(len(row["input_ids"]) for row in rows) and seen[:60] != list(itertools.chain(*trainer.batches))[:60]
 
 
-@pytest.mark.parametrize(("steps", "evaluations", "at"), [(6, 3, [0, 2, 4, 6]), (2, 5, [0, 1, 2])])
+@pytest.mark.parametrize(("steps", "evaluations", "at"), [(6, 3, [0, 2, 4, 6]), (2, 5, [0, 1, 2]), (9, 5, [0, 2, 4, 6, 8, 9]),
+                                                         (7, 3, [0, 3, 6, 7])])
 def test_looks_are_spread_over_the_steps(monkeypatch, tmp_path, tokenizer, steps, evaluations, at):
     tune(monkeypatch, tmp_path, tokenizer, config_of(batch_size=2), train=dialogues(2 * steps), evaluations=evaluations)
     assert sorted(looked(tmp_path)) == at
+
+
+def test_a_look_takes_nothing_from_what_training_logs(monkeypatch, tmp_path, tokenizer):
+    """Logged every second step: what was measured of steps 3 and 4 belongs together, though there was a look between them."""
+    logs = []
+    for look_at in ([], [3]):
+        folder = tmp_path / str(len(look_at))
+        tune(monkeypatch, folder, tokenizer, config_of(batch_size=1), train=dialogues(50, longest=8), evaluations=1, look_at=look_at)
+        logs.append({row["step"]: row for row in log_of(folder)})
+    plain, watched = logs
+    assert set(watched) - set(plain) == {3} and set(watched[3]) == {"step", "eval/loss", "eval/mean_token_accuracy"}
+    assert watched[4] == plain[4] and "train/entropy" in watched[4]
 
 
 def test_batches_that_do_not_divide(monkeypatch, tmp_path, tokenizer):

@@ -90,8 +90,8 @@ def study(given: argparse.Namespace) -> None:
         stage("pretrain", base, seed=seed, hidden_size=given.hidden_size, num_heads=max(1, given.hidden_size // 32),
               tokens=given.train_tokens, **{"parents.prepare": given.prepare})
         for name in given.arms:
-            settings = {"epochs": 2.0, "keep": "last", "patience": 0, "probe_prompts": 120, "instruction_prompts": 100,
-                        "forgetting_rows": 48, "watch_share": 0.08} | ARMS[name]
+            settings = {"learning_rate": 1e-3, "replay_share": 0.0, "epochs": 2.0, "keep": "last", "patience": 0, "watch_share": 0.08,
+                        "probe_prompts": 120, "instruction_prompts": 100, "forgetting_rows": 48} | ARMS[name]
             folder = given.runs / f"{name.replace(' ', '-').replace('/', 'over').replace('%', 'percent').replace(',', '')}-{seed}"
             run = stage("sft", folder, seed=seed, **settings, **{"parents.prepare": given.prepare, "parents.pretrain": str(base)})
             lines.append({"arm": name, "seed": seed, "run": str(folder), "settings": settings, "wall_s": run.data["provenance"]["wall_s"],

@@ -9,6 +9,7 @@ separate rows. `packing` fills rows of `max_length` with several dialogues besid
 import copy
 import importlib.util
 import json
+import math
 import random
 import shutil
 from collections.abc import Mapping, Sequence
@@ -211,6 +212,8 @@ def give_meaning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     """
     ends = [model.get_input_embeddings().weight] + ([] if model.config.tie_word_embeddings else [model.get_output_embeddings().weight])
     for token, word in {SYSTEM: "Question", USER: "Question", ASSISTANT: ":", END: EOS}.items():
+        if token not in tokenizer.get_vocab():
+            continue
         ids = tokenizer(word, add_special_tokens=False)["input_ids"]
         for weight in ends:
             weight[tokenizer.convert_tokens_to_ids(token)] = weight[ids].mean(0)
@@ -333,6 +336,9 @@ def tune(model: Any, tokenizer: PreTrainedTokenizerBase, config: TuningConfig, *
         raise ValueError(f"{local} dialogues a process do not divide into micro batches of {micro}: set micro_batch_size to a divisor")
     attention = attention_of(config)
     model.set_attn_implementation(attention)
+    flat = config.packing or attention in (DOCUMENTS, "flash_attention_2")
+    mean_length = sum(len(row["input_ids"]) for row in train) / len(train)
+    side_by_side = micro * (config.max_length / mean_length if config.packing else 1) if flat else 1  # dialogues in one row of a batch
     data = datasets.Dataset.from_list([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in train])
     trainer = FineTuner(
         model=model, processing_class=tokenizer, train_dataset=data, eval_dataset=data.select(range(1)), peft_config=peft_config,
@@ -343,13 +349,14 @@ def tune(model: Any, tokenizer: PreTrainedTokenizerBase, config: TuningConfig, *
             eval_strategy="steps", eval_on_start=True, per_device_train_batch_size=micro, gradient_accumulation_steps=local // micro,
             learning_rate=config.learning_rate, lr_scheduler_type="linear", num_train_epochs=1 if in_order else config.epochs,
             max_length=config.max_length if config.packing else None, packing=config.packing, eval_packing=False,
-            padding_free=config.packing or attention in (DOCUMENTS, "flash_attention_2"),
-            neftune_noise_alpha=config.neftune_alpha or None, gradient_checkpointing=config.gradient_checkpointing, max_grad_norm=1.0,
-            weight_decay=0.0, **({"train_sampling_strategy": "sequential"} if in_order else {}))))
+            padding_free=flat, gradient_checkpointing=config.gradient_checkpointing, max_grad_norm=1.0, weight_decay=0.0,
+            # The paper's noise falls with the square root of a dialogue's length; Trainer takes the length of the row.
+            neftune_noise_alpha=config.neftune_alpha * math.sqrt(side_by_side) or None,
+            **({"train_sampling_strategy": "sequential"} if in_order else {}))))
     arguments, rows = trainer.args, len(trainer.train_dataset)  # type: ignore[arg-type]
-    steps = max(1, int(rows * arguments.num_train_epochs / config.batch_size))  # packing alone knows its rows
+    steps = math.ceil(arguments.num_train_epochs * math.ceil(rows / config.batch_size))  # as Trainer counts; packing alone knows its rows
     arguments.logging_steps, arguments.warmup_steps = max(1, steps // 25), max(1, int(steps * config.warmup_share))
-    arguments.eval_steps = arguments.save_steps = max(1, steps // evaluations)
+    arguments.eval_steps = arguments.save_steps = math.ceil(steps / evaluations)  # the last look is at the end
     fit(trainer)
     if watch.points[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()

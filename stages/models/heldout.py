@@ -73,7 +73,7 @@ def measured(model: nn.Module, rows, collator, *, batch_size: int = 16,
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    mine = range(rank(), len(rows), world_size())
+    mine = sorted(range(rank(), len(rows), world_size()), key=lambda i: len(rows[i]["input_ids"]))  # rows of a length need little padding
     found: list[tuple[int, list[float]]] = []
     for start in range(0, len(mine), batch_size):
         chosen = mine[start:start + batch_size]
