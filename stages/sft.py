@@ -3,6 +3,7 @@
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m stages.sft --config recipes/tiny/sft.yaml
 """
 import itertools
+import math
 import random
 import time
 from collections import Counter
@@ -26,14 +27,14 @@ from stages.evals.tasks import load_task
 from stages.models import finetuning
 from stages.models.counts import count_parameters, train_flops_per_token
 from stages.models.finetuning import DialogueCollator, TuningConfig, tune
-from stages.models.forgetting import STEP_IN_FORWARDS, Neutral, Watch, mean
-from stages.models.heldout import measured, summarised
+from stages.models.forgetting import STEP_IN_FORWARDS, Neutral, Watch
+from stages.models.heldout import measured, ratio, summarised
 from stages.models.training import barrier, export, save_model
 from stages.models.verdict import forgotten, transferred, verdict
 from stages.run.config import option
 from stages.run.console import clock, table
 from stages.run.entry import launch
-from stages.run.manifest import Manifest, Run, hash_data, is_main, metric, say
+from stages.run.manifest import Manifest, Run, hash_data, hash_path, is_main, metric, say
 
 SHOWN_DROPS = 3
 
@@ -59,7 +60,7 @@ class SftConfig(TuningConfig):
     average: float = option(1.0, "weight of the tuned model in the average with its base that becomes the product, against forgetting")
     adapter: str | None = option(None, "folder of a LoRA adapter of this base to go on training")
     evaluations: int = option(5, "looks at validation loss and forgetting over the run, each with a checkpoint")
-    watch_share: float = option(0.08, "what these looks may cost, as a share of the training's work; it sets how many rows they read")
+    watch_share: float = option(0.06, "what these looks may cost, as a share of the training's work; it sets how many rows they read")
     patience: int = option(2, "looks in a row above the lowest validation loss, beyond noise, that end the training (0: never)")
     keep: Literal["recommended", "last"] = option("recommended", "checkpoint that becomes the product; recommended: of those that "
                                                   "learned as much as the best, the one that forgot least")
@@ -74,11 +75,16 @@ class SftConfig(TuningConfig):
 
 def main(config: SftConfig) -> Manifest:
     began = time.time()
+    check(config)
     sources = dialogues.parse_sources(config.sources, "sources")
     tasks = [load_task(spec, problems=Path(), difficulties=[], num_problems=config.benchmark_problems, seed=config.seed)
              for spec in config.benchmarks]
     evaluation_sets = [load_task(spec, problems=Path(), difficulties=[], num_problems=0, seed=0) for spec in config.evaluation_sets]
+    for given in (tasks, evaluation_sets):
+        if len({task.name for task in given}) < len(given):
+            raise ValueError(f"two sets are called {[task.name for task in given]}: name them apart, as in train=gsm8k:train.jsonl")
     run = Run(config, inputs=corpora.hash_inputs([s.data for s in sources if s.data not in dialogues.GENERATED])
+              | ({"adapter": hash_path(Path(config.adapter))} if config.adapter and Path(config.adapter).exists() else {})
               | {f"evaluation set {task.name}": hash_data(task.rows) for task in evaluation_sets}
               | {f"benchmark {task.name}": hash_data(task.rows) for task in tasks})
     if run.finished:
@@ -121,7 +127,7 @@ def main(config: SftConfig) -> Manifest:
 
     def examine(model: Any) -> dict[str, Any]:
         """The same exam in the chat format and, as far as it asks for skill, in that of the pretraining text."""
-        asked = read_problems(problems / "validation.jsonl")[:config.probe_prompts]
+        asked = read_problems(problems / "validation.jsonl")[:config.probe_prompts] if config.probe_prompts else []
         drawn = itertools.islice(instructions(config.seed, split="validation"), 4 * config.instruction_prompts)  # some come again
         orders = list({row["id"]: row for row in drawn}.values())[:config.instruction_prompts]
         ask = partial(exam, model, tokenizer, problems=asked, instructions=orders, benchmarks=tasks, seed=config.seed,
@@ -153,7 +159,7 @@ def main(config: SftConfig) -> Manifest:
     trained_tokens = sum(len(row["input_ids"]) for row in schedule) * (1 if ends else config.epochs)
     collator = DialogueCollator(tokenizer.pad_token_id)
     watch = Watch(run.directory / "watch", validation=validation, sources=[str(row["source"]) for row in validation], collator=collator,
-                  neutral=neutral, tokens=config.watch_share * STEP_IN_FORWARDS * trained_tokens / (config.evaluations + 1))
+                  neutral=neutral, tokens=config.watch_share * STEP_IN_FORWARDS * trained_tokens / (config.evaluations + max(1, len(ends))))
     tokenizer.eos_token_id = end  # from here on a turn, not a document, is what the model ends
     training_began = time.time()
     trainer = tune(model, tokenizer, config, run=run, train=schedule, watch=watch, evaluations=config.evaluations, peft_config=adapters,
@@ -161,11 +167,12 @@ def main(config: SftConfig) -> Manifest:
     training, num_trainable = time.time() - training_began, trainer.num_trainable
 
     last = trainer.state.global_step
-    recommended, equal = watch.recommended()
+    recommended, equal = trainer.recommended()
     kept = recommended if config.keep == "recommended" else last
     trainer.load_step(kept)
     trained = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     peft = hasattr(trained, "peft_config")
+    adapter_name = "adapter" if config.average == 1 else "adapter_unaveraged"  # on its base it is the model before the average
     if peft and is_main():
         finetuning.save_adapter(trained, run.directory / "adapter", base_hash)
     barrier()
@@ -182,14 +189,18 @@ def main(config: SftConfig) -> Manifest:
     learned = measured(product, validation, collator)
     shares = Counter(row["source"] for row in validation)  # the gap is between the same mixtures
     seen = measured(product, [row for name, n in shares.items() for row in [r for r in train if r["source"] == name][:n]], collator)
-    gap = mean(learned) - mean(seen)
+    (loss, error), (loss_seen, error_seen) = (ratio([row[0] for row in rows], [int(row[2]) for row in rows]) for rows in (learned, seen))
+    gap, reach = loss - loss_seen, 1.96 * math.hypot(error, error_seen)
     metrics = {"validation_loss": summarised(learned)["heldout_loss"], "training_loss": summarised(seen)["heldout_loss"],
-               "validation_gap": metric(gap, n=int(sum(row[2] for row in learned)))}
+               "validation_gap": metric(gap, n=int(sum(row[2] for row in learned)), ci95=(gap - reach, gap + reach))}
     if len(sources) > 1:
         metrics |= {f"validation_loss/{name}": summarised([row for row, of in zip(learned, validation, strict=True)
                                                            if of["source"] == name])["heldout_loss"]
                     for name in shares}
-    after = examine(product)
+    divided = trainer.is_fsdp_enabled or getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3
+    if divided:
+        say("no exam after training: this engine holds the weights in parts; `make evaluate` asks the saved model")
+    after = {} if divided else examine(product)
     metrics |= summary(before, "before") | summary(after, "after") | changes(before, after)
     if neutral:
         metrics |= forgotten(neutral.before, neutral.look(product))
@@ -197,7 +208,7 @@ def main(config: SftConfig) -> Manifest:
         metrics |= transferred(watch, [s.name for s in sources], [*boundaries[:-1], last])
     verdict(run.directory, watch, kept=kept, recommended=recommended, equal=equal)
     for name in ("format_rate", "stop_rate", "instructions", "worked_accuracy", "plain/worked_accuracy"):
-        if name in before:
+        if name in before and name in after:
             say(f"{name}: {metrics[f'before/{name}']['value']:.3f} before, {metrics[f'after/{name}']['value']:.3f} after")
     overhead = watch.seconds / max(1e-9, training - watch.seconds)
     say(f"watching took {watch.seconds:.1f} s, {overhead:.1%} of the {training - watch.seconds:.1f} s of training; reading, and measuring "
@@ -206,7 +217,7 @@ def main(config: SftConfig) -> Manifest:
     tokens = int(trained_tokens * last / max(1, trainer.state.max_steps))
     per_token = train_flops_per_token(product.config, max(1, lengths.tokens // len(train)), counts)
     return run.finish(
-        metrics=metrics, products={"model": "model"} | ({"adapter": "adapter"} if peft else {}),
+        metrics=metrics, products={"model": "model"} | ({adapter_name: "adapter"} if peft else {}),
         counts={"dialogues": len(train), "validation_dialogues": len(validation), "replayed_documents": len(text), "tokens": tokens,
                 "loss_tokens": lengths.loss_tokens, "cut": lengths.cut_rows, "dropped": len(dropped), "steps": last, "kept_step": kept,
                 "parameters": counts["total"], "trainable_parameters": num_trainable,
@@ -222,8 +233,16 @@ def check_fit(tokenizer, model, config: SftConfig) -> None:
     context = getattr(model.config, "max_position_embeddings", None)
     if context and config.max_length > context:
         raise ValueError(f"max_length {config.max_length} is longer than the model's context of {context} tokens: lower it")
+
+
+def check(config: SftConfig) -> None:
+    """Raises ValueError for settings that cannot work together, before anything is read."""
     if not 0 < config.average <= 1 or config.replay_share < 0:
         raise ValueError(f"average {config.average} must lie above 0 and at most at 1, replay_share {config.replay_share} at 0 or above")
+    if config.evaluations < 1:
+        raise ValueError(f"evaluations {config.evaluations}: set it to 1 or more, since a look at the end says what was learned")
+    if config.average < 1 and config.method == "qlora":
+        raise ValueError("average: a base in 4 bits has no weights to average with: set method: lora, or average: 1")
     if config.adapter and config.method == "full":
         raise ValueError(f"method full has no use for the adapter {config.adapter}: set method: lora, or leave the adapter out")
     if config.order == "sequence" and (config.packing or len(config.sources) < 2):

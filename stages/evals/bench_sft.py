@@ -28,7 +28,7 @@ RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 VARIANTS = {"SFTTrainer": "TRL's trainer with its defaults", "SFTTrainer, fp32": "the same without bf16 and recomputed activations",
             "padded": "this project's, rows padded to the longest of a batch", "flat": "this project's default on CPU: no padding",
             "packed": "this project's, rows of max_length filled with dialogues"}
-BASELINE = "SFTTrainer, fp32"
+BASELINES = ("SFTTrainer", "SFTTrainer, fp32")
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -113,11 +113,12 @@ def bench(argv: list[str], given: argparse.Namespace) -> None:
     rows = []
     for name, runs in found.items():
         speeds = [run["tokens"] / run["seconds"] for run in runs]
-        ratios = [speed / (other["tokens"] / other["seconds"]) for speed, other in zip(speeds, found.get(BASELINE, []), strict=False)]
+        ratios = [[speed / (other["tokens"] / other["seconds"]) for speed, other in zip(speeds, found.get(base, []), strict=False)]
+                  for base in BASELINES]
         rows.append([name, f"{statistics.median(speeds):,.0f}", f"{min(speeds):,.0f} to {max(speeds):,.0f}",
-                     f"{statistics.median(ratios):.2f}" if ratios else "-", f"{max(run['memory'] for run in runs) / 2**30:.2f}",
-                     VARIANTS[name]])
-    say(markdown(["variant", "tokens/s", "over rounds", f"times {BASELINE}", "peak GiB", "what it is"], rows))
+                     *(f"{statistics.median(each):.2f}" if each else "-" for each in ratios),
+                     f"{max(run['memory'] for run in runs) / 2**30:.2f}", VARIANTS[name]])
+    say(markdown(["variant", "tokens/s", "over rounds", *(f"times {base}" for base in BASELINES), "peak GiB", "what it is"], rows))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from stages.data.tokenizer import ASSISTANT, END, EOS, SYSTEM, USER
 from stages.models.attention import DOCUMENTS
 from stages.models.forgetting import Watch
 from stages.models.training import Resumable, fit, is_main, share_batch, training_arguments, world_size
+from stages.run.checkpoint import step_of
 from stages.run.config import StageConfig, option
 from stages.run.manifest import say
 
@@ -100,7 +101,9 @@ class FineTuner(Resumable, SFTTrainer):
             head.bias = None  # TRL's fused head asks for one; peft's wrapper of trained rows, at a tied head, has none
         if looks:
             self.add_callback(_LookAt(looks))
-        if head_rows and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # those engines put parameters of their own in its place
+        if head_rows and (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # they put parameters of their own in its place
+            say("the whole head trains, not only the rows of the new tokens: this engine divides the parameters")
+        elif head_rows:
             hold_other_rows(head.weight, head_rows)
 
     @property
@@ -118,7 +121,12 @@ class FineTuner(Resumable, SFTTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
+        model: Any = self.model
+        attention = model.config._attn_implementation
+        if attention == "flash_attention_2":  # of rows that are packed side by side it sees no boundaries
+            model.set_attn_implementation("sdpa")
         logs = self.watch.look(self.model, self.state.global_step)
+        model.set_attn_implementation(attention)
         self.model.eval()  # by this SFTTrainer.log tells training from evaluation
         self.log(logs)
         self.model.train()
@@ -130,17 +138,23 @@ class FineTuner(Resumable, SFTTrainer):
                 self.control.should_training_stop = True
         return logs
 
+    def recommended(self) -> tuple[int, list[int]]:
+        """As `Watch.recommended`, among the steps whose weights are there: those with a checkpoint, and the last."""
+        return self.watch.recommended({self.state.global_step, *map(step_of, Path(str(self.args.output_dir)).glob("checkpoint-*"))})
+
     def _tidy(self) -> None:
-        """Remove checkpoints that can no longer be recommended: the lowest loss only falls. The newest stays, to continue from."""
-        folders = {int(p.name.rsplit("-", 1)[1]): p for p in Path(str(self.args.output_dir)).glob("checkpoint-*")}
-        _, equal = self.watch.recommended()
+        """Remove checkpoints that learned less than the best, beyond noise. The newest stays, to continue from."""
+        folders = {step_of(p): p for p in Path(str(self.args.output_dir)).glob("checkpoint-*")}
+        _, equal = self.recommended()
         for step in set(folders) - set(equal) - {max(folders, default=0)} if is_main() else ():
             shutil.rmtree(folders[step])
 
     def load_step(self, step: int) -> None:
         """Put the weights of a checkpoint of this run into the model, whatever engine holds them."""
         if step != self.state.global_step:
-            self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{step}"
+            folder = Path(f"{self.args.output_dir}/checkpoint-{step}")
+            assert folder.is_dir(), f"{folder} is gone, and Trainer would only warn of it"
+            self.state.best_model_checkpoint = str(folder)
             self._load_best_model()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -247,6 +261,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, base_hash: str) -> 
     Raises ValueError for a folder without one, and for one that was trained on another base.
     """
     mark = Path(folder) / BASE_FILE
+    if Path(folder).is_dir() and not mark.is_file():
+        say(f"the adapter in {folder} does not say which base it was trained on; that it is this one is taken on trust")
     trained_on = json.loads(mark.read_text(encoding="utf-8"))["sha256"] if mark.is_file() else base_hash
     if trained_on != base_hash:
         raise ValueError(f"the adapter in {folder} was trained on another base ({trained_on[:19]}) than the one given "
@@ -271,7 +287,8 @@ def merged(model: Any, config: TuningConfig, base_path: Path, adapter_path: Path
         return model
     if config.method != "qlora":
         return model.merge_and_unload()
-    base = AutoModelForCausalLM.from_pretrained(base_path, dtype="auto")
+    base: Any = AutoModelForCausalLM.from_pretrained(base_path, dtype="auto")
+    base = base.to(PartialState().device)
     prepare(base)
     return PeftModel.from_pretrained(base, adapter_path).merge_and_unload()
 

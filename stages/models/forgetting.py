@@ -5,7 +5,7 @@ is about a third of a training step, so the watch has a known share of the work 
 """
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from stages.run.manifest import is_main, write_json
 POSITIONS = 32  # of a row, evenly spread, at which the base model's whole distribution is kept
 SNAPSHOT_BYTES = 128 << 20
 STEP_IN_FORWARDS = 2  # training on a token costs two forward passes at least (adapters), three with all weights
-FEWEST_ROWS = 8
+FEWEST_ROWS = 4
 
 
 class Neutral:
@@ -76,14 +76,14 @@ def rows_within(lengths: Sequence[int], tokens: float) -> int:
 class Watch:
     """Looks at validation dialogues and neutral rows at intervals of the training and remembers what it saw, across restarts.
 
-    `validation` are encoded dialogues, `sources` the source of each; `tokens` is what one look may read, half of it of each kind.
-    Every look is a file `<folder>/<step>.json`.
+    `validation` are encoded dialogues, the sources taking turns, `sources` the source of each; `tokens` is what one look may read, half
+    of it of each kind. Every look is a file `<folder>/<step>.json`.
     """
 
     def __init__(self, folder: Path, *, validation: Sequence[Mapping[str, Any]], sources: Sequence[str], collator, neutral: Neutral | None,
                  tokens: float):
         self.folder, self.collator, self.neutral = folder, collator, neutral
-        self.count = rows_within([len(row["input_ids"]) for row in validation], tokens / 2)
+        self.count = max(len(set(sources)), rows_within([len(row["input_ids"]) for row in validation], tokens / 2))
         self.validation, self.sources = validation[:self.count], sources[:self.count]
         self.neutral_count = rows_within([len(row["input_ids"]) for row in neutral.rows], tokens / 2) if neutral else 0
         self.seconds = 0.0
@@ -122,12 +122,16 @@ class Watch:
             logs |= {"forgetting/base_loss": mean(point["neutral"]), "forgetting/kl_to_base": mean(point["neutral"], 3, 4)}
         return logs
 
-    def loss_of(self, point: Mapping[str, Any], source: str) -> float:
-        return mean([row for row, of in zip(point["validation"], self.sources, strict=True) if of == source])
+    def rows_of(self, point: Mapping[str, Any], source: str) -> list[list[float]]:
+        """What the look found of one source's validation rows."""
+        return [row for row, of in zip(point["validation"], self.sources, strict=True) if of == source]
 
-    def recommended(self) -> tuple[int, list[int]]:
-        """Step of the checkpoint to keep, and steps of all that have learned as much, within noise."""
-        trained = [point for point in self.points if point["step"]]
+    def loss_of(self, point: Mapping[str, Any], source: str) -> float:
+        return mean(self.rows_of(point, source))
+
+    def recommended(self, among: Container[int] | None = None) -> tuple[int, list[int]]:
+        """Step of the checkpoint to keep, and steps of all that have learned as much, within noise; `among` those steps, or all."""
+        trained = [point for point in self.points if point["step"] and (among is None or point["step"] in among)]
         best, equal = recommend([point["validation"] for point in trained],
                                 [mean(point["neutral"]) if point["neutral"] else 0.0 for point in trained])
         return trained[best]["step"], [trained[i]["step"] for i in equal]

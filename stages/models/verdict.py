@@ -1,8 +1,9 @@
 """What fine-tuning taught and what it cost: figures for the manifest, a table, a plot, and the checkpoint to keep."""
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from stages.models.forgetting import Watch, backward_transfer
+from stages.models.forgetting import Watch, above, backward_transfer
 from stages.models.heldout import ratio, summarised
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
@@ -32,11 +33,15 @@ def transferred(watch: Watch, names: Sequence[str], steps: Sequence[int]) -> dic
     at = {point["step"]: point for point in watch.points}
     scores = [[-watch.loss_of(at[step], name) for name in names] for step in steps]
     value = backward_transfer(scores)
+    errors = [above(watch.rows_of(at[steps[i]], name), watch.rows_of(at[steps[-1]], name))[1] for i, name in enumerate(names[:-1])]
+    reach = 1.96 * math.sqrt(sum(error**2 for error in errors)) / len(errors)
+    rows = {name: len(watch.rows_of(at[steps[-1]], name)) for name in names}
     say(table(["validation loss after", *names], [[learned, *(f"{-score:.4f}" for score in row)]
                                                   for learned, row in zip(names, scores, strict=True)]))
-    say(f"backward transfer {value:+.4f} nats a token: what later sources changed of earlier ones (below 0: forgotten)")
-    return {"backward_transfer": metric(value, n=len(names) - 1)} | {
-        f"sequence/{learned}/{name}": metric(-score) for learned, row in zip(names, scores, strict=True)
+    say(f"backward transfer {value:+.4f} [{value - reach:+.4f}, {value + reach:+.4f}] nats a token: "
+        "what later sources changed of earlier ones (below 0: forgotten)")
+    return {"backward_transfer": metric(value, n=sum(rows[name] for name in names[:-1]), ci95=(value - reach, value + reach))} | {
+        f"sequence/{learned}/{name}": metric(-score, n=rows[name]) for learned, row in zip(names, scores, strict=True)
         for name, score in zip(names, row, strict=True)}
 
 
