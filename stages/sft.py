@@ -4,7 +4,6 @@
 """
 import itertools
 import math
-import random
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from transformers import AutoTokenizer
 from stages.data import corpora, dialogues, turns
 from stages.data.instructions import instructions
 from stages.data.overlap import screened
-from stages.data.packing import PackedCollator, documents_of
+from stages.data.packing import PackedCollator, replayed
 from stages.data.problems import read_problems
 from stages.data.tokenizer import ASSISTANT, END, EOS, SYSTEM, USER
 from stages.evals.battery import changes, exam, summary
@@ -80,9 +79,8 @@ def main(config: SftConfig) -> Manifest:
     tasks = [load_task(spec, problems=Path(), difficulties=[], num_problems=config.benchmark_problems, seed=config.seed)
              for spec in config.benchmarks]
     evaluation_sets = [load_task(spec, problems=Path(), difficulties=[], num_problems=0, seed=0) for spec in config.evaluation_sets]
-    for given in (tasks, evaluation_sets):
-        if len({task.name for task in given}) < len(given):
-            raise ValueError(f"two sets are called {[task.name for task in given]}: name them apart, as in train=gsm8k:train.jsonl")
+    if len({task.name for task in tasks}) < len(tasks) or len({task.name for task in evaluation_sets}) < len(evaluation_sets):
+        raise ValueError(f"two sets of one name ({config.benchmarks}, {config.evaluation_sets}): name them apart, as in a=gsm8k:a.jsonl")
     run = Run(config, inputs=corpora.hash_inputs([s.data for s in sources if s.data not in dialogues.GENERATED])
               | ({"adapter": hash_path(Path(config.adapter))} if config.adapter and Path(config.adapter).exists() else {})
               | {f"evaluation set {task.name}": hash_data(task.rows) for task in evaluation_sets}
@@ -93,7 +91,7 @@ def main(config: SftConfig) -> Manifest:
     tokenizer: Any = AutoTokenizer.from_pretrained(parent.product("model"))
     end, end_of_text = turns.end_of_turn(tokenizer), tokenizer.get_vocab().get(EOS, tokenizer.eos_token_id)
     model: Any = finetuning.load_base(parent.product("model"), config)
-    check_fit(tokenizer, model, config)
+    finetuning.check_fit(tokenizer, model, config)
 
     problems = prepared.product("problems")
     mixture = dialogues.read(sources, problems=problems, seed=config.seed, num_rows=config.num_rows,
@@ -115,7 +113,7 @@ def main(config: SftConfig) -> Manifest:
     if not train or not validation:
         raise ValueError(f"{len(train)} training and {len(validation)} validation dialogues are left of {len(rows)}: "
                          f"see {run.directory}/findings.jsonl, or raise max_length ({config.max_length})")
-    validation = in_turn(validation, config.seed)
+    validation = dialogues.in_turn(validation, config.seed)
     datasets.disable_progress_bars()
     datasets.disable_caching()  # the cache is keyed by the pickled function, not by what it calls
 
@@ -152,7 +150,9 @@ def main(config: SftConfig) -> Manifest:
         adapters = finetuning.adapter(config, tokenizer.convert_tokens_to_ids(new), model.config.tie_word_embeddings)
 
     blocks = [[row for row in train if row["source"] == s.name] for s in sources] if config.order == "sequence" else [train]
-    text = replay(config, prepared, end_of_text, tokenizer.pad_token_id, lengths.tokens)
+    text = [] if not config.replay_share else replayed(
+        datasets.load_from_disk(str(prepared.product("tokens") / "train")), tokens=config.replay_share * lengths.tokens, seed=config.seed,
+        longest=config.max_length, eos_id=end_of_text, pad_id=tokenizer.pad_token_id)
     blocks = [[*block, *text[number::len(blocks)]] for number, block in enumerate(blocks)]
     schedule, ends = finetuning.in_blocks(blocks, config.epochs, config.seed) if config.order == "sequence" else (blocks[0], [])
     boundaries = [max(1, rows_so_far // config.batch_size) for rows_so_far in ends]
@@ -197,8 +197,7 @@ def main(config: SftConfig) -> Manifest:
         metrics |= {f"validation_loss/{name}": summarised([row for row, of in zip(learned, validation, strict=True)
                                                            if of["source"] == name])["heldout_loss"]
                     for name in shares}
-    divided = trainer.is_fsdp_enabled or getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3
-    if divided:
+    if divided := trainer.is_fsdp_enabled or getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
         say("no exam after training: this engine holds the weights in parts; `make evaluate` asks the saved model")
     after = {} if divided else examine(product)
     metrics |= summary(before, "before") | summary(after, "after") | changes(before, after)
@@ -225,14 +224,6 @@ def main(config: SftConfig) -> Manifest:
         notes={"recommended_step": recommended, "as_good_steps": equal, "sources": mixture.counts,
                "watch": {"seconds": watch.seconds, "share_of_training": overhead, "validation_rows": watch.count,
                          "base_rows": watch.neutral_count}})
-
-
-def check_fit(tokenizer, model, config: SftConfig) -> None:
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens but the model only {model.config.vocab_size}: they do not match")
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context and config.max_length > context:
-        raise ValueError(f"max_length {config.max_length} is longer than the model's context of {context} tokens: lower it")
 
 
 def check(config: SftConfig) -> None:
@@ -263,29 +254,6 @@ def tell(run: Run, counts: dict[str, dict[str, int]], dropped: list[dict], found
     if is_main():
         write_records(run.directory / "findings.jsonl", [{**row, "dropped": out}
                                                          for rows, out in ((dropped, True), (found, False)) for row in rows])
-
-
-def in_turn(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """The rows in a seeded order with the sources taking turns, so that each look, which reads the first of them, reads some of all."""
-    by_source: dict[str, list[dict[str, Any]]] = {}
-    for row in random.Random(f"validation:{seed}").sample(rows, len(rows)):
-        by_source.setdefault(row["source"], []).append(row)
-    return [row for turn in itertools.zip_longest(*by_source.values()) for row in turn if row is not None]
-
-
-def replay(config: SftConfig, prepared: Manifest, eos_id: int, pad_id: int, dialogue_tokens: int) -> list[dict[str, Any]]:
-    """Documents of the pretraining text, `replay_share` of the dialogues' tokens, as rows with loss on all but the first token."""
-    rows, wanted = [], config.replay_share * dialogue_tokens
-    if wanted:
-        packed = datasets.load_from_disk(str(prepared.product("tokens") / "train"))
-        order = iter(random.Random(f"replay:{config.seed}").sample(range(len(packed)), len(packed)))
-        while wanted > 0 and (at := next(order, None)) is not None:
-            for ids in documents_of(packed[at]["input_ids"], eos_id=eos_id, pad_id=pad_id):
-                if wanted > 0:
-                    rows.append({"input_ids": ids[:config.max_length], "labels": [turns.IGNORED, *ids[1:config.max_length]],
-                                 "source": "replay"})
-                    wanted -= len(ids)
-    return rows
 
 
 if __name__ == "__main__":

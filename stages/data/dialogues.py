@@ -333,3 +333,11 @@ def curriculum_rows(problems: list[dict], *, seed: int, count: int, worked_share
 def _answer(problem: dict, style: str, rng: random.Random) -> str:
     steps = " ".join(rng.choice(problem["solutions"])) + " " if style == curriculum.WORKED else ""
     return f"{steps}The answer is {problem['answer']}."
+
+
+def in_turn(rows: Sequence[Row], seed: int) -> list[Row]:
+    """The rows in a seeded order with the sources taking turns, so that each look, which reads the first of them, reads some of all."""
+    by_source: dict[str, list[Row]] = {}
+    for row in random.Random(f"validation:{seed}").sample(rows, len(rows)):
+        by_source.setdefault(row["source"], []).append(row)
+    return [row for turn in itertools.zip_longest(*by_source.values()) for row in turn if row is not None]

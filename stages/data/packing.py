@@ -9,6 +9,7 @@ Letters: B rows, T tokens a row.
 """
 import hashlib
 import itertools
+import random
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -61,6 +62,18 @@ def documents_of(row: Sequence[int], *, eos_id: int, pad_id: int) -> Iterator[li
             document = []
     if document:
         yield document
+
+
+def replayed(rows: Sequence[dict], *, tokens: float, seed: int, longest: int, eos_id: int, pad_id: int) -> list[dict]:
+    """Documents of packed rows in a seeded order, `tokens` tokens of them, as encoded rows with loss on all but the first token."""
+    chosen: list[dict] = []
+    for at in random.Random(f"replay:{seed}").sample(range(len(rows)), len(rows)):
+        for ids in documents_of(rows[at]["input_ids"], eos_id=eos_id, pad_id=pad_id):
+            if tokens <= 0:
+                return chosen
+            chosen.append({"input_ids": ids[:longest], "labels": [-100, *ids[1:longest]], "source": "replay"})
+            tokens -= len(ids)
+    return chosen
 
 
 def to_dataset(rows: Iterable[list[int]], row_length: int, *, vocab_size: int) -> Dataset:

@@ -62,7 +62,8 @@ ASSUMED_BASE_S, ASSUMED_RUN_S = 80, 35  # on two CPU cores, for the budget alone
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m stages.evals.study_sft", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM",
+                        help=f"of {', '.join(ARMS)}".replace("%", "%%"))
     parser.add_argument("--hidden-size", type=int, default=64, help="width of the base")
     parser.add_argument("--train-tokens", type=int, default=1_100_000, help="tokens that the base is pretrained on")
     parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run that base and dialogues come from")

@@ -217,6 +217,15 @@ def load_base(path: Path, config: TuningConfig) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path, quantization_config=four_bits, dtype=torch.bfloat16)
 
 
+def check_fit(tokenizer, model, config: TuningConfig) -> None:
+    """Raises ValueError for a tokenizer with more tokens than the model, and for dialogues longer than its context."""
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens but the model only {model.config.vocab_size}: they do not match")
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and config.max_length > context:
+        raise ValueError(f"max_length {config.max_length} is longer than the model's context of {context} tokens: lower it")
+
+
 @torch.no_grad()
 def give_meaning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Start the chat tokens, which pretraining never saw, where the words stand that did their work in "Question: ... Answer: ...".
