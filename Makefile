@@ -89,7 +89,7 @@ study-sc: setup ## self-consistency against greedy chain of thought, pooled over
 study-seeds: setup ## the whole road at seeds 0, 1 and 2, averaged (over an hour)
 	$(PY) -m stages.evals.study_seeds $(ARGS)
 
-study-sft: setup ## what fine-tuning teaches and forgets: methods and remedies over seeds (half an hour; needs make prepare)
+study-sft: setup ## what fine-tuning teaches and forgets: methods and remedies over seeds (40 minutes; needs make prepare)
 	$(PY) -m stages.evals.study_sft $(ARGS)
 
 bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, and TRL's own trainer (needs make prepare)

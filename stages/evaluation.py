@@ -26,7 +26,7 @@ from stages.evals.tasks import Task, load_task
 from stages.models.training import barrier, gather, rank, world_size
 from stages.run.config import StageConfig, option
 from stages.run.console import table
-from stages.run.entry import fail, launch
+from stages.run.entry import launch, run_program
 from stages.run.manifest import Manifest, Run, hash_data, is_main, metric, say, write_json
 
 MODELS = {"base": ("pretrain", False), "base_chat": ("pretrain", True), "sft": ("sft", True), "ppo": ("ppo", True)}  # run, chat
@@ -217,10 +217,6 @@ def score(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["score"]:
-        try:
-            score(sys.argv[2:])
-        except (ValueError, OSError) as error:
-            fail(str(error), None)
-            sys.exit(2)
+        run_program(lambda given: score(given[1:]))
     else:
         launch(main, EvaluationConfig)

@@ -21,7 +21,7 @@ from typing import Any
 
 from stages.evals.study_seeds import markdown
 from stages.run.console import clock
-from stages.run.entry import fail
+from stages.run.entry import run_program
 from stages.run.manifest import Manifest, say
 
 RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
@@ -96,6 +96,9 @@ def one(variant: str, given: argparse.Namespace) -> dict[str, float]:
 
 
 def bench(argv: list[str], given: argparse.Namespace) -> None:
+    if given.one:
+        print(json.dumps(one(given.one, given)))
+        return
     say(f"budget: {given.rounds} rounds of {len(given.variants)} variants, about {clock(40 * given.rounds * len(given.variants))}")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in given.variants}
     for number, name in itertools.product(range(given.rounds), given.variants):
@@ -122,12 +125,4 @@ def bench(argv: list[str], given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        asked = arguments(sys.argv[1:])
-        if asked.one:
-            print(json.dumps(one(asked.one, asked)))
-        else:
-            bench(sys.argv[1:], asked)
-    except (ValueError, OSError) as error:
-        fail(str(error), None)
-        sys.exit(2)
+    run_program(lambda given: bench(given, arguments(given)))

@@ -29,7 +29,7 @@ from stages.evals.scheduler import solve
 from stages.evals.statistics import compare
 from stages.evals.tasks import Task
 from stages.run.console import clock, progress, table
-from stages.run.entry import fail
+from stages.run.entry import run_program
 from stages.run.manifest import Manifest, say
 
 # For the budget alone: tokens of a worked answer, tokens a second of decoding and of pretraining on two CPU cores.
@@ -175,8 +175,4 @@ def report(lines: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        study(arguments(sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        fail(str(error), None)
-        sys.exit(2)
+    run_program(lambda given: study(arguments(given)))

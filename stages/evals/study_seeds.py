@@ -16,7 +16,7 @@ from typing import Any
 from prompts.intervals import mean_interval
 from stages.evals.scoring import write_records
 from stages.run.console import clock
-from stages.run.entry import fail
+from stages.run.entry import run_program
 from stages.run.manifest import MANIFEST, Manifest, say
 
 RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
@@ -117,8 +117,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        fail(str(error), None)
-        sys.exit(2)
+    run_program(main)

@@ -20,7 +20,7 @@ from stages.evals.scoring import write_records
 from stages.evals.study_seeds import markdown, mean
 from stages.run import figures
 from stages.run.console import clock
-from stages.run.entry import fail
+from stages.run.entry import run_program
 from stages.run.figures import Series
 from stages.run.manifest import Manifest, say
 
@@ -46,6 +46,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
                  "rank 4": BOTH | lora(4, 1e-3), "LR / 3": BOTH | lora(16, 3.3e-4)},
     "methods": {**{f"LoRA {rank}, {rate:g}": LEARN | lora(rank, rate) for rank, rate in (
                     (16, 3e-4), (16, 1e-3), (16, 3e-3), (4, 1e-3), (64, 1e-3))},
+                "LoRA 16 and head, 0.001": LEARN | lora(16, 1e-3) | {"peft": {"modules_to_save": ["lm_head"]}},
                 **{f"full, {rate:g}": LEARN | FULL | {"learning_rate": rate} for rate in (1e-4, 3e-4, 1e-3)}},
     "sequence": {"in turn, LoRA": IN_TURN, "in turn, replay 5 %": IN_TURN | {"replay_share": 0.05},
                  "in turn, full": IN_TURN | FULL | {"learning_rate": 3.3e-4}}}
@@ -62,14 +63,16 @@ ASSUMED_BASE_S, ASSUMED_RUN_S = 80, 35  # on two CPU cores, for the budget alone
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m stages.evals.study_sft", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM",
-                        help=f"of {', '.join(ARMS)}".replace("%", "%%"))
+    parser.add_argument("--arms", nargs="+", default=list(GROUPS), choices=[*GROUPS, *ARMS], metavar="ARM",
+                        help=f"groups ({', '.join(GROUPS)}) or of: {'; '.join(ARMS)}".replace("%", "%%"))
     parser.add_argument("--hidden-size", type=int, default=64, help="width of the base")
     parser.add_argument("--train-tokens", type=int, default=1_100_000, help="tokens that the base is pretrained on")
     parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run that base and dialogues come from")
     parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_sft", help="a folder a run in here")
     parser.add_argument("--out", type=Path, help="one JSON line a run (default: study_sft.jsonl in --runs)")
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    given.arms = list(dict.fromkeys(arm for name in given.arms for arm in GROUPS.get(name, [name])))
+    return given
 
 
 def stage(name: str, folder: Path, **settings: Any) -> Manifest:
@@ -141,8 +144,4 @@ def frontier(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        study(arguments(sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        fail(str(error), None)
-        sys.exit(2)
+    run_program(lambda given: study(arguments(given)))

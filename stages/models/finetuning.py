@@ -352,10 +352,8 @@ def tune(model: Any, tokenizer: PreTrainedTokenizerBase, config: TuningConfig, *
 
     `evaluations` looks are spread over the steps, with a checkpoint each; `in_order` trains on the rows as they stand, once, instead
     of `epochs` shuffled passes, and all of them: `patience` would leave out what comes last. Raises ValueError for batches that do not
-    divide, and for no looks at all.
+    divide.
     """
-    if evaluations < 1:
-        raise ValueError(f"evaluations {evaluations}: set it to 1 or more, since a look at the end says what was learned")
     local = share_batch(config.batch_size, world_size(), "batch_size")
     micro = min(config.micro_batch_size or local, local)
     if local % micro:

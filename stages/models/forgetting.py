@@ -1,7 +1,7 @@
 """What fine-tuning costs the model it starts from: loss and KL on text it used to know, and which checkpoint to keep for it.
 
 Both are measured at intervals, on rows whose number is chosen beforehand from the tokens that training will see: a forward pass
-is about a third of a training step, so the watch has a known share of the work (and the stage says what it took).
+is a half to a third of a training step, so the watch has a known share of the work (and the stage says what it took).
 """
 import json
 import time

@@ -74,15 +74,16 @@ def measured(model: nn.Module, rows, collator, *, batch_size: int = 16,
     model.eval()
     device = next(model.parameters()).device
     mine = sorted(range(rank(), len(rows), world_size()), key=lambda i: len(rows[i]["input_ids"]))  # rows of a length need little padding
-    mine += [0] * (-(-len(rows) // world_size()) - len(mine))  # engines that divide the weights want as many forward passes everywhere
+    own = len(mine)
+    mine += [0] * (-(-len(rows) // world_size()) - own)  # engines that divide the weights want as many forward passes everywhere
     found: list[tuple[int, list[float]]] = []
     for start in range(0, len(mine), batch_size):
         chosen = mine[start:start + batch_size]
         batch = {key: value.to(device) for key, value in collator([rows[i] for i in chosen]).items()}
         columns = [column.tolist() for column in measure(model, batch)]
-        found += zip(chosen, map(list, zip(*columns, strict=True)), strict=True)
+        found += list(zip(chosen, map(list, zip(*columns, strict=True)), strict=True))[:max(0, own - start)]
     model.train(was_training)
-    return [values for _, values in sorted(dict(gather(found)).items())]
+    return [values for _, values in sorted(gather(found), key=lambda pair: pair[0])]
 
 
 def summarised(rows: list[list[float]]) -> dict[str, dict]:

@@ -58,6 +58,15 @@ def launch(main: Callable[[C], Any], config_class: type[C], *, distributed: bool
     sys.exit(code)
 
 
+def run_program(work: Callable[[list[str]], Any]) -> None:
+    """Run what is not a stage on the command line's arguments, then exit: 0, or 2 on bad input with one line `error: ...`."""
+    try:
+        work(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        fail(str(error), None)
+        sys.exit(2)
+
+
 def die_with_parent() -> None:
     """A killed launcher takes its workers along; left alone they would go on writing where the next attempt works."""
     if sys.platform == "linux" and os.environ.get("ACCELERATE_MIXED_PRECISION"):  # set by `accelerate launch`
