@@ -20,7 +20,7 @@ from prompts.templates import BENCHMARK_CUES
 from stages.data.curriculum import CUES
 from stages.data.packing import PackedCollator
 from stages.data.tokenizer import EOS
-from stages.models import finetuning
+from stages.models import adapters
 from stages.models.counts import count_parameters, train_flops_per_token
 from stages.models.finetuning import DialogueCollator, TuningConfig, tune
 from stages.models.forgetting import STEP_IN_FORWARDS, Neutral, Watch
@@ -187,18 +187,18 @@ def tune_round(config: RejectionSamplingConfig, place: Path, base: Path, sifted:
     began = time.time()
     once = sum(len(row["input_ids"]) for row in learned)
     tokens = int(once * config.epochs)
-    model: Any = finetuning.load_base(base, config)
+    model: Any = adapters.load_base(base, config)
     stops, peft = model.config.eos_token_id, config.method != "full"
     watch = Watch(place / "watch", validation=watched, sources=["kept"] * len(watched), collator=DialogueCollator(tokenizer.pad_token_id),
                   neutral=neutral, tokens=WATCH_SHARE * STEP_IN_FORWARDS * tokens / (LOOKS + 1))
     drawn_anew = replace(config, seed=config.seed + number)  # adapters that begin alike in each round would move in the same directions
     trainer = tune(model, tokenizer, drawn_anew, run=SimpleNamespace(directory=place), train=learned, watch=watch, evaluations=LOOKS,
-                   peft_config=finetuning.adapter(config, [], model.config.tie_word_embeddings) if peft else None)
+                   peft_config=adapters.adapter_config(config, [], model.config.tie_word_embeddings) if peft else None)
     trained: Any = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     if config.method == "qlora" and is_main():
         trained.save_pretrained(str(place / "adapter"))
     barrier()
-    product = finetuning.merged(trained, config, base, place / "adapter", lambda model: None)
+    product = adapters.merged(trained, config, base, place / "adapter", lambda model: None)
     product.config.eos_token_id = product.generation_config.eos_token_id = stops  # not what the tokenizer calls its end
     if peft:
         save_model(product, tokenizer, place / "model")

@@ -23,7 +23,7 @@ from stages.data.tokenizer import ASSISTANT, END, EOS, SYSTEM, USER
 from stages.evals.battery import changes, exam, summary
 from stages.evals.scoring import write_records
 from stages.evals.tasks import load_task
-from stages.models import finetuning
+from stages.models import adapters, finetuning
 from stages.models.counts import count_parameters, train_flops_per_token
 from stages.models.finetuning import DialogueCollator, TuningConfig, tune
 from stages.models.forgetting import STEP_IN_FORWARDS, Neutral, Watch
@@ -46,7 +46,7 @@ class SftConfig(TuningConfig):
     sources: list[dict[str, Any]] = option([{"data": "curriculum"}], "what is taught, each {data: curriculum, instructions, a file, "
                                            "folder, glob or hub id; weight, format, columns, ...} (docs/sft.md)")
     num_rows: int = option(3000, "training dialogues, divided over the sources by weight (0: all that files and hub datasets have)")
-    validation_rows: int = option(300, "dialogues of the validation set (of files: their last)")
+    validation_rows: int = option(300, "dialogues of the validation set (of files: the last of each)")
     bad_rows: Literal["stop", "drop"] = option("stop", "a row that cannot be trained on: stop there, or leave it out, count and list it")
     repeats: Literal["report", "drop", "ignore"] = option("report", "near-duplicates among training rows, and rows that hold a question "
                                                           "of an evaluation set: count and list, leave out too, or do not look")
@@ -90,7 +90,7 @@ def main(config: SftConfig) -> Manifest:
     prepared, parent = run.parents["prepare"], run.parents["pretrain"]
     tokenizer: Any = AutoTokenizer.from_pretrained(parent.product("model"))
     end, end_of_text = turns.end_of_turn(tokenizer), tokenizer.get_vocab().get(EOS, tokenizer.eos_token_id)
-    model: Any = finetuning.load_base(parent.product("model"), config)
+    model: Any = adapters.load_base(parent.product("model"), config)
     finetuning.check_fit(tokenizer, model, config)
 
     problems = prepared.product("problems")
@@ -137,17 +137,17 @@ def main(config: SftConfig) -> Manifest:
 
     def prepare(base: Any) -> None:
         if parent.data["stage"] == "pretrain" and new:
-            finetuning.give_meaning(base, tokenizer)
+            adapters.give_meaning(base, tokenizer)
 
     prepare(model)
     before = examine(model)
     start = {name: weight.clone() for name, weight in model.state_dict().items()} if config.average < 1 else {}
     base_hash = parent.data["products"]["model"]["sha256"]
-    adapters = None
+    peft_config = None
     if config.adapter:
-        model = finetuning.load_adapter(model, config.adapter, base_hash)
+        model = adapters.load_adapter(model, config.adapter, base_hash)
     elif config.method != "full":
-        adapters = finetuning.adapter(config, tokenizer.convert_tokens_to_ids(new), model.config.tie_word_embeddings)
+        peft_config = adapters.adapter_config(config, tokenizer.convert_tokens_to_ids(new), model.config.tie_word_embeddings)
 
     blocks = [[row for row in train if row["source"] == s.name] for s in sources] if config.order == "sequence" else [train]
     text = [] if not config.replay_share else replayed(
@@ -162,7 +162,7 @@ def main(config: SftConfig) -> Manifest:
                   neutral=neutral, tokens=config.watch_share * STEP_IN_FORWARDS * trained_tokens / (config.evaluations + max(1, len(ends))))
     tokenizer.eos_token_id = end  # from here on a turn, not a document, is what the model ends
     training_began = time.time()
-    trainer = tune(model, tokenizer, config, run=run, train=schedule, watch=watch, evaluations=config.evaluations, peft_config=adapters,
+    trainer = tune(model, tokenizer, config, run=run, train=schedule, watch=watch, evaluations=config.evaluations, peft_config=peft_config,
                    in_order=bool(ends), look_at=boundaries[:-1], patience=config.patience)
     training, num_trainable = time.time() - training_began, trainer.num_trainable
 
@@ -174,9 +174,9 @@ def main(config: SftConfig) -> Manifest:
     peft = hasattr(trained, "peft_config")
     adapter_name = "adapter" if config.average == 1 else "adapter_unaveraged"  # on its base it is the model before the average
     if peft and is_main():
-        finetuning.save_adapter(trained, run.directory / "adapter", base_hash)
+        adapters.save_adapter(trained, run.directory / "adapter", base_hash)
     barrier()
-    product = finetuning.merged(trained, config, parent.product("model"), run.directory / "adapter", prepare)
+    product = adapters.merged(trained, config, parent.product("model"), run.directory / "adapter", prepare)
     if config.average < 1:
         finetuning.average(product, start, config.average)
     product.config.eos_token_id = product.generation_config.eos_token_id = end

@@ -198,6 +198,14 @@ def test_weights_divide_the_rows_and_short_sources_repeat(tmp_path):
     assert mixture == read(data, num_rows=42, validation_rows=4) != read(data, num_rows=42, validation_rows=4, seed=1)
 
 
+def test_validation_rows_come_from_each_file(tmp_path):
+    numbered(tmp_path / "a, b.jsonl", 30, "a")
+    numbered(tmp_path / "c.jsonl", 10, "c")
+    mixture = read([{"data": str(tmp_path)}], num_rows=0, validation_rows=5)
+    assert [row["messages"][0]["content"] for row in mixture.validation] == ["a26", "a27", "a28", "a29", "c9"]  # 3.75 and 1.25 of 5
+    assert [row["messages"][0]["content"] for row in mixture.train] == [f"a{i}" for i in range(26)] + [f"c{i}" for i in range(9)]
+
+
 def test_without_num_rows_each_source_counts_its_rows_times_its_weight(tmp_path, problems):
     a, b = numbered(tmp_path / "a.jsonl", 10, "a"), numbered(tmp_path / "b.jsonl", 30, "b")
     data = [{"data": a, "weight": 2}, {"data": b, "weight": 0.5}]

@@ -1,95 +1,24 @@
 """Fine-tuning: batches without padding equal separate rows, the pull to the base is what it says, adapters, early stop, resumption."""
-import gc
-import importlib.util
 import itertools
 import json
-import random
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 
-from stages.data import curriculum
-from stages.data.tokenizer import ASSISTANT, END, SYSTEM, USER, train_tokenizer
 from stages.models import finetuning
 from stages.models.attention import DOCUMENTS
-from stages.models.finetuning import DialogueCollator, FineTuner, TuningConfig, adapter, average, in_blocks, load_adapter, load_base, merged
+from stages.models.finetuning import FineTuner, average, in_blocks
 from stages.models.forgetting import Watch
-from stages.models.sizes import build_decoder, decoder_config
 from stages.run.checkpoint import read_metrics
-
-CONTEXT, NEW = 64, (SYSTEM, USER, ASSISTANT, END)
+from tests.sft_tiny import base_of, config_of, dialogues, shake, tiny_tokenizer, tune
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([d["text"] for d in itertools.islice(curriculum.documents(0), 60)], vocab_size=280, context_length=CONTEXT)
-
-
-def base_of(tokenizer, *, tied=False, width=32, dtype=torch.float32):
-    """A random decoder in which every matrix counts: a fresh one's attention adds nothing yet."""
-    model = build_decoder(decoder_config(tokenizer, hidden_size=width, num_layers=2, num_heads=2, context_length=CONTEXT,
-                                         tie_embeddings=tied), seed=0, dtype=dtype)
-    shake(model, 0.15)
-    return model
-
-
-@torch.no_grad()
-def shake(model, size, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.ndim > 1:
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
-
-
-def dialogues(count, *, seed=0, low=6, high=280, longest=40):
-    """Random encoded rows of mixed lengths, the first half of each without loss."""
-    rng = random.Random(seed)
-    rows = [[rng.randrange(low, high) for _ in range(rng.randint(2, longest))] for _ in range(count)]
-    return [{"input_ids": ids, "labels": [-100] * max(1, len(ids) // 2) + ids[max(1, len(ids) // 2):], "source": "x"} for ids in rows]
-
-
-def config_of(**changes):
-    return TuningConfig(**{"max_length": CONTEXT, "method": "full", "lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-2, "epochs": 1.0,
-                           "batch_size": 8, **changes})
-
-
-class Spy(FineTuner):
-    """Remembers batches and weights of each step; `dies` is the step at whose end it is killed."""
-
-    dies = 0
-    batches: list[list[int]]
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.batches, self.weights = [], {}
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        self.batches.append(inputs["input_ids"].flatten().tolist())
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        step = self.state.global_step
-        self.weights[step] = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        if step == self.dies:
-            raise KeyboardInterrupt
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
-
-def tune(monkeypatch, folder, tokenizer, config, *, model=None, tied=False, train=None, validation=None, dies=0, evaluations=4, **more):
-    gc.freeze()  # Trainer collects garbage at the start: a quarter of a second over all that torch holds
-    monkeypatch.setattr(finetuning, "FineTuner", type("Spy", (Spy,), {"dies": dies}))
-    validation = validation or dialogues(12, seed=9)
-    watch = Watch(folder / "watch", validation=validation, sources=[row["source"] for row in validation],
-                  collator=DialogueCollator(tokenizer.pad_token_id), neutral=None, tokens=1e9)
-    new = tokenizer.convert_tokens_to_ids(list(NEW))
-    return finetuning.tune(model or base_of(tokenizer, tied=tied), tokenizer, config, run=SimpleNamespace(directory=folder),
-                           train=train or dialogues(32), watch=watch, evaluations=evaluations,
-                           peft_config=None if config.method == "full" else adapter(config, new, tied), **more)
+    return tiny_tokenizer()
 
 
 def log_of(folder):
@@ -285,134 +214,6 @@ def test_each_epoch_of_a_block_is_shuffled_anew():
     assert in_blocks([[{"id": i} for i in range(20)]], 3, seed=1)[0] != rows
 
 
-# ---- adapters ----
-
-
-def trainable(model, *parts):
-    return sorted(name for name, p in model.named_parameters() if p.requires_grad and any(part in name for part in parts))
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("method", "peft", "kinds"), [
-    ("lora", {}, {"lora_A", "lora_B"}), ("lora", {"use_dora": True}, {"lora_A", "lora_B", "lora_magnitude_vector"}),
-    ("ia3", {}, {"ia3_l"}), ("vera", {"r": 8}, {"vera_lambda_b", "vera_lambda_d"}), ("loha", {"r": 2}, {"hada_w1_a"})])
-def test_what_an_adapter_trains(tokenizer, method, peft, kinds, tied):
-    model = base_of(tokenizer, tied=tied)
-    new = tokenizer.convert_tokens_to_ids(list(NEW))
-    ids = torch.arange(6, 40)[None]
-    before = model(ids).logits
-    made = adapter(config_of(method=method, peft=peft), new, tied)
-    adapted = get_peft_model(model, made)
-    torch.testing.assert_close(adapted(ids).logits, before)  # it starts as the base
-    for kind in kinds:
-        names = trainable(adapted, f".{kind}.")
-        for matrix in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
-            assert sum(f".{matrix}." in name for name in names) == 2, (kind, matrix)  # in both layers
-        assert not any("lm_head" in name for name in names)
-    ends = {name.split(".default")[0].removeprefix("base_model.model.") for name in trainable(adapted, "embed_tokens", "lm_head")}
-    wanted = {"model.embed_tokens.token_adapter.trainable_tokens_delta" if method == "lora" else "model.embed_tokens.modules_to_save"}
-    assert ends == wanted | (set() if tied else {"lm_head.modules_to_save"})
-    if method == "lora":
-        assert (made.r, made.lora_alpha) == (4, 8)
-        assert adapted.get_parameter("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default").size(0) == len(new)
-    assert not trainable(get_peft_model(base_of(tokenizer), adapter(config_of(method=method, peft=peft), [], tied)), "embed", "lm_head")
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_of_an_untied_head_only_the_rows_of_new_tokens_move(monkeypatch, tmp_path, tokenizer, whole):
-    config = config_of(method="lora", learning_rate=1e-2, **({"peft": {"modules_to_save": ["lm_head"]}} if whole else {}))
-    trainer = tune(monkeypatch, tmp_path, tokenizer, config, evaluations=1)
-    moved = (trainer.model.get_output_embeddings().weight - base_of(tokenizer).lm_head.weight).abs().amax(1) > 0
-    learned = {token for row in dialogues(32) for token in row["labels"] if token != -100} & set(range(len(moved)))
-    if whole:  # as the recipe says it
-        assert moved.sum() > len(NEW) and moved[sorted(learned)].all()
-    else:
-        assert set(moved.nonzero().flatten().tolist()) == set(tokenizer.convert_tokens_to_ids(list(NEW)))
-
-
-def test_settings_of_the_recipe_win(tokenizer):
-    made = adapter(config_of(method="lora", peft={"target_modules": ["q_proj"], "r": 2}), [], False)
-    assert (made.target_modules, made.r, made.lora_alpha) == ({"q_proj"}, 2, 8)
-
-
-def one_line(error):
-    return "\n" not in str(error.value) and len(str(error.value)) < 1500
-
-
-@pytest.mark.parametrize(("method", "peft", "message"), [
-    ("lora", {"use_doora": True}, "lora has no setting 'use_doora'"), ("ia3", {"r": 4}, "ia3 has no setting 'r'")])
-def test_a_setting_that_the_method_lacks(method, peft, message):
-    with pytest.raises(ValueError, match=message) as error:
-        adapter(config_of(method=method, peft=peft), [], False)
-    assert one_line(error)
-
-
-@pytest.mark.parametrize(("method", "message"), [
-    ("lorra", "unknown method 'lorra': choose full, lora, qlora, or one of peft's"),
-    ("prompt_tuning", "unknown method 'prompt_tuning'"),  # its vectors stand before a row: they cannot be merged, nor rows be flat
-    ("qlora", "needs bitsandbytes")])
-def test_a_method_that_cannot_be(tokenizer, tmp_path, monkeypatch, method, message):
-    base_of(tokenizer).save_pretrained(tmp_path)
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
-    with pytest.raises(ValueError, match=message) as error:
-        load_base(tmp_path, config_of(method=method))
-    assert one_line(error)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("method", "peft"), [("lora", {}), ("lora", {"use_dora": True}), ("ia3", {}), ("vera", {"r": 8}), ("full", {})])
-def test_merged_gives_equal_logits_after_training(monkeypatch, tmp_path, tokenizer, method, peft, tied):
-    config = config_of(method=method, peft=peft)
-    rows = dialogues(24, low=0)  # new tokens too
-    base, ids = base_of(tokenizer, tied=tied), torch.arange(0, 40)[None]
-    trainer = tune(monkeypatch, tmp_path, tokenizer, config, tied=tied, train=rows)
-    model = trainer.model.eval()
-    with torch.no_grad():
-        trained = model(ids).logits
-        assert (trained - base(ids).logits).abs().max() > 0.01
-        product = merged(model, config, tmp_path, tmp_path, None)
-        torch.testing.assert_close(product(ids).logits, trained, rtol=1e-4, atol=1e-4)
-        product.save_pretrained(tmp_path / "model")
-        torch.testing.assert_close(load_base(tmp_path / "model", config)(ids).logits, trained, rtol=1e-4, atol=1e-4)
-    assert not isinstance(product, PeftModel)
-
-
-def test_an_adapter_comes_back(tokenizer, tmp_path):
-    ids = torch.arange(0, 40)[None]
-    model = get_peft_model(base_of(tokenizer), adapter(config_of(method="lora"), [2, 3], False))
-    shake(model, 0.1)
-    finetuning.save_adapter(model, tmp_path / "adapter", "sha256:base")
-    again = load_adapter(base_of(tokenizer), tmp_path / "adapter", "sha256:base")
-    assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
-    assert trainable(again, "") == trainable(model, "")
-
-
-def test_an_adapter_that_does_not_fit_is_one_clear_line(tokenizer, tmp_path):
-    model = get_peft_model(base_of(tokenizer), adapter(config_of(method="lora"), [], False))
-    finetuning.save_adapter(model, tmp_path / "adapter", "sha256:base")
-    with pytest.raises(ValueError, match=r"was trained on another base \(sha256:base\) than the one given \(sha256:other\): set parents"):
-        load_adapter(base_of(tokenizer), tmp_path / "adapter", "sha256:other")
-    with pytest.raises(ValueError, match=r"the adapter in .*/nothing does not fit the base: .*adapter_config\.json") as error:
-        load_adapter(base_of(tokenizer), tmp_path / "nothing", "sha256:base")
-    assert one_line(error)
-    with pytest.raises(ValueError, match=r"does not fit the base: .*size mismatch") as error:
-        load_adapter(base_of(tokenizer, width=64), tmp_path / "adapter", "sha256:base")
-    assert one_line(error)
-
-
-def test_an_adapter_goes_on_training(monkeypatch, tmp_path, tokenizer):
-    first = get_peft_model(base_of(tokenizer), adapter(config_of(method="lora"), [], False))
-    finetuning.save_adapter(first, tmp_path / "adapter", "sha256:base")
-    model = load_adapter(base_of(tokenizer), tmp_path / "adapter", "sha256:base")
-    monkeypatch.setattr(finetuning, "adapter", None)
-    watch = Watch(tmp_path / "watch", validation=dialogues(9), sources=["x"] * 9, collator=DialogueCollator(0), neutral=None, tokens=1e9)
-    trainer = finetuning.tune(model, tokenizer, config_of(method="lora", kl_coef=0.1), run=SimpleNamespace(directory=tmp_path),
-                              train=dialogues(16), watch=watch, evaluations=1, peft_config=None)
-    assert trainer.model is model and trainer.frozen is None
-    assert all(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
-
-
 # ---- a training, end to end ----
 
 def harm(count):
@@ -448,7 +249,7 @@ def test_an_earlier_checkpoint_comes_back(monkeypatch, tmp_path, tokenizer, meth
     assert any(not torch.equal(late[name], weight) for name, weight in trainer.weights[step].items())
     again = trainer.watch.validation
     point = next(point for point in trainer.watch.points if point["step"] == step)
-    measured = finetuning.Watch(tmp_path / "again", validation=again, sources=["x"] * len(again), collator=trainer.watch.collator,
+    measured = Watch(tmp_path / "again", validation=again, sources=["x"] * len(again), collator=trainer.watch.collator,
                                 neutral=None, tokens=1e9).look(trainer.model, step)
     assert measured["eval_loss"] == pytest.approx(trainer.watch.logs(point)["eval_loss"], rel=1e-5)
 

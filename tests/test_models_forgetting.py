@@ -9,6 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from stages.data.packing import PackedCollator, pack
 from stages.models import forgetting
+from stages.models import heldout as heldout_module
 from stages.models.finetuning import DialogueCollator
 from stages.models.forgetting import FEWEST_ROWS, Neutral, Watch, above, backward_transfer, mean, recommend, rows_within
 from stages.models.heldout import heldout, measured, summarised
@@ -154,6 +155,29 @@ def test_padding_does_not_change_a_look(models, dialogues):
     alone = [measured(models[1], [row], DialogueCollator(0))[0] for row in dialogues]
     for one, many in zip(alone, measured(models[1], dialogues, DialogueCollator(0)), strict=True):
         assert many == pytest.approx(one, rel=1e-5)
+
+
+def test_processes_share_the_rows_and_pass_as_often(models, packed, monkeypatch):
+    """Engines that divide the weights want as many forward passes everywhere; what pads a process's share is nobody's measurement."""
+    rows = packed[:5]
+    alone = Neutral(models[0], rows, COLLATOR).look(models[1])
+    together, passes = [], []
+    for number in range(4):
+        gathered = []
+        monkeypatch.setattr(heldout_module, "rank", lambda number=number: number)
+        monkeypatch.setattr(heldout_module, "world_size", lambda: 4)
+        monkeypatch.setattr(heldout_module, "gather", lambda found, kept=gathered: kept.append(found) or found)
+        neutral = Neutral(models[0], rows, COLLATOR)
+        seen = []
+        hook = models[1].register_forward_hook(lambda *args, seen=seen: seen.append(1))
+        neutral.look(models[1])
+        measured(models[1], rows, COLLATOR, batch_size=1)
+        hook.remove()
+        together += gathered[1]
+        passes.append(len(seen))
+    assert passes == [3] * 4  # one of Neutral, and the two of the rank that has two rows
+    assert sorted(i for i, _ in together) == list(range(5))
+    assert [values for _, values in sorted(together)] == [pytest.approx(row, rel=1e-5) for row in alone]
 
 
 def test_a_look_reads_what_it_may(models, packed, dialogues, tmp_path):

@@ -92,6 +92,17 @@ def test_training_on_rankings_teaches_the_rule(model, tmp_path, muon):
     assert '"heldout/accuracy"' in logged and '"train/accuracy"' in logged
 
 
+def test_a_finished_training_resumed_trains_no_further(model, tmp_path):
+    """Of an epoch and a half: Trainer itself would ask only after one more step whether it had come to the end."""
+    rows = make_rows(70, seed=4)[:40]
+    settings = {"max_steps": 7, "save_steps": 7, "eval_steps": 7}
+    first = train(model, tmp_path, "run", rows, rows[:4], **settings)
+    weights = {name: p.detach().clone() for name, p in first.model.named_parameters()}
+    again = train(model, tmp_path, "run", rows, rows[:4], **settings)
+    assert again.state.global_step == 7
+    assert all(torch.equal(p, weights[name]) for name, p in again.model.named_parameters())
+
+
 def test_accumulation_does_not_change_the_step(model, tmp_path):
     rows = make_rows(40, seed=4)
     state = {k: v.clone() for k, v in model.state_dict().items()}

@@ -14,7 +14,7 @@ from stages.data.curriculum import CUES
 from stages.data.problems import read_problems
 from stages.data.tokenizer import EOS
 from stages.data.turns import IGNORED
-from stages.models import finetuning
+from stages.models import adapters
 from stages.models.counts import forward_flops, train_flops_per_token
 from stages.rejection_sampling import RejectionSamplingConfig, main
 from stages.rl import selection
@@ -208,7 +208,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize(("module", "name", "call"), [
     (rejection_sampling, "tune_round", 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in (
-        (rejection_sampling, "draw_responses", 5), (finetuning, "merged", 2), (rejection_sampling, "measure", 2)))])
+        (rejection_sampling, "draw_responses", 5), (adapters, "merged", 2), (rejection_sampling, "measure", 2)))])
 def test_an_interrupted_run_continues_to_the_same_result(finished, parents, tmp_path, monkeypatch, module, name, call):
     """Stopped in the second round's sampling, before its tuning, after it but before its model is saved, and at the end."""
     directory, calls, original = tmp_path / "rejection_sampling", [], getattr(module, name)
@@ -250,8 +250,8 @@ def test_learning_what_ends_teaches_to_end(parents, tmp_path):
 
 
 def test_from_start_each_round_tunes_the_first_model_on_everything_kept(parents, tmp_path, monkeypatch):
-    bases, load = [], finetuning.load_base
-    monkeypatch.setattr(finetuning, "load_base", lambda path, config: bases.append(path) or load(path, config))
+    bases, load = [], adapters.load_base
+    monkeypatch.setattr(adapters, "load_base", lambda path, config: bases.append(path) or load(path, config))
     seeds, tune = [], rejection_sampling.tune
     monkeypatch.setattr(rejection_sampling, "tune", lambda m, t, config, **more: seeds.append(config.seed) or tune(m, t, config, **more))
     made = main(configured(parents, tmp_path / "rs", **{"from-start": True}))

@@ -14,7 +14,7 @@ from stages import sft
 from stages.data import curriculum
 from stages.data.packing import PackedCollator, pack, to_dataset
 from stages.data.tokenizer import END, train_tokenizer
-from stages.models import finetuning, verdict
+from stages.models import adapters, finetuning, verdict
 from stages.models.heldout import heldout
 from stages.models.sizes import build_decoder, decoder_config
 from stages.models.training import save_model
@@ -150,7 +150,7 @@ def test_the_product_is_half_way_between_base_and_tuned(finished, parents):
     end = tokenizer.convert_tokens_to_ids(END)
     assert product.config.eos_token_id == product.generation_config.eos_token_id == tokenizer.eos_token_id == end
     base = AutoModelForCausalLM.from_pretrained(parents / "pretrain" / "model")
-    finetuning.give_meaning(base, AutoTokenizer.from_pretrained(parents / "pretrain" / "model"))
+    adapters.give_meaning(base, AutoTokenizer.from_pretrained(parents / "pretrain" / "model"))
     start = {name: weight.clone() for name, weight in base.state_dict().items()}
     tuned = PeftModel.from_pretrained(base, made.product("adapter_unaveraged")).merge_and_unload().state_dict()
     moved = 0.0
@@ -211,7 +211,7 @@ def test_a_bad_row_stops_the_run_where_it_is(parents, colours, tmp_path):
 def test_an_adapter_of_another_base(parents, finished, tmp_path):
     other = tmp_path / "adapter"
     shutil.copytree(finished[1].product("adapter_unaveraged"), other)
-    (other / finetuning.BASE_FILE).write_text(json.dumps({"sha256": "sha256:another"}))
+    (other / adapters.BASE_FILE).write_text(json.dumps({"sha256": "sha256:another"}))
     with pytest.raises(ValueError, match=r"was trained on another base \(sha256:another\) than the one given \(sha256:model\)"):
         sft.main(configured(parents, tmp_path / "sft", adapter=str(other), method="lora"))
 

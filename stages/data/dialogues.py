@@ -121,7 +121,8 @@ def read(sources: Sequence[Source], *, problems: Path | None, seed: int, num_row
 
     Whole passes over a source come in its own order first and in seeded orders after; of a last pass a seeded part is taken. A
     source without an end counts, with `num_rows` 0, as long as the others on average. Validation rows, divided by the weights, are
-    the last of a file (of a hub dataset, the last of what is needed and read) and never trained on; the curriculum has its own.
+    the last of each file by its length (of a hub dataset, the last of what is needed and read) and never trained on; the curriculum
+    has its own.
     `problems` is the folder of the curriculum's files. Raises BadRow with `bad_rows` stop; ValueError where rows are too few.
     """
     weights, dropped = [source.weight for source in sources], []
@@ -147,9 +148,8 @@ def read(sources: Sequence[Source], *, problems: Path | None, seed: int, num_row
     mixture = Mixture(train=[], validation=[], dropped=dropped, counts={})
     for source, share, out in zip(sources, shares, held, strict=True):
         if source.name in pools:
-            pool = pools[source.name]
-            train = _take(pool[:len(pool) - out], share, random.Random(f"mixture:{source.name}:{seed}"))
-            validation = pool[len(pool) - out:]
+            rest, validation = _hold_out(pools[source.name], out)
+            train = _take(rest, share, random.Random(f"mixture:{source.name}:{seed}"))
         else:
             train, validation = (_generated(source, split, count, problems, seed) for split, count in (("sft", share), ("validation", out)))
         bad_count = sum(d["source"] == source.name for d in dropped)
@@ -169,6 +169,16 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
     for i in sorted(range(len(parts)), key=lambda i: parts[i] - exact[i])[:total - sum(parts)]:
         parts[i] += 1
     return parts
+
+
+def _hold_out(rows: list[Row], count: int) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and `count` to validate on, the last of each file: the files of a folder often are kinds of their own."""
+    files: dict[str, list[Row]] = {}
+    for row in rows:
+        files.setdefault(row["id"].rpartition(", ")[0], []).append(row)
+    ends = [len(of) - out for of, out in zip(files.values(), apportion(count, [len(of) for of in files.values()]), strict=True)]
+    return ([row for of, end in zip(files.values(), ends, strict=True) for row in of[:end]],
+            [row for of, end in zip(files.values(), ends, strict=True) for row in of[end:]])
 
 
 def _take(rows: list[Row], count: int, rng: random.Random) -> list[Row]:

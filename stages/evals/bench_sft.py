@@ -55,7 +55,7 @@ def one(variant: str, given: argparse.Namespace) -> dict[str, float]:
     from trl import SFTConfig, SFTTrainer
 
     from stages.data import dialogues, turns
-    from stages.models import finetuning
+    from stages.models import adapters, finetuning
     from stages.models.finetuning import DialogueCollator, TuningConfig
     from stages.models.forgetting import Watch
     from stages.models.sizes import build_decoder, decoder_config
@@ -72,13 +72,13 @@ def one(variant: str, given: argparse.Namespace) -> dict[str, float]:
     per_step = max(1, round(given.batch_size * lengths.tokens / len(rows) / given.max_length)) if variant == "packed" else given.batch_size
     config = TuningConfig(batch_size=per_step, epochs=1, max_length=given.max_length, packing=variant == "packed", method=given.method,
                           attn_implementation="sdpa" if variant == "padded" else "auto", learning_rate=1e-4)
-    adapters = finetuning.adapter(config, [], tied=False) if given.method == "lora" else None
+    peft_config = adapters.adapter_config(config, [], tied=False) if given.method == "lora" else None
     with tempfile.TemporaryDirectory() as folder:
         if variant.startswith("SFTTrainer"):
             plain: dict[str, Any] = {} if variant == "SFTTrainer" else {"bf16": False, "gradient_checkpointing": False}
             chats = [{"prompt": row["messages"][:row["first"]], "completion": row["messages"][row["first"]:]} for row in mixture.train]
             trainer: Any = SFTTrainer(model=model, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(chats),
-                                      peft_config=adapters, args=SFTConfig(
+                                      peft_config=peft_config, args=SFTConfig(
                                           output_dir=folder, per_device_train_batch_size=given.batch_size, num_train_epochs=1,
                                           max_length=given.max_length, learning_rate=1e-4, use_cpu=not torch.cuda.is_available(),
                                           report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=10**6, **plain))
@@ -88,7 +88,7 @@ def one(variant: str, given: argparse.Namespace) -> dict[str, float]:
             watch = Watch(Path(folder) / "watch", validation=rows[:1], sources=["curriculum"],
                           collator=DialogueCollator(tokenizer.pad_token_id), neutral=None, tokens=1)
             trainer = finetuning.tune(model, tokenizer, config, run=SimpleNamespace(directory=Path(folder)), train=rows, watch=watch,
-                                      evaluations=1, peft_config=adapters)
+                                      evaluations=1, peft_config=peft_config)
     seconds = next(row["train_runtime"] for row in trainer.state.log_history if "train_runtime" in row)
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "tokens": lengths.tokens, "memory": memory, "longest": lengths.lengths[-1],

@@ -8,7 +8,6 @@ command continues where it was. One JSON line a seed goes to `--out`; the tables
 import argparse
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -89,6 +89,11 @@ class Resumable:
             mark_complete(folder, world_size=world_size())
         barrier()
 
+    def _run_epoch(self, *args, **kwargs):
+        """An epoch; none of a training that had come to its end when it was interrupted: Trainer would ask only after one more step."""
+        if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:  # type: ignore[attr-defined]
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if not torch.isfinite(loss):
