@@ -17,12 +17,14 @@ CODE = (cited, figures, page, story, story_alignment)
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(StageConfig):
     STAGE = "report"
-    PARENTS = ("prepare", "scaling", "pretrain", "sft", "preferences", "reward_model", "ppo", "evaluation")
+    PARENTS = ("prepare", "scaling", "pretrain", "sft", "preferences", "reward_model", "rejection_sampling", "ppo", "evaluation")
+    OPTIONAL = ("rejection_sampling",)  # no part of the main road: shown if there, not missed if not
 
 
 def main(config: ReportConfig) -> Manifest:
     present = {name: path for name, path in config.parents.items() if (Path(path) / MANIFEST).is_file()}
-    missing = {name: why_missing(name, Path(path), config.recipe) for name, path in config.parents.items() if name not in present}
+    missing = {name: why_missing(name, Path(path), config.recipe) for name, path in config.parents.items()
+               if name not in (*present, *config.OPTIONAL)}
     if "pretrain" not in present:
         raise ValueError(f"no finished run in {config.parents['pretrain']}: run `make pretrain RECIPE={config.recipe}` first")
     manifests = {f"{name} manifest": hash_path(Path(path) / MANIFEST) for name, path in present.items()}

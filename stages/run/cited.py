@@ -16,7 +16,8 @@ from stages.run.page import Figure, Section, number
 MISSING = "not measured"
 MEASURED = ["", "value", "95 % interval", "n"]  # header of a table of `Stage.row`
 TITLES = {"prepare": "Data", "scaling": "Scaling law", "pretrain": "Pretraining", "sft": "Supervised fine-tuning",
-          "preferences": "Preferences", "reward_model": "Reward model", "ppo": "PPO", "evaluation": "Evaluation"}
+          "preferences": "Preferences", "reward_model": "Reward model", "rejection_sampling": "Rejection sampling", "ppo": "PPO",
+          "evaluation": "Evaluation"}
 Told = tuple[Section, list[list[str]]]  # a section, and its lines of the summary: effect, result, 95 % interval, n, beside it
 
 
@@ -142,3 +143,10 @@ def annotator(stages: Stages) -> str:
         return "an annotator whom no manifest names"
     names = ", ".join(name.removeprefix("simulated: ") for name in s.notes.get("annotators", [])) or "unnamed"
     return f"a simulated annotator ({names}), not by people" if s.notes["simulated"] else f"people ({names})"
+
+
+def scorer(stages: Stages, s: Stage) -> str:
+    """What gave the reward, in words."""
+    sources = s.config.get("reward", {})
+    reward = ", ".join(f"{weight:g} x {name}" for name, weight in sources.items()) or MISSING
+    return reward + (f" (the reward model, learned from rankings by {annotator(stages)})" if "model" in sources else "")

@@ -19,14 +19,18 @@ CONSTANTS = {"sum": ("E", "A", "B", "alpha", "beta"), "product": ("E", "C", "a",
 
 
 def tell(stages: Stages, missing: Mapping[str, str], folder: Path, *, recipe: str, law: Law) -> Page:
-    """`stages` are the finished ones in the order of the pipeline; `missing` says of each other one what would make it."""
+    """`stages` are the finished ones in the order of the pipeline; `missing` says of each other one that
+    belongs to it what would make it."""
     sections: dict[str, Callable[[Stages, Path], Told]] = {
         "prepare": prepare, "scaling": lambda s, f: scaling(s, f, law), "pretrain": pretrain, **story_alignment.SECTIONS}
     told: dict[str, Told] = {}
     for name, section in sections.items():
-        told[name] = section(stages, folder) if name in stages else (
-            Section(name, TITLES[name], [f"Not in this report: {missing[name]}."]), [])
-    lines = [line for name in ("scaling", "sft", "evaluation", "reward_model", "ppo") for line in told[name][1]]
+        if name in stages:
+            told[name] = section(stages, folder)
+        elif name in missing:
+            told[name] = Section(name, TITLES[name], [f"Not in this report: {missing[name]}."]), []
+    lines = [line for name in ("scaling", "sft", "evaluation", "reward_model", "rejection_sampling", "ppo") if name in told
+             for line in told[name][1]]
     seeds = ", ".join(map(str, sorted({s.data["seed"] for s in stages.values()})))
     lead = (f"From raw text to an aligned, evaluated model: what each stage of the recipe \"{recipe}\" did and what came out, on "
             f"{hardware(stages)}. It is one run (seed {seeds}): intervals say what other problems or texts might have given, not "

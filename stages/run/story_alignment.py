@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.run import figures
+from stages.run import cited, figures
 from stages.run.checkpoint import read_metrics
 from stages.run.cited import CHANGE, GAIN, LOSS, MEASURED, MISSING, SCORE, SHARE, TITLES, Form, Stages, Told, annotator, draw, verdict
 from stages.run.figures import Series
@@ -133,15 +133,34 @@ PPO_ROWS = (("gold", "gold score", SCORE, CHANGE), ("score", "reward (proxy)", S
             ("length", "length (tokens)", Form(1), Form(1, sign="+")), ("eos_rate", "ends by itself", SHARE, GAIN))
 
 
+def rejection_sampling(stages: Stages, folder: Path) -> Told:
+    s, rival = stages["rejection_sampling"], stages.get("ppo")
+    text = (f"{s.count('responses')} responses to {s.count('prompts')} prompts in {s.config.get('rounds', MISSING)} rounds, scored by "
+            f"{cited.scorer(stages, s)}; of each prompt's {s.config.get('samples_per_prompt', MISSING)} the best "
+            f"{s.config.get('keep', MISSING)}, {s.count('dialogues')} in all, were learned. On {s.n('gain/gold')} problems the gold "
+            f"score changed by "
+            f"{s.short_form('gain/gold', CHANGE)}, for {s.count('flops')} FLOPs.")
+    columns = ["", "before", "after", "paired gain", "95 % interval", "n"]
+    rows = [[label, s.value(f"before/{key}", form), s.value(f"after/{key}", form), *s.row("", f"gain/{key}", gain)[1:]]
+            for key, label, form, gain in PPO_ROWS]
+    caption = "The problems measured before and after. Gains and their intervals are paired by problem."
+    if rival:
+        text += (f" PPO's change is {rival.short_form('gain/gold', CHANGE)} on {rival.n('gain/gold')} problems, of "
+                 f"{rival.count('responses')} responses, for {rival.count('flops')} FLOPs.")
+        columns.append("PPO, after")
+        rows = [[*row, rival.value(f"after/{key}", form)] for row, (key, _, form, _) in zip(rows, PPO_ROWS, strict=True)]
+    line = [*s.row("Rejection sampling: gold score over SFT", "gain/gold", CHANGE), f"{verdict(s.ends('gain/gold'))}; "
+            f"{s.count('flops')} FLOPs; KL {s.value('after/kl', Form(2))} nats a response"]
+    sources = [s.cite(), *([rival.cite()] if rival else [])]
+    return Section("rejection_sampling", TITLES["rejection_sampling"], [text], tables=[Table(columns, rows, caption, sources)]), [line]
+
+
 def ppo(stages: Stages, folder: Path) -> Told:
     s = stages["ppo"]
-    sources = s.config.get("reward", {})
-    reward = ", ".join(f"{weight:g} x {name}" for name, weight in sources.items()) or MISSING
-    learned = f" (the reward model, learned from rankings by {annotator(stages)})" if "model" in sources else ""
     where = f"held-out problems of {s.config['problems']}" if s.config.get("problems") else "validation problems"
     paragraphs = [
-        f"{s.count('responses')} responses in {s.config.get('iterations', MISSING)} iterations, rewarded by {reward}{learned}, at a price "
-        f"of {s.config.get('kl_coef', MISSING)} a nat of KL. The gold score is a program's: right answer, right steps, format. On "
+        f"{s.count('responses')} responses in {s.config.get('iterations', MISSING)} iterations, rewarded by {cited.scorer(stages, s)}, at "
+        f"a price of {s.config.get('kl_coef', MISSING)} a nat of KL. The gold score is a program's: right answer, right steps, format. On "
         f"{s.n('gain/gold')} {where} the gold score changed by {s.short_form('gain/gold', CHANGE)} and the accuracy of "
         f"sampled answers by {s.short_form('gain/sampled_accuracy', GAIN)}, at a KL of {s.value('after/kl', Form(2))} nats a response."]
     greedy, entropy, sampled = (s.ends(f"gain/{key}") for key in ("greedy_accuracy", "entropy", "sampled_accuracy"))
@@ -307,4 +326,5 @@ def effects(comparisons: list[dict[str, Any]], cells: Cells, votes: Any, results
 
 
 SECTIONS: dict[str, Callable[[Stages, Path], Told]] = {
-    "sft": sft, "preferences": preferences, "reward_model": reward_model, "ppo": ppo, "evaluation": evaluation}
+    "sft": sft, "preferences": preferences, "reward_model": reward_model, "rejection_sampling": rejection_sampling,
+    "ppo": ppo, "evaluation": evaluation}
