@@ -55,7 +55,7 @@ class RejectionSamplingConfig(TuningConfig, QuestionConfig):
     min_score: float | None = option(None, "keep only responses that score this or more (of a verifier: 1.0; default: any)")
     from_start: bool = option(False, "each round tunes the SFT model anew on all that was kept so far (default: the model of the round "
                               "before, on what this one kept)")
-    learning_rate: float = option(5e-4, "peak learning rate of each round")
+    learning_rate: float | None = option(5e-4, "peak learning rate of each round")
     epochs: float = option(1.0, "passes over the dialogues of a round")
     forgetting_rows: int = option(96, "held-out rows of the base corpus measured before and after (0: none)")
     chunk_prompts: int = option(64, "prompts sampled at a time, over all processes; a killed run continues after the last chunk")

@@ -282,6 +282,13 @@ def test_looks_are_spread_over_the_steps(monkeypatch, tmp_path, tokenizer, steps
     assert sorted(looked(tmp_path)) == at
 
 
+@pytest.mark.parametrize(("method", "given", "rate"), [
+    ("lora", None, 2e-3), ("full", None, 2e-4), ("full", 0.0, 0.0), ("lora", 1e-4, 1e-4)])
+def test_full_tuning_takes_a_tenth_of_the_rate(monkeypatch, tmp_path, tokenizer, method, given, rate):
+    trainer = tune(monkeypatch, tmp_path, tokenizer, config_of(method=method, learning_rate=given), train=dialogues(8), evaluations=1)
+    assert trainer.args.learning_rate == pytest.approx(rate)
+
+
 def test_a_look_takes_nothing_from_what_training_logs(monkeypatch, tmp_path, tokenizer):
     """Logged every second step: what was measured of steps 3 and 4 belongs together, though there was a look between them."""
     logs = []
