@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.evals import study_sft
+from stages.evals import studies, study_sft
 from stages.evals.study_sft import ARMS, BASELINE, GROUPS, SHOWN, arguments, report
 from stages.run.config import load_config
 from stages.sft import SftConfig
@@ -30,7 +30,7 @@ def launched(monkeypatch, folder: Path, *given: str) -> dict[str, dict[str, str]
             "notes": {"watch": {"share_of_training": 0.05}}}))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(subprocess, "run", make)
+    monkeypatch.setattr(studies.subprocess, "run", make)
     study_sft.study(arguments(["--runs", str(folder), "--seeds", "0", *given]))
     return calls
 
@@ -64,7 +64,7 @@ def test_one_line_a_run_and_the_frontier(monkeypatch, tmp_path, capsys):
 
 
 def test_a_run_that_fails_stops_the_study(monkeypatch, tmp_path):
-    monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 2))
+    monkeypatch.setattr(studies.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 2))
     with pytest.raises(ValueError, match="base-64-1100000-0 stopped, see above; the same command continues there"):
         study_sft.study(arguments(["--runs", str(tmp_path)]))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from stages.evals.study_seeds import markdown
+from stages.evals.studies import markdown
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.manifest import Manifest, say

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prompts.intervals import mean_interval
 from stages.evals.scoring import write_records
+from stages.evals.studies import markdown, mean
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.manifest import MANIFEST, Manifest, say
@@ -51,18 +51,6 @@ def figures(folder: Path) -> dict[str, float]:
     if forecast := runs["pretrain"].data["notes"].get("forecast"):
         found["prediction/error"] = forecast["value"] / found["pretrain/heldout_loss"] - 1
     return found
-
-
-def mean(values: Sequence[float], digits: int = 3) -> str:
-    """Mean over seeds with its 95 % interval by Student's t; the value alone where seeds do not differ."""
-    if len(set(values)) == 1:
-        return f"{values[0]:.{digits}f}"
-    centre, low, high = mean_interval(values)
-    return f"{centre:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
 def report(lines: Sequence[dict[str, Any]]) -> str:

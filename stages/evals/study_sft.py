@@ -8,21 +8,18 @@ the base corpus's held-out loss rises by. The arms of the sequence learn three s
 stages.sft, not run again once finished, and one JSON line in `--out`, so the same command continues where it was.
 """
 import argparse
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.evals.scoring import write_records
-from stages.evals.study_seeds import markdown, mean
+from stages.evals.studies import markdown, mean, stage
 from stages.run import figures
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.figures import Series
-from stages.run.manifest import Manifest, say
+from stages.run.manifest import say
 
 RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 CURRICULUM = {"data": "curriculum"}
@@ -73,15 +70,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     given = parser.parse_args(argv)
     given.arms = list(dict.fromkeys(arm for name in given.arms for arm in GROUPS.get(name, [name])))
     return given
-
-
-def stage(name: str, folder: Path, **settings: Any) -> Manifest:
-    """A finished run of a stage with the tiny recipe's settings but those given. Raises ValueError when it stops."""
-    flags = [part for key, value in {**settings, "run_dir": str(folder)}.items()
-             for part in (f"--{key}", value if isinstance(value, str) else json.dumps(value))]
-    if subprocess.run([sys.executable, "-m", f"stages.{name}", "--config", f"recipes/tiny/{name}.yaml", *flags], check=False).returncode:
-        raise ValueError(f"{folder} stopped, see above; the same command continues there")
-    return Manifest(folder)
 
 
 def study(given: argparse.Namespace) -> None:

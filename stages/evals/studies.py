@@ -1,0 +1,31 @@
+"""What studies share: a stage run once, means over seeds, tables."""
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prompts.intervals import mean_interval
+from stages.run.manifest import Manifest
+
+
+def stage(name: str, folder: Path, **settings: Any) -> Manifest:
+    """A finished run of a stage with the tiny recipe's settings but those given. Raises ValueError when it stops."""
+    flags = [part for key, value in {**settings, "run_dir": str(folder)}.items()
+             for part in (f"--{key}", value if isinstance(value, str) else json.dumps(value))]
+    if subprocess.run([sys.executable, "-m", f"stages.{name}", "--config", f"recipes/tiny/{name}.yaml", *flags], check=False).returncode:
+        raise ValueError(f"{folder} stopped, see above; the same command continues there")
+    return Manifest(folder)
+
+
+def mean(values: Sequence[float], digits: int = 3) -> str:
+    """Mean over seeds with its 95 % interval by Student's t; the value alone where seeds do not differ."""
+    if len(set(values)) == 1:
+        return f"{values[0]:.{digits}f}"
+    centre, low, high = mean_interval(values)
+    return f"{centre:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
