@@ -44,7 +44,8 @@ class PreferencesConfig(StageConfig):
     temperature: float = option(1.2, "of the sampling; a little above the policy's own shows more mistakes a prompt")
     max_new_tokens: int = option(96, "longest response")
     error_rate: float = option(0.0, "how often the simulated annotator judges a pair the wrong way round, 0 to 0.5")
-    max_responses: int = option(10_000, "ranked responses at most (files: 0 takes all)")
+    max_responses: int = option(10_000, "ranked responses at most (0: as many as there are)")
+    max_prompts: int = option(0, "prompts with a ranking at most (0: as many as there are)")
     chunk_prompts: int = option(64, "prompts sampled at a time, over all processes; a killed run continues after the last chunk")
 
 
@@ -92,7 +93,7 @@ def from_source(config: PreferencesConfig, source: str, local: bool, tokenizer) 
             long += 1
             continue
         ranked += len(record["ranks"])
-        if config.max_responses and ranked > config.max_responses:
+        if full(config, ranked, len(kept) + 1):
             break
         kept.append({"annotator": "unknown", "simulated": False, "criterion": "overall"} | record | named)
     say(f"{source}: {len(records) + differing:,} rows; left out: {ties} all tied, {long} longer than {config.max_length} tokens, "
@@ -104,8 +105,13 @@ def from_source(config: PreferencesConfig, source: str, local: bool, tokenizer) 
         "asked": asked, "all_tied": ties, "too_long": long, "prompts_differ": differing}
 
 
+def full(config: PreferencesConfig, responses: int, prompts: int) -> bool:
+    """Whether so many are more than were asked for."""
+    return 0 < config.max_responses < responses or 0 < config.max_prompts < prompts
+
+
 def from_samples(config: PreferencesConfig, run: Run, tokenizer) -> tuple[list[Record], dict, dict]:
-    """Sample, judge and rank, a chunk of prompts at a time, until there are `max_responses` ranked responses or no problem is left."""
+    """Sample, judge and rank, a chunk of prompts at a time, until there are as many as were asked for or no problem is left."""
     if config.responses_per_prompt < 2 or not 0 <= config.error_rate <= 0.5:
         raise ValueError(f"responses_per_prompt {config.responses_per_prompt} and error_rate {config.error_rate}: "
                          "a ranking needs 2 responses or more and an error rate between 0 and 0.5")
@@ -118,7 +124,7 @@ def from_samples(config: PreferencesConfig, run: Run, tokenizer) -> tuple[list[R
 
     records: list[Record] = []
     judged: list[dict[str, Any]] = []
-    ranked = 0
+    ranked, enough = 0, False
     folder = run.directory / "chunks"
     if is_main():
         folder.mkdir(exist_ok=True)
@@ -137,14 +143,14 @@ def from_samples(config: PreferencesConfig, run: Run, tokenizer) -> tuple[list[R
                 write_json(file, chunk)
         for row in chunk:
             record = row["record"]
-            if ranked + len(record["responses"] if record else []) > config.max_responses:
-                ranked = config.max_responses
+            size = len(record["responses"]) if record else 0
+            if enough := full(config, ranked + max(1, size), len(records) + 1):
                 break
             judged.append(row)
             if record:
                 records.append({**record, "origin": origin})
-                ranked += len(record["responses"])
-        if ranked >= config.max_responses:
+                ranked += size
+        if enough or full(config, ranked + 1, len(records) + 1):
             break
     if not records:
         raise ValueError(f"all {len(judged)} prompts tie: raise temperature ({config.temperature}) or difficulties {config.difficulties}")

@@ -84,6 +84,13 @@ def test_sampling_does_not_depend_on_the_chunks_and_stops_when_there_is_enough(p
     assert [r["response_ids"] for r in part] == [r["response_ids"] for r in whole[:len(part)]]
 
 
+def test_prompts_can_be_counted_instead_of_responses(parents, ranked, tmp_path):
+    whole, _ = preferences.read(ranked[1].product("preferences"))
+    few = rank(parents, tmp_path, max_prompts=3, max_responses=0)
+    part, _ = preferences.read(few.product("preferences"))
+    assert [r["id"] for r in part] == [r["id"] for r in whole[:3]] and few.counts["prompts"] == 3 <= few.counts["asked"] < 48
+
+
 def test_errors_of_the_annotator_are_measured(parents, tmp_path):
     flipped = rank(parents, tmp_path, error_rate=0.5).metrics["annotator_flipped_pairs"]
     assert 0.2 < flipped["value"] < 0.8 and flipped["n"] > 5
