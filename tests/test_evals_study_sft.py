@@ -10,6 +10,7 @@ from stages.evals import studies, study_sft
 from stages.evals.study_sft import ARMS, BASELINE, GROUPS, SHOWN, arguments, report
 from stages.run.config import load_config
 from stages.sft import SftConfig
+from tests.rl_tiny import policy
 
 REMEDIES = {"replay": {"replay_share"}, "KL": {"kl_coef"}, "average": {"average"}, "rank": {"lora_rank", "lora_alpha"},
             "LR": {"learning_rate"}}
@@ -27,10 +28,11 @@ def launched(monkeypatch, folder: Path, *given: str) -> dict[str, dict[str, str]
         keys = {key for shown in SHOWN.values() for key in shown}
         (run / "manifest.json").write_text(json.dumps({
             "metrics": {key: {"value": len(calls)} for key in keys}, "provenance": {"wall_s": 1}, "counts": {"flops": 1},
-            "notes": {"watch": {"share_of_training": 0.05}}}))
+            "products": {"model": {"path": "model", "sha256": ""}}, "notes": {"watch": {"share_of_training": 0.05}}}))
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(studies.subprocess, "run", make)
+    monkeypatch.setattr(study_sft, "update", lambda base, tuned: {})
     study_sft.study(arguments(["--runs", str(folder), "--seeds", "0", *given]))
     return calls
 
@@ -49,6 +51,20 @@ def test_each_remedy_differs_from_none_in_itself_alone(monkeypatch, tmp_path):
         assert changed <= next(keys for name, keys in REMEDIES.items() if Path(folder).name.startswith(name)) and changed, folder
 
 
+def test_the_size_of_an_update_by_hand(tmp_path):
+    model = policy()
+    for weight in model.state_dict().values():
+        if weight.ndim == 2:
+            weight.zero_().fill_diagonal_(2.0)
+    model.save_pretrained(tmp_path / "base")
+    for name, weight in model.state_dict().items():
+        if weight.ndim == 2:
+            weight[0, 0] += 0.5 if ".layers." in name else 9.0
+            weight[1, 1] += 0.5 if ".layers." in name else 9.0
+    model.save_pretrained(tmp_path / "tuned")
+    assert study_sft.update(tmp_path / "base", tmp_path / "tuned") == pytest.approx({"update/spectral": 0.25, "update/rank": 2.0})
+
+
 def test_groups_stand_for_their_arms():
     assert arguments([]).arms == list(ARMS)
     assert arguments(["--arms", BASELINE, "sequence", "in turn, LoRA"]).arms == [BASELINE, *GROUPS["sequence"]]
@@ -60,7 +76,7 @@ def test_one_line_a_run_and_the_frontier(monkeypatch, tmp_path, capsys):
     launched(monkeypatch, tmp_path, "--arms", "methods")
     lines = [json.loads(line) for line in (tmp_path / "study_sft.jsonl").read_text().splitlines()]
     assert [line["arm"] for line in lines] == list(GROUPS["methods"]) and (tmp_path / "frontier.svg").is_file()
-    assert "budget: 1 bases and 9 fine-tuning runs" in capsys.readouterr().out
+    assert "budget: 1 bases and 10 fine-tuning runs" in capsys.readouterr().out
 
 
 def test_a_run_that_fails_stops_the_study(monkeypatch, tmp_path):

@@ -13,6 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
 from stages.evals.scoring import write_records
 from stages.evals.studies import markdown, mean, stage
 from stages.run import figures
@@ -44,6 +48,8 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "methods": {**{f"LoRA {rank}, {rate:g}": LEARN | lora(rank, rate) for rank, rate in (
                     (16, 3e-4), (16, 1e-3), (16, 3e-3), (4, 1e-3), (64, 1e-3))},
                 "LoRA 16 and head, 0.001": LEARN | lora(16, 1e-3) | {"peft": {"modules_to_save": ["lm_head"]}},
+                "LoRA 16 head and embeddings, 0.001": LEARN | lora(16, 1e-3) | {"peft": {
+                    "modules_to_save": ["lm_head", "embed_tokens"], "trainable_token_indices": None}},
                 **{f"full, {rate:g}": LEARN | FULL | {"learning_rate": rate} for rate in (1e-4, 3e-4, 1e-3)}},
     "sequence": {"in turn, LoRA": IN_TURN, "in turn, replay 5 %": IN_TURN | {"replay_share": 0.05},
                  "in turn, full": IN_TURN | FULL | {"learning_rate": 3.3e-4}}}
@@ -52,7 +58,8 @@ FORGOTTEN = {"change/base_loss": "base loss, change", "after/kl_to_base": "KL fr
              "after/plain/worked_accuracy": "problems right, base format"}
 SHOWN = {"remedies": {"validation_loss/curriculum": "validation loss, problems", "validation_loss/instructions": "the same, instructions",
                       "after/worked_accuracy": "problems right, chat", **FORGOTTEN},
-         "methods": {"validation_loss": "validation loss", "after/instructions": "instructions followed", **FORGOTTEN},
+         "methods": {"validation_loss": "validation loss", "after/instructions": "instructions followed", **FORGOTTEN,
+                     "update/spectral": "largest singular value of the change", "update/rank": "effective rank of the change"},
          "sequence": {"backward_transfer": "backward transfer", "validation_loss": "validation loss", **FORGOTTEN}}
 ASSUMED_BASE_S, ASSUMED_RUN_S = 80, 35  # on two CPU cores, for the budget alone
 
@@ -73,6 +80,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def study(given: argparse.Namespace) -> None:
+    transformers.utils.logging.disable_progress_bar()
     runs = len(given.arms) * len(given.seeds)
     say(f"budget: {len(given.seeds)} bases and {runs} fine-tuning runs, about "
         f"{clock(len(given.seeds) * ASSUMED_BASE_S + runs * ASSUMED_RUN_S)}")
@@ -87,12 +95,26 @@ def study(given: argparse.Namespace) -> None:
             folder = given.runs / f"{name.replace(' ', '-').replace('/', 'over').replace('%', 'percent').replace(',', '')}-{seed}"
             run = stage("sft", folder, seed=seed, **settings, **{"parents.prepare": given.prepare, "parents.pretrain": str(base)})
             lines.append({"arm": name, "seed": seed, "run": str(folder), "settings": settings, "wall_s": run.data["provenance"]["wall_s"],
-                          "figures": {key: value["value"] for key, value in run.metrics.items()},
+                          "figures": {key: value["value"] for key, value in run.metrics.items()}
+                          | update(base / "model", run.product("model")),
                           "watch": run.data["notes"]["watch"]["share_of_training"], "flops": run.counts["flops"]})
             write_records(given.out or given.runs / "study_sft.jsonl", lines)
             say(f"{len(lines)} of {runs} runs")
     say("\n" + report(lines))
     frontier(given.runs / "frontier.svg", lines)
+
+
+def update(base: Path, tuned: Path) -> dict[str, float]:
+    """How the matrices of the layers changed, mean over them: the change's largest singular value as a share of the matrix's own, and
+    its effective rank, the squared sum of its singular values over the sum of their squares."""
+    before, after = (AutoModelForCausalLM.from_pretrained(path, dtype="float32").state_dict() for path in (base, tuned))
+    spectral, ranks = [], []
+    for name, weight in before.items():
+        if weight.ndim == 2 and ".layers." in name:
+            change, own = (torch.linalg.svdvals(matrix) for matrix in (after[name] - weight, weight))
+            spectral.append(float(change[0] / own[0]))
+            ranks.append(float(change.sum() ** 2 / change.square().sum()))
+    return {"update/spectral": sum(spectral) / len(spectral), "update/rank": sum(ranks) / len(ranks)}
 
 
 def by_arm(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, dict[str, float]]]:
