@@ -1,22 +1,29 @@
 """The preference record: a prompt, K responses, a ranking with ties, and who ranked it. Files in, files out, ids where there is text.
 
-    {"id", "prompt": text | [messages], "responses": [text, ...], "ranks": [1, 1, 3], "annotator", "simulated", "criterion",
-     "origin": {...}, "prompt_ids": [...], "response_ids": [[...], ...]}
+    {"id", "prompt": text | [messages], "responses": [text, ...], "ranks": [1, 1, 3] | "skipped": reason,
+     "annotator", "simulated", "criterion", "order": [2, 0, 1], "time": "2026-01-31T09:30:00+00:00", "seconds", "comment",
+     "origin": {...}, "origins": [{...}, ...], "prompt_ids": [...], "response_ids": [[...], ...]}
 
-`ranks`: 1 is best and equal numbers tie. Token ids are optional; where they are given, they are what is scored, because text
-tokenised anew can split differently from what a model sampled.
+`ranks`: 1 is best and equal numbers tie. A record that somebody skipped has a reason and no ranks: it is kept and counted, and
+nothing is learned from it. `order` names the responses as they were shown, first to last; `origin` says what made all responses
+(model, sampling), `origins` what made each. Token ids are optional; where they are given, they are what is scored, because text
+tokenised anew can split differently from what a model sampled. A key that is null is a key that is not there.
 """
+import datetime
 import gzip
 import json
-import re
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from reward.converters import WHO, convert
+
 Record = dict[str, Any]
-ROLES = {"Human": "user", "Assistant": "assistant"}  # the turns of hh-rlhf (Bai et al. 2022)
-TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+KINDS = {"annotator": str, "criterion": str, "comment": str, "time": str, "simulated": bool, "origin": dict}
+AS_JSON = {"plumbline": "json"}  # marks a Parquet column of JSON texts
 
 
 def check(record: Record, where: str) -> Record:
@@ -24,46 +31,101 @@ def check(record: Record, where: str) -> Record:
     def fail(fault: str) -> ValueError:
         return ValueError(f"{where}: {fault}")
 
-    for key in ("prompt", "responses", "ranks"):
-        if record.get(key) is None or len(record[key]) == 0:
-            raise fail(f"no {key!r}: a record has prompt, responses and ranks (it has {', '.join(record)})")
-    prompt, responses, ranks = record["prompt"], record["responses"], record["ranks"]
-    if not isinstance(prompt, str) and not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in prompt):
+    record = {key: value for key, value in record.items() if value is not None}
+    skipped = "skipped" in record
+    for key in ("prompt", "responses", "skipped" if skipped else "ranks"):
+        if not record.get(key):
+            raise fail(f"no {key!r}: a record has prompt, responses and ranks or, instead of ranks, the reason why it was skipped "
+                       f"(it has {', '.join(record)})")
+    prompt, responses, ranks = record["prompt"], record["responses"], record.get("ranks")
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt)):
         raise fail("prompt is neither text nor a list of messages with role and content")
-    if not all(isinstance(r, str) for r in responses):
+    if not (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip():
+        raise fail("the prompt is empty text")
+    if not isinstance(responses, list) or not all(isinstance(r, str) for r in responses):
         raise fail("responses must be texts")
-    if len(responses) < 2 or len(ranks) != len(responses):
-        raise fail(f"{len(responses)} responses and {len(ranks)} ranks: give at least two responses and a rank for each")
-    if not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks):
+    if skipped:
+        if ranks is not None or not isinstance(record["skipped"], str):
+            raise fail(f"skipped {record['skipped']!r} with ranks {ranks}: a skipped record has a reason and no ranks")
+        if len(responses) < 2:
+            raise fail(f"{len(responses)} responses: give at least two")
+    elif not isinstance(ranks, list) or len(responses) < 2 or len(ranks) != len(responses):
+        raise fail(f"{len(responses)} responses and {len(ranks) if isinstance(ranks, list) else ranks!r} ranks: give at least two "
+                   "responses and a rank for each")
+    elif not all(isinstance(r, int) and not isinstance(r, bool) and r >= 1 for r in ranks):
         raise fail(f"ranks {ranks}: expected whole numbers from 1 (best); equal numbers tie")
     if (record.get("prompt_ids") is None) != (record.get("response_ids") is None):
         raise fail("prompt_ids and response_ids belong together: give both or neither")
     if record.get("response_ids") is not None and (len(record["response_ids"]) != len(responses)
                                                    or not all(len(ids) for ids in record["response_ids"])):
         raise fail(f"response_ids must hold a list of token ids, not empty, for each of the {len(responses)} responses")
+    if record.get("response_ids") is None and not all(r.strip() for r in responses):
+        raise fail("a response is empty text: only response_ids can say what such a response was")
+    texts = [*responses, *([prompt] if isinstance(prompt, str) else [m["content"] for m in prompt])]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise fail(f"a text has half of a surrogate pair ({error.object[error.start]!r}), which is no character: mend the file") from None
+    check_circumstances(record, fail)
     return record
 
 
-def read(path: str | Path) -> tuple[list[Record], int]:
-    """Records of a .jsonl, .jsonl.gz or .parquet file, and how many pairs were left out because their two prompts differ.
+def check_circumstances(record: Record, fail: Callable[[str], ValueError]) -> None:
+    """Raises what `fail` makes of a fault in who ranked, when, how long and in which order."""
+    for key, kind in KINDS.items():
+        if key in record and not isinstance(record[key], kind):
+            raise fail(f"{key} {record[key]!r}: expected {kind.__name__}")
+    count, order, seconds = len(record["responses"]), record.get("order"), record.get("seconds")
+    if order is not None and not (isinstance(order, list) and all(type(i) is int for i in order) and sorted(order) == list(range(count))):
+        raise fail(f"order {order}: expected the numbers 0 to {count - 1} of the responses as they were shown, each once")
+    if seconds is not None and (type(seconds) not in (int, float) or not math.isfinite(seconds) or seconds < 0):
+        raise fail(f"seconds {seconds!r}: expected how long the ranking took")
+    if "origins" in record and (not isinstance(record["origins"], list) or len(record["origins"]) != count):
+        raise fail(f"origins must be a list of {count}, one for each response")
+    if "time" in record:
+        try:
+            offset = datetime.datetime.fromisoformat(record["time"]).utcoffset()
+        except ValueError:
+            offset = None
+        if offset != datetime.timedelta(0):
+            raise fail(f"time {record['time']!r}: expected ISO 8601 in UTC, such as 2026-01-31T09:30:00+00:00")
 
-    Raises ValueError naming file and line for a row that is not JSON or not a preference.
+
+def read(path: str | Path, *, skipped: bool = False) -> tuple[list[Record], Counter[str]]:
+    """Records of a .jsonl, .jsonl.gz or .parquet file in any form that is known, and what was left out or assumed, counted by reason.
+
+    Skipped records are left out, and counted, unless asked for. Raises ValueError naming file and line for a row that is not
+    JSON or not a preference.
     """
-    return collect(rows(Path(path)), str(path))
+    return collect(rows(Path(path)), str(path), skipped=skipped)
 
 
-def collect(places: Iterable[tuple[str, Record]], source: str) -> tuple[list[Record], int]:
-    """Checked records of raw rows, each with the name of its place; rows with `chosen` and `rejected` are converted."""
-    records, differing = [], 0
+def collect(places: Iterable[tuple[str, Record]], source: str, *, skipped: bool = False) -> tuple[list[Record], Counter[str]]:
+    """Checked records of raw rows, each with the name of its place, and the counts of converters.convert and of `skipped`.
+
+    Raises ValueError as `read` does, and when one annotator ranked one id by one criterion twice.
+    """
+    records: list[Record] = []
+    counted: Counter[str] = Counter()
+    first: dict[tuple[str, str, str], str] = {}
     for number, (where, row) in enumerate(places, start=1):
-        record = from_pair(row, where)
-        if record is None:
-            differing += 1
+        converted = convert(row, where, counted)
+        if converted is None:
+            continue
+        record = {"id": f"{Path(source).name}:{number}", **check(converted, where)}
+        key = json.dumps(record["id"]), record.get("annotator", "unknown"), record.get("criterion", "overall")
+        if key in first:
+            raise ValueError(f"{where}: id {record['id']!r} was ranked by {key[1]!r} already ({first[key]}): give another id to a "
+                             "ranking that was repeated, or delete one")
+        first[key] = where
+        if "skipped" in record and not skipped:
+            counted["skipped"] += 1
         else:
-            records.append({"id": f"{Path(source).name}:{number}", **check(record, where)})
+            records.append(record)
     if not records:
-        raise ValueError(f"{source} has no preferences")
-    return records, differing
+        raise ValueError(f"{source} has no preferences" + "".join(f"; {why}: {n}" for why, n in counted.items() if n))
+    return records, +counted
 
 
 def existing(path: str | Path) -> Path:
@@ -79,10 +141,12 @@ def rows(path: Path) -> Iterator[tuple[str, Record]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
         try:
-            table = pq.read_table(path).to_pylist()
+            table = pq.read_table(path)
         except pa.ArrowInvalid as error:
             raise ValueError(f"{path} is not parquet: {str(error).splitlines()[0]}") from None
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(table, start=1))
+        as_json = [field.name for field in table.schema if (field.metadata or {}).get(b"plumbline") == b"json"]
+        for number, row in enumerate(table.to_pylist(), start=1):
+            yield f"{path}, row {number}", row | {key: json.loads(row[key]) for key in as_json if row[key] is not None}
         return
     number = 0
     try:
@@ -105,48 +169,51 @@ def rows(path: Path) -> Iterator[tuple[str, Record]]:
         raise ValueError(f"{path} is not whole gzip after line {number}: {error}") from None
 
 
-def from_pair(row: Record, where: str) -> Record | None:
-    """A record from `chosen` and `rejected` (hh-rlhf's text, messages, or texts beside `prompt`); other rows pass as they are.
-
-    None when the two dialogues differ before their last turn (five of 2,312 in harmless-base): they answer different prompts.
-    """
-    if "chosen" not in row or "rejected" not in row:
-        return row
-    sides = [row["chosen"], row["rejected"]]
-    if isinstance(sides[0], str) and row.get("prompt") is not None:
-        prompt, responses = row["prompt"], sides
-    else:
-        dialogues = [dialogue(side, where) if isinstance(side, str) else list(side) for side in sides]
-        if any(not d or d[-1]["role"] != "assistant" for d in dialogues):
-            raise ValueError(f"{where}: a dialogue does not end with the assistant's turn")
-        prompt, responses = [d[:-1] for d in dialogues], [d[-1]["content"] for d in dialogues]
-        if prompt[0] != prompt[1]:
-            return None
-        prompt = prompt[0]
-    return {"prompt": prompt, "responses": list(responses), "ranks": [1, 2], "simulated": False,
-            "annotator": row.get("annotator", "people"), "criterion": row.get("criterion", "overall")}
-
-
-def dialogue(text: str, where: str) -> list[dict[str, str]]:
-    """Messages of an hh-rlhf text, turns marked by a blank line and "Human:" or "Assistant:". Raises ValueError without turns."""
-    marks = list(TURN.finditer(text))
-    if not marks or text[:marks[0].start()].strip():
-        raise ValueError(f"{where}: expected turns that begin with 'Human:' or 'Assistant:', got {text[:40]!r}")
-    ends = [m.start() for m in marks[1:]] + [len(text)]
-    return [{"role": ROLES[m[1]], "content": text[m.end():end].strip()} for m, end in zip(marks, ends, strict=True)]
-
-
 def write(path: str | Path, records: Iterable[Record]) -> None:
-    """Write .parquet or .jsonl by the name. Parquet wants one type a column: all prompts text, or all messages."""
-    path, records = Path(path), list(records)
+    """Write .parquet or .jsonl by the name; `read` gives the same records back, a key that is null aside.
+
+    Parquet wants one type a column. A column whose values would come back otherwise (prompts as text and as messages, objects
+    of different keys) is written as JSON texts and marked so in the schema.
+    """
+    path, records = Path(path), [{k: v for k, v in r.items() if v is not None} for r in records]
     if path.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
-        pq.write_table(pa.Table.from_pylist(records), path)
+        fields, columns = [], []
+        for key in dict.fromkeys(key for r in records for key in r):
+            values = [r.get(key) for r in records]
+            try:
+                column = pa.array(values)
+                exact = canonical(column.to_pylist()) == canonical(values)
+            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+                exact = False
+            if not exact:
+                column = pa.array([None if v is None else json.dumps(v, ensure_ascii=False) for v in values], pa.string())
+            columns.append(column)
+            fields.append(pa.field(key, column.type, metadata=None if exact else AS_JSON))
+        pq.write_table(pa.Table.from_arrays(columns, schema=pa.schema(fields)), path)
     elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8", newline="\n")
     else:
         raise ValueError(f"{path}: the name must end in .parquet or .jsonl")
+
+
+def canonical(value: Any) -> str:
+    """Text that is equal only for equal values of equal types: 1, 1.0 and true differ."""
+    return json.dumps(value, sort_keys=True)
+
+
+def trl_pairs(records: Iterable[Record]) -> list[Record]:
+    """Rows of TRL's preference format, {"prompt", "chosen", "rejected"}: a pair for any two responses of different rank.
+
+    A text prompt gives texts (TRL's standard form), messages give messages (its conversational form, the prompt beside).
+    Ties and skipped records give none. Who ranked goes along, and `read` takes such rows back.
+    """
+    return [{"id": f"{record['id']}/{better}>{worse}", "prompt": record["prompt"], **{
+                side: text if isinstance(record["prompt"], str) else [{"role": "assistant", "content": text}]
+                for side, text in (("chosen", record["responses"][better]), ("rejected", record["responses"][worse]))},
+             **{key: record[key] for key in WHO if record.get(key) is not None}}
+            for record in records if record.get("ranks") for better, worse, _ in pairs(record["ranks"])]
 
 
 def encode(record: Record, chat_ids: Callable[..., list[int]]) -> Record:

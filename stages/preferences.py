@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prompts.intervals import mean_interval, wilson
-from reward import preferences
+from reward import agreement, preferences
+from reward.annotators import Errors, Panel
 from reward.preferences import Record
-from reward.verifiers import annotator_name, gold_score, simulated_ranks
+from reward.verifiers import gold_score
 from stages.data.corpora import hub_rows, known_revision
 from stages.data.curriculum import WORKED, user_turn
 from stages.data.problems import read_problems
@@ -33,7 +34,8 @@ class PreferencesConfig(StageConfig):
     STAGE = "preferences"
     PARENTS = ("prepare", "sft")
 
-    source: str | None = option(None, "a .jsonl, .jsonl.gz or .parquet file of preferences, or a hub dataset id (default: sample and rank)")
+    source: str | None = option(None, "a .jsonl, .jsonl.gz or .parquet file of preferences, or a hub dataset id; the columns tell its form "
+                                "(default: sample and rank)")
     hub_split: str = option("train", "split of the hub dataset")
     annotator: str | None = option(None, "who ranked the source, beginning with `simulated` unless people did (default: what its rows "
                                    "say, else people)", recorded_only=True)
@@ -44,9 +46,20 @@ class PreferencesConfig(StageConfig):
     temperature: float = option(1.2, "of the sampling; a little above the policy's own shows more mistakes a prompt")
     max_new_tokens: int = option(96, "longest response")
     error_rate: float = option(0.0, "how often the simulated annotator judges a pair the wrong way round, 0 to 0.5")
+    position_bias: float = option(0.0, "share of pairs in which it prefers what was shown first (the order is then drawn by chance)")
+    length_bias: float = option(0.0, "share of pairs in which it prefers the longer response")
+    inconsistency: float = option(0.0, "how often it reverses a pair when asked again, 0 to 0.5; needs repeat_share")
+    annotators: int = option(1, "simulated annotators, each with errors of its own")
+    overlap: float = option(1.0, "share of the prompts that all annotators rank; each other prompt goes to one of them")
+    repeat_share: float = option(0.0, "share of what it ranked that each annotator is asked again")
     max_responses: int = option(10_000, "ranked responses at most (0: as many as there are)")
     max_prompts: int = option(0, "prompts with a ranking at most (0: as many as there are)")
     chunk_prompts: int = option(64, "prompts sampled at a time, over all processes; a killed run continues after the last chunk")
+
+
+LEFT_OUT = {"all_tied": "left out because all tie:", "too_long": "longer than max_length:", "prompts_differ": "with two different prompts:",
+            "empty_text": "with an empty response:", "too_few_scored": "with fewer than two scores:", "skipped": "skipped by annotators:",
+            "unscored_responses": "single responses without a score:", "lists_without_ranks": "without ranks, read as best first:"}
 
 
 def main(config: PreferencesConfig) -> Manifest:
@@ -65,10 +78,13 @@ def main(config: PreferencesConfig) -> Manifest:
         records, metrics, counts = from_samples(config, run, tokenizer)
     if is_main():
         preferences.write(run.directory / "preferences.parquet", records)
+    records = [r for r in records if "skipped" not in r]
     ranked = sum(len(r["responses"]) for r in records)
     by = sorted({r["annotator"] for r in records})
-    say(f"preferences: {len(records):,} prompts with {ranked:,} ranked responses, annotator: {', '.join(by)}")
-    counts |= {"prompts": len(records), "responses": ranked, "pairs": sum(len(preferences.pairs(r["ranks"])) for r in records),
+    prompts = len({json.dumps(r["prompt"]) for r in records})
+    say(f"preferences: {prompts:,} prompts, {len(records):,} rankings of {ranked:,} responses, annotator: {', '.join(by)}")
+    counts |= {"prompts": prompts, "rankings": len(records), "responses": ranked,
+               "pairs": sum(len(preferences.pairs(r["ranks"])) for r in records),
                "tokens": sum(len(ids) for r in records for ids in [r["prompt_ids"], *r["response_ids"]])}
     return run.finish(metrics=metrics, counts=counts, products={"preferences": "preferences.parquet"},
                       notes={"annotators": by, "simulated": any(r["simulated"] for r in records)})
@@ -80,29 +96,55 @@ def is_local(source: str) -> bool:
 
 def from_source(config: PreferencesConfig, source: str, local: bool, tokenizer) -> tuple[list[Record], dict, dict]:
     """Records of a file or hub dataset, with token ids. Raises ValueError naming file and line."""
-    records, differing = preferences.read(source) if local else preferences.collect(hub_rows(source, None, config.hub_split), source)
-    named = {"annotator": config.annotator, "simulated": config.annotator.startswith("simulated")} if config.annotator else {}
+    rows = preferences.rows(Path(source)) if local else hub_rows(source, None, config.hub_split)
+    records, left_out = preferences.collect(rows, source, skipped=True)
+    records = [{"annotator": "unknown", "simulated": record.get("annotator", "").startswith("simulated"), "criterion": "overall"} | record
+               for record in records]
+    metrics, repeated = compare(records)
+    if config.annotator:
+        several = len({r["annotator"] for r in records}) > 1  # one name for all would make repetitions of what several ranked
+        records = [record | {"annotator": f"{config.annotator} ({record['annotator']})" if several else config.annotator,
+                             "simulated": config.annotator.startswith("simulated")} for record in records]
     kept: list[Record] = []
-    ties = long = ranked = 0
+    ranked = learned = 0
     for record in progress(records, f"reading {source}"):
+        if "skipped" in record:  # kept, so that nobody is asked again; nothing is learned from it
+            left_out["skipped"] += 1
+            kept.append(record)
+            continue
         if len(set(record["ranks"])) < 2:
-            ties += 1
+            left_out["all_tied"] += 1
             continue
         record = preferences.encode(record, partial(chat_ids, tokenizer))
         if len(record["prompt_ids"]) + max(map(len, record["response_ids"])) > config.max_length:
-            long += 1
+            left_out["too_long"] += 1
             continue
         ranked += len(record["ranks"])
-        if full(config, ranked, len(kept) + 1):
+        if full(config, ranked, learned + 1):
             break
-        kept.append({"annotator": "unknown", "simulated": False, "criterion": "overall"} | record | named)
-    say(f"{source}: {len(records) + differing:,} rows; left out: {ties} all tied, {long} longer than {config.max_length} tokens, "
-        f"{differing} whose two prompts differ")
-    if not kept:
-        raise ValueError(f"{source}: no preference is left: raise max_length ({config.max_length})")
-    asked = len(records) + differing
-    return kept, {"kept_share": metric(len(kept) / asked, n=asked, ci95=wilson(len(kept), asked))}, {
-        "asked": asked, "all_tied": ties, "too_long": long, "prompts_differ": differing}
+        learned += 1
+        kept.append(record)
+    asked = len(records) + sum(left_out[reason] for reason in ("prompts_differ", "empty_text", "too_few_scored"))
+    say(f"{source}: {asked:,} rows" + "".join(f", {text} {left_out[reason]}" for reason, text in LEFT_OUT.items() if left_out[reason]))
+    if not learned:
+        raise ValueError(f"{source}: no preference is left of {asked:,}: the line above says why; max_length is {config.max_length}")
+    if any(r["annotator"] == "unknown" for r in records):
+        say("nobody says who ranked some of them: set `annotator`, beginning with `simulated` unless people did")
+    return kept, {"kept_share": metric(learned / asked, n=asked, ci95=wilson(learned, asked))} | metrics, {
+        "asked": asked, **{reason: left_out[reason] for reason in ("all_tied", "too_long", "prompts_differ")}, **left_out, **repeated}
+
+
+def compare(records: list[Record]) -> tuple[dict[str, dict], dict[str, int]]:
+    """Agreement and biases as metrics, and counts of repeated rankings, as far as the records allow (reward/agreement.py)."""
+    repeated = agreement.repeats(records)
+    if repeated.again:
+        say(f"warning: {repeated.again} rankings repeat one of the same annotator: {repeated.duplicated} exactly, "
+            f"{repeated.contradicting} contradict it. All are kept")
+    figures = agreement.summary(records)
+    for name, f in figures.items():
+        say(f"{name}: {f.value:.3f} [{f.low:.3f}, {f.high:.3f}], n={f.n:,}")
+    return {name: metric(f.value, n=f.n, ci95=(f.low, f.high)) for name, f in figures.items()}, {
+        "repeated": repeated.again, "duplicated": repeated.duplicated, "contradicting": repeated.contradicting}
 
 
 def full(config: PreferencesConfig, responses: int, prompts: int) -> bool:
@@ -112,9 +154,11 @@ def full(config: PreferencesConfig, responses: int, prompts: int) -> bool:
 
 def from_samples(config: PreferencesConfig, run: Run, tokenizer) -> tuple[list[Record], dict, dict]:
     """Sample, judge and rank, a chunk of prompts at a time, until there are as many as were asked for or no problem is left."""
-    if config.responses_per_prompt < 2 or not 0 <= config.error_rate <= 0.5:
-        raise ValueError(f"responses_per_prompt {config.responses_per_prompt} and error_rate {config.error_rate}: "
-                         "a ranking needs 2 responses or more and an error rate between 0 and 0.5")
+    if config.responses_per_prompt < 2:
+        raise ValueError(f"responses_per_prompt {config.responses_per_prompt}: a ranking needs 2 responses or more")
+    panel = Panel(errors=Errors(error_rate=config.error_rate, position_bias=config.position_bias, length_bias=config.length_bias,
+                                inconsistency=config.inconsistency),
+                  annotators=config.annotators, overlap=config.overlap, repeat_share=config.repeat_share, seed=config.seed)
     sft = run.parents["sft"]
     model = AutoModelForCausalLM.from_pretrained(sft.product("model"), dtype="auto")
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
@@ -124,7 +168,7 @@ def from_samples(config: PreferencesConfig, run: Run, tokenizer) -> tuple[list[R
 
     records: list[Record] = []
     judged: list[dict[str, Any]] = []
-    ranked, enough = 0, False
+    ranked, prompts_ranked, enough = 0, 0, False
     folder = run.directory / "chunks"
     if is_main():
         folder.mkdir(exist_ok=True)
@@ -138,28 +182,31 @@ def from_samples(config: PreferencesConfig, run: Run, tokenizer) -> tuple[list[R
             drawn = draw_responses(model, prompts, [p["id"] for p in part], samples=config.responses_per_prompt, seed=config.seed,
                                    temperature=config.temperature, max_new_tokens=config.max_new_tokens, eos_ids=eos_ids,
                                    pad_id=tokenizer.pad_token_id)
-            chunk = judge(config, tokenizer, part, prompts, drawn, eos_ids)
+            chunk = judge(panel, tokenizer, part, prompts, drawn, eos_ids)
             if is_main():
                 write_json(file, chunk)
         for row in chunk:
-            record = row["record"]
-            size = len(record["responses"]) if record else 0
-            if enough := full(config, ranked + max(1, size), len(records) + 1):
+            usable = [r for r in row["records"] if preferences.pairs(r["ranks"])]
+            size = sum(len(r["responses"]) for r in usable)
+            if enough := full(config, ranked + max(1, size), prompts_ranked + 1):
                 break
             judged.append(row)
-            if record:
-                records.append({**record, "origin": origin})
-                ranked += size
-        if enough or full(config, ranked + 1, len(records) + 1):
+            records += [{**r, "origin": origin} for r in usable]
+            ranked, prompts_ranked = ranked + size, prompts_ranked + bool(usable)
+        if enough or full(config, ranked + 1, prompts_ranked + 1):
             break
     if not records:
         raise ValueError(f"all {len(judged)} prompts tie: raise temperature ({config.temperature}) or difficulties {config.difficulties}")
-    return records, measure(judged), {"asked": len(judged), "samples": len(judged) * config.responses_per_prompt}
+    metrics, counts = measure(judged), {"asked": len(judged), "samples": len(judged) * config.responses_per_prompt}
+    if panel == Panel(errors=Errors(error_rate=config.error_rate), seed=config.seed):
+        return records, metrics, counts
+    compared, repeated = compare([r for row in judged for r in row["records"]])
+    return records, metrics | compared, counts | repeated
 
 
-def judge(config: PreferencesConfig, tokenizer, problems: list[dict], prompts: list[list[int]], drawn: list[list[list[int]]],
+def judge(panel: Panel, tokenizer, problems: list[dict], prompts: list[list[int]], drawn: list[list[list[int]]],
           eos_ids: list[int]) -> list[dict[str, Any]]:
-    """For each problem what was sampled and, unless all responses tie, the record with the simulated ranking.
+    """For each problem what was sampled and the records with the simulated rankings, none where only one response is left.
 
     Equal responses are kept once: nobody ranks a text against itself, an erring judge would set one above the other, and the
     reward model would encode it again for nothing. How often each was drawn is kept in `drawn`.
@@ -171,13 +218,11 @@ def judge(config: PreferencesConfig, tokenizer, problems: list[dict], prompts: l
         texts = [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
         gold = [gold_score(problem, text, finished=r[-1] in eos_ids) for text, r in zip(texts, ids, strict=True)]
         scores = [g.score for g in gold]
-        ranks = simulated_ranks(scores, error_rate=config.error_rate, row_id=problem["id"], seed=config.seed)
-        pairs = preferences.pairs(ranks)
-        record = {"id": problem["id"], "prompt": [{"role": "user", "content": user_turn(problem["question"], WORKED)}],
-                  "responses": texts, "ranks": ranks, "annotator": annotator_name(config.error_rate), "simulated": True,
-                  "criterion": "overall", "order": list(range(len(ids))), "drawn": times, "gold_scores": scores,  # judged as first drawn
-                  "prompt_ids": prompt, "response_ids": ids}
-        rows.append({"record": record if pairs else None, "pairs": len(pairs), "distinct": len(times),
+        record = {"prompt": [{"role": "user", "content": user_turn(problem["question"], WORKED)}], "responses": texts,
+                  "criterion": "overall", "drawn": times, "gold_scores": scores, "prompt_ids": prompt, "response_ids": ids}
+        records: list[Record] = [record | ranking for ranking in panel.rank(problem["id"], texts, scores)] if len(ids) > 1 else []
+        pairs = [pair for r in records for pair in preferences.pairs(r["ranks"])]
+        rows.append({"records": records, "pairs": len(pairs), "distinct": len(times),
                      "flipped": sum(scores[better] < scores[worse] - 1e-9 for better, worse, _ in pairs),
                      "gold": sum(s * t for s, t in zip(scores, times, strict=True)) / len(responses),
                      "correct": sum(g.correct * t for g, t in zip(gold, times, strict=True)) / len(responses)})
@@ -187,7 +232,7 @@ def judge(config: PreferencesConfig, tokenizer, problems: list[dict], prompts: l
 def measure(judged: list[dict[str, Any]]) -> dict[str, dict]:
     """What was sampled, before prompts whose responses all tie are left out. Means over prompts: samples of one prompt are related."""
     n = len(judged)
-    kept, pairs = sum(row["record"] is not None for row in judged), sum(row["pairs"] for row in judged)
+    kept, pairs = sum(row["pairs"] > 0 for row in judged), sum(row["pairs"] for row in judged)
     flipped = sum(row["flipped"] for row in judged)
     metrics = {"kept_share": metric(kept / n, n=n, ci95=wilson(kept, n)),
                "all_tie_share": metric(1 - kept / n, n=n, ci95=wilson(n - kept, n)),

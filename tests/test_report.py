@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from reward.verifiers import annotator_name
+from reward.annotators import annotator_name
 from stages.evals import scoring
 from stages.laws.fit import expected, fit_law, law, predict
 from stages.models import ranking

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from reward import preferences
+from reward import agreement, preferences
 from reward.model import normalize, score_ids
+from reward.verifiers import dense_ranks
 from stages import preferences as preferences_stage
 from stages import reward_model as reward_model_stage
 from stages.data import corpora, curriculum
@@ -96,6 +97,53 @@ def test_errors_of_the_annotator_are_measured(parents, tmp_path):
     assert 0.2 < flipped["value"] < 0.8 and flipped["n"] > 5
 
 
+def test_a_panel_of_annotators_is_measured_against_what_was_put_in(parents, ranked, tmp_path):
+    biased = {"annotators": 2, "overlap": 0.8, "error_rate": 0.1, "position_bias": 0.6, "inconsistency": 0.3, "repeat_share": 0.5}
+    manifest = rank(parents, tmp_path, **biased)
+    records, _ = preferences.read(manifest.product("preferences"))
+    assert manifest.data["notes"]["annotators"] == [
+        f"simulated: gold score, error rate 0.1, position bias 0.6, inconsistency 0.3, annotator {n} of 2" for n in (1, 2)]
+    for name in ("agreement_alpha", "agreement_pairs", "first_shown_preferred", "longer_preferred", "changed_when_asked_again"):
+        low, high = manifest.metrics[name]["ci95"]
+        assert low <= manifest.metrics[name]["value"] <= high and manifest.metrics[name]["n"] > 0
+    assert manifest.metrics["first_shown_preferred"]["ci95"][0] > 0.5
+    assert manifest.metrics["agreement_alpha"]["value"] < 0.9 < 1 == agreement.ranking_alpha(both_right(records)).value
+    assert manifest.counts["repeated"] > 5 and manifest.counts["contradicting"] > 0
+    assert manifest.counts["prompts"] < manifest.counts["rankings"] == len(records)
+    assert any(r["order"] != sorted(r["order"]) for r in records) and any(r["id"].endswith(":again") for r in records)
+    assert not {"agreement_alpha", "longer_preferred"} & set(ranked[1].metrics)  # one annotator without biases: as ever
+
+
+def both_right(records):
+    return [{**r, "ranks": dense_ranks(r["gold_scores"])} for r in records]
+
+
+def test_people_s_records_are_compared_and_what_teaches_nothing_is_kept_and_counted(parents, tmp_path, capsys):
+    def by(annotator, name, ranks, **more):
+        return {"id": name, "prompt": f"Who is {name}?", "responses": ["Nobody.", f"{name} is a person."], "annotator": annotator,
+                "simulated": False, "time": "2026-11-24T03:37:13+00:00", "order": [1, 0], "seconds": 4.2, **more,
+                **({"ranks": ranks} if ranks else {})}
+
+    rows = [by(who, name, [2, 1]) for name in ("Tom", "Ann", "Bob", "Mia") for who in ("eve", "max")]
+    rows += [by("eve", "Tom", [1, 2], id="Tom again"), by("eve", "Ann", [2, 1], id="Ann again"), by("eve", "Zoe", [1, 1]),
+             by("max", "Zoe", None, skipped="cannot tell")]
+    path = tmp_path / "people.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    manifest = rank(parents, tmp_path, source=str(path), max_length=200)
+    counts = {"asked": 12, "rankings": 10, "prompts": 4, "skipped": 1, "all_tied": 1, "repeated": 2, "duplicated": 1, "contradicting": 1}
+    assert {key: manifest.counts[key] for key in counts} == counts
+    assert manifest.metrics["agreement_pairs"]["value"] == 1.0 and manifest.metrics["agreement_pairs"]["n"] == 4
+    assert manifest.metrics["kept_share"]["value"] == pytest.approx(10 / 12)
+    printed = capsys.readouterr().out
+    assert "warning: 2 rankings repeat one of the same annotator: 1 exactly, 1 contradict it" in printed
+    assert "skipped by annotators: 1" in printed and "agreement_alpha: 1.000" in printed
+    assert len(preferences.read(manifest.product("preferences"), skipped=True)[0]) == 11  # kept, but not trained on
+    assert len(preferences.read(manifest.product("preferences"))[0]) == 10
+    named = rank(parents, tmp_path, source=str(path), max_length=200, annotator="simulated: a test")  # several stay several
+    assert named.data["notes"]["annotators"] == ["simulated: a test (eve)", "simulated: a test (max)"]
+    assert len(preferences.read(named.product("preferences"))[0]) == 10
+
+
 def test_reward_model_is_measured_normalised_and_plain(parents, ranked, tmp_path):
     (tmp_path / "preferences").symlink_to(ranked[0] / "preferences")
     manifest = train(parents, tmp_path)
@@ -159,7 +207,8 @@ def test_a_hub_id_takes_the_place_of_samples_and_its_annotator_is_named(parents,
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"tasks": ["riddles"]}, r"no problem .* tasks \['riddles'\].*choose from"),
-    ({"error_rate": 0.6}, r"error_rate 0\.6"), ({"responses_per_prompt": 1}, r"responses_per_prompt 1"),
+    ({"error_rate": 0.6}, r"error_rate 0\.6"), ({"inconsistency": 0.1}, "set repeat_share"), ({"overlap": 1.1}, r"overlap 1\.1"),
+    ({"responses_per_prompt": 1}, r"responses_per_prompt 1"),
     ({"source": "missing.jsonl"}, r"missing\.jsonl does not exist"), ({"temperature": 0.0}, r"prompts tie: raise temperature")])
 def test_bad_settings_of_preferences_say_what_to_do(parents, tmp_path, values, message):
     with pytest.raises(ValueError, match=message):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from reward.preferences import TURN, dialogue
+from reward.converters import TURN, dialogue
 from stages.data import corpora, curriculum
 from stages.data.instructions import KINDS, instructions
 from stages.data.problems import read_problems

@@ -74,12 +74,21 @@ def preferences(stages: Stages, folder: Path) -> Told:
             f"different rank, ranked by {annotator(stages)}.")
     labels = {"asked": "prompts or rows looked at", "samples": "responses sampled", "prompts": "prompts with a ranking",
               "responses": "different responses, ranked", "pairs": "pairs of different rank", "all_tied": "left out: all responses tie",
-              "too_long": "left out: too long", "prompts_differ": "left out: two prompts in one row", "tokens": "tokens"}
+              "too_long": "left out: too long", "prompts_differ": "left out: two prompts in one row",
+              "empty_text": "left out: an empty response",
+              "too_few_scored": "left out: fewer than two scores", "unscored_responses": "left out: responses without a score",
+              "skipped": "skipped by annotators", "lists_without_ranks": "lists without ranks, read as best first",
+              "rankings": "rankings", "repeated": "rankings of what the same annotator had ranked", "duplicated": "of these the same again",
+              "contradicting": "of these with a pair reversed", "tokens": "tokens"}
     tables = [Table(["", "count"], [[label, s.count(key)] for key, label in labels.items() if key in s.counts],
                     f"Preferences, ranked by {annotator(stages)}.", [s.cite()])]
     measured = [s.row(label, key, form) for key, label, form in (
         ("kept_share", "prompts kept", SHARE), ("all_tie_share", "prompts left out: all responses tie", SHARE),
         ("annotator_flipped_pairs", "pairs judged against the gold score", SHARE),
+        ("agreement_alpha", "agreement of annotators, Krippendorff's alpha", SHARE),
+        ("agreement_pairs", "agreement of annotators, pairs ordered alike", SHARE),
+        ("first_shown_preferred", "the first shown of two preferred", SHARE), ("longer_preferred", "the longer of two preferred", SHARE),
+        ("changed_when_asked_again", "pairs changed when asked again", SHARE),
         ("sample_accuracy", "samples with the right answer", SHARE), ("gold_mean", "gold score of a sample", SCORE),
         ("distinct_responses", "different responses a prompt", Form(2))) if s.get(key)]
     if measured:
