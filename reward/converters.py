@@ -3,7 +3,7 @@
     chosen, rejected[, prompt]       a pair: TRL's, text or messages, the prompt inside or beside; hh-rlhf's transcripts
     completions[, instruction]       UltraFeedback's (Cui et al. 2023): scored responses of one prompt
     prompt, responses, scores        the same, as two lists; a higher score is better
-    prompt, ranked                   texts, best first; `prompt, responses` alone is read as that too
+    prompt, ranked                   texts, best first; `responses` without ranks are nobody's ranking and refused
 
 Converted records have no id: the file and its line become one. What is left out is counted with its reason.
 """
@@ -28,7 +28,7 @@ def convert(row: Mapping[str, Any], where: str, counted: Counter[str]) -> Record
     None when nothing can be learned from the row; `counted` then says why: `prompts_differ` (the two dialogues of a pair
     differ before their last turn: five of 2,312 in hh-rlhf's harmless-base), `empty_text` (a response without text),
     `too_few_scored` (fewer than two responses have a score). It also counts responses left out of a row that is kept
-    (`unscored_responses`) and rows that only their form says are ranked (`lists_without_ranks`).
+    (`unscored_responses`).
     Raises ValueError naming `where` for a row that looks like one of the forms and is not.
     """
     row = {key: value for key, value in row.items() if value is not None}
@@ -43,10 +43,8 @@ def convert(row: Mapping[str, Any], where: str, counted: Counter[str]) -> Record
         if not isinstance(row["scores"], list) or len(row["scores"]) != len(row["responses"]):
             raise ValueError(f"{where}: {len(row['responses'])} responses and scores {row['scores']!r}: give each its score")
         record = scored(row, row["responses"], [number(s) for s in row["scores"]], counted)
-    elif "ranked" in row or ("responses" in row and set(row) <= {"id", "prompt", "responses"}):
-        responses = row.get("ranked", row.get("responses", []))
-        counted["lists_without_ranks"] += "ranked" not in row
-        record = {"responses": responses, "ranks": list(range(1, len(responses) + 1))}
+    elif "ranked" in row:
+        record = {"responses": row["ranked"], "ranks": list(range(1, len(row["ranked"]) + 1))}
     else:
         return row
     if record is None:

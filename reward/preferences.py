@@ -36,7 +36,7 @@ def check(record: Record, where: str) -> Record:
     for key in ("prompt", "responses", "skipped" if skipped else "ranks"):
         if not record.get(key):
             raise fail(f"no {key!r}: a record has prompt, responses and ranks or, instead of ranks, the reason why it was skipped "
-                       f"(it has {', '.join(record)})")
+                       f"(it has {', '.join(record)}); a list that is best first is named ranked")
     prompt, responses, ranks = record["prompt"], record["responses"], record.get("ranks")
     if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt)):

@@ -59,7 +59,7 @@ class PreferencesConfig(StageConfig):
 
 LEFT_OUT = {"all_tied": "left out because all tie:", "too_long": "longer than max_length:", "prompts_differ": "with two different prompts:",
             "empty_text": "with an empty response:", "too_few_scored": "with fewer than two scores:", "skipped": "skipped by annotators:",
-            "unscored_responses": "single responses without a score:", "lists_without_ranks": "without ranks, read as best first:"}
+            "unscored_responses": "single responses without a score:"}
 
 
 def main(config: PreferencesConfig) -> Manifest:

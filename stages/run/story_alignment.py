@@ -77,7 +77,7 @@ def preferences(stages: Stages, folder: Path) -> Told:
               "too_long": "left out: too long", "prompts_differ": "left out: two prompts in one row",
               "empty_text": "left out: an empty response",
               "too_few_scored": "left out: fewer than two scores", "unscored_responses": "left out: responses without a score",
-              "skipped": "skipped by annotators", "lists_without_ranks": "lists without ranks, read as best first",
+              "skipped": "skipped by annotators",
               "rankings": "rankings", "repeated": "rankings of what the same annotator had ranked", "duplicated": "of these the same again",
               "contradicting": "of these with a pair reversed", "tokens": "tokens"}
     tables = [Table(["", "count"], [[label, s.count(key)] for key, label in labels.items() if key in s.counts],
