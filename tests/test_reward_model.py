@@ -161,7 +161,8 @@ def test_an_ensemble_compares_members_on_one_scale_and_comes_back_as_it_was(fold
     expected = ((worst - worst.mean()) / worst.std(correction=0)).tolist()
     found = ensemble.unit(ensemble.raw(ROWS))
     assert found == pytest.approx(expected, abs=1e-4)
-    assert ensemble.disagreement(raw) == pytest.approx(unit.std(1, correction=0).mean().item(), abs=1e-6) > 0.1
+    spread = unit.std(1, correction=0).mean().item()
+    assert spread > 0.1 and ensemble.disagreement(raw) == pytest.approx(spread, abs=1e-6)
     write_ensemble(ensemble, tmp_path / "rm")
     plain = plain_model(ensemble, raw)
     for number, model in enumerate([plain, *models[1:]]):
