@@ -25,7 +25,7 @@ GROUP_ppo := rlhf
 GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
-	test-quick check plan study-sc study-seeds study-sft study-ranked bench-sft clean
+	test-quick check plan study-sc study-seeds study-sft study-ranked bench-sft bench-reward clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -97,6 +97,9 @@ study-ranked: setup ## labelled prompts that a reward model needs with rankings 
 
 bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, and TRL's own trainer (needs make prepare)
 	$(PY) -m stages.evals.bench_sft $(ARGS)
+
+bench-reward: setup ## comparisons/s and memory of reward training on rankings of 8, beside TRL's RewardTrainer
+	$(PY) -m stages.evals.bench_reward $(ARGS)
 
 test: setup ## all tests, one full pass of the smoke recipe included
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q

@@ -4,53 +4,49 @@
 """
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import datasets
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import RewardConfig as TrlRewardConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from reward import preferences
 from reward.calibration import Accuracy, accuracy, accuracy_by_distance, accuracy_difference, calibration, judged
-from reward.model import from_language_model, min_token_logprobs, normalize, set_normalization
+from reward.model import (
+    Ensemble,
+    Group,
+    build_ensemble,
+    combined_groups,
+    mean_and_std,
+    members_groups,
+    min_token_logprobs,
+    plain_model,
+    set_normalization,
+    write_ensemble,
+)
 from reward.verifiers import dense_ranks, gold_score
 from stages.data.curriculum import WORKED, user_turn
 from stages.data.problems import read_problems
 from stages.data.tokenizer import chat_ids
-from stages.models.ranking import RankedCollator, RankedRewardTrainer, shared_out
+from stages.models.ranking import RankingConfig, check, shared_out, train_model, without_adapters
 from stages.models.responses import draw_responses, stop_ids
-from stages.models.training import export, fit, share_batch, training_arguments, world_size
+from stages.models.training import barrier, export, save_model
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
-from stages.run.config import StageConfig, option
+from stages.run.config import option
 from stages.run.entry import launch
 from stages.run.manifest import Manifest, Run, is_main, metric, say
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardModelConfig(StageConfig):
+class RewardModelConfig(RankingConfig):
     STAGE = "reward_model"
     PARENTS = ("prepare", "sft", "preferences")
 
     heldout_share: float = option(0.1, "share of the prompts held out, with all their responses")
-    epochs: float = option(2.0, "passes over the training prompts")
-    batch_size: int = option(8, "prompts a step, each with all its responses, over all processes")
-    micro_batch_size: int | None = option(None, "prompts a forward pass and process (default: all)")
-    share_prompts: bool = option(True, "read each prompt once for all its responses (not with sharded engines or checkpointed gradients)")
-    optimizer: Literal["muon", "adamw"] = option("muon", "muon: Muon for matrices and AdamW for the rest; adamw: AdamW for all")
-    matrix_lr: float = option(0.01, "peak learning rate of Muon")
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
-    embedding_lr_factor: float = option(1.0, "the embedding's learning rate is this many times learning_rate (muon)")
-    weight_decay: float = option(0.0, "decoupled weight decay")
-    warmup_share: float = option(0.05, "share of the steps with a rising learning rate; it then falls linearly to zero")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
-    centring: float = option(0.01, "weight of the penalty that keeps scores near zero")
-    evaluations: int = option(5, "held-out evaluations over the run")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     fresh_problems: int = option(300, "validation problems on whose fresh samples the model is measured and normalised")
     fresh_samples: int = option(8, "samples of the SFT model for each of them")
     fresh_temperature: float = option(1.0, "of that sampling: the policy's at the start of PPO")
@@ -68,30 +64,41 @@ def main(config: RewardModelConfig) -> Manifest:
     say(f"reward_model: {len(train):,} prompts with {sum(len(r['ranks']) for r in train):,} ranked responses to learn from, "
         f"{len(heldout):,} prompts held out; ranked by {'a simulated annotator' if simulated else 'people'}")
 
-    model = from_language_model(sft.product("model"), pad_id=tokenizer.pad_token_id, seed=config.seed)
-    check(config, train, model)
-    local_batch = share_batch(config.batch_size, world_size(), "batch_size")
-    micro = min(config.micro_batch_size or local_batch, local_batch)
-    steps = max(1, int(len(train) // config.batch_size * config.epochs))
-    trainer = RankedRewardTrainer(
-        model=model, processing_class=tokenizer, data_collator=RankedCollator(tokenizer.pad_token_id, config.share_prompts),
-        train_dataset=datasets.Dataset.from_list([{key: r[key] for key in ("prompt_ids", "response_ids", "ranks")} for r in train]),
-        heldout=heldout, muon=None if config.optimizer == "adamw" else {
-            "matrix_lr": config.matrix_lr, "lr": config.learning_rate, "embedding_lr_factor": config.embedding_lr_factor,
-            "weight_decay": config.weight_decay},
-        args=TrlRewardConfig(**training_arguments(
-            run, seed=config.seed, report_to=config.report_to, logging_steps=max(1, steps // 30), save_steps=max(1, steps // 5),
-            per_device_train_batch_size=micro, gradient_accumulation_steps=local_batch // micro, max_steps=steps,
-            learning_rate=config.learning_rate, lr_scheduler_type="linear", dataloader_drop_last=True, max_length=None,
-            warmup_steps=max(1, int(steps * config.warmup_share)), max_grad_norm=config.max_grad_norm,
-            weight_decay=config.weight_decay, center_rewards_coefficient=config.centring, eval_strategy="steps",
-            eval_steps=max(1, steps // config.evaluations), gradient_checkpointing=config.gradient_checkpointing)))
-    fit(trainer)
+    check(config, train, AutoConfig.from_pretrained(sft.product("model")), tokenizer.pad_token_id)
+    trainers = [train_model(config, run, tokenizer, sft.product("model"), train=train, heldout=heldout, number=number)
+                for number in range(config.ensemble if config.ensemble_share == "none" else 1)]
+    models = [without_adapters(trainer, config) for trainer in trainers]
+    parameters = sum(p.numel() for model in models for p in model.parameters())
 
-    trained = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    scores = shared_out(trained, [(r["prompt_ids"], r["response_ids"]) for r in heldout])
-    metrics = quality(scores, [r["ranks"] for r in heldout], "heldout") | measure_fresh(trained, config, run, tokenizer, train, heldout)
-    export(trainer, tokenizer, run.directory / "model")
+    lm, problems, groups = fresh_samples(config, run, tokenizer, heldout, models[0].device)
+    ensemble: Ensemble | None = None
+    raw: list[list[float]] = []
+    judge: Callable[[list[Group]], list[list[float]]] = partial(shared_out, models[0])
+    if config.ensemble > 1:
+        raw = [of for group in shared_out(models, groups, members_groups) for of in group]
+        ensemble = build_ensemble(models, raw, combination=config.combination, std_coef=config.std_coef)
+        judge = partial(shared_out, ensemble, function=combined_groups)
+    metrics = quality(judge([(r["prompt_ids"], r["response_ids"]) for r in heldout]), [r["ranks"] for r in heldout], "heldout")
+    scores = judge(groups)
+    flat = [score for group in scores for score in group]
+    mean, std = mean_and_std(flat)
+    unit = [(score - mean) / std for score in flat]
+    metrics |= {"score_mean": metric(math.fsum(unit) / len(unit), n=len(unit)),
+                "score_std": metric(math.sqrt(math.fsum(s * s for s in unit) / len(unit)), n=len(unit))}
+    if problems:
+        metrics |= measure_fresh(scores, lm, tokenizer, problems, groups, train)
+    if ensemble:
+        metrics["member_disagreement"] = metric(ensemble.disagreement(raw), n=len(raw))
+        if is_main():
+            write_ensemble(ensemble, run.directory / "model")
+        models[0] = plain_model(ensemble, raw)
+    else:
+        set_normalization(models[0], flat)
+    if config.method == "full" and not ensemble:
+        export(trainers[0], tokenizer, run.directory / "model")
+    for number, model in enumerate(models if config.method != "full" or ensemble else []):
+        save_model(model, tokenizer, run.directory / "model" / (f"members/{number}" if number else "."))
+    barrier()
     if is_main():
         show(run.directory)
     for name in ("heldout_accuracy", "fresh_accuracy", "baseline_min_logprob_accuracy", "baseline_length_accuracy"):
@@ -99,7 +106,7 @@ def main(config: RewardModelConfig) -> Manifest:
             low, high = metrics[name]["ci95"]
             say(f"{name}: {metrics[name]['value']:.3f} [{low:.3f}, {high:.3f}], {metrics[name]['n']:,} pairs")
     return run.finish(metrics=metrics, products={"model": "model"}, notes={"simulated_annotator": simulated}, counts={
-        "parameters": sum(p.numel() for p in trained.parameters()), "steps": steps, "train_prompts": len(train),
+        "parameters": parameters, "steps": trainers[0].state.global_step, "train_prompts": len(train),
         "train_responses": sum(len(r["ranks"]) for r in train), "heldout_prompts": len(heldout)})
 
 
@@ -116,20 +123,6 @@ def split(records: list[dict], config: RewardModelConfig) -> tuple[list[dict], l
     return [r for key in order[count:] for r in groups[key]], [r for key in order[:count] for r in groups[key]]
 
 
-def check(config: RewardModelConfig, train: list[dict], model) -> None:
-    """Raises ValueError for batches that do not divide, prompts that cannot be shared and ids outside the vocabulary."""
-    local = share_batch(config.batch_size, world_size(), "batch_size")
-    if config.batch_size > len(train) or local % (config.micro_batch_size or local):
-        raise ValueError(f"batch_size {config.batch_size} ({local} a process), micro_batch_size {config.micro_batch_size}: batch_size must "
-                         f"be at most the {len(train)} training prompts and each process's share a multiple of micro_batch_size")
-    if config.share_prompts and config.gradient_checkpointing:
-        raise ValueError("share_prompts keeps a cache that gradient_checkpointing drops: set share_prompts to false")
-    ids = {i for r in train for part in [r["prompt_ids"], *r["response_ids"]] for i in part}
-    if max(ids) >= model.config.get_text_config().vocab_size:
-        raise ValueError(f"the preferences hold token {max(ids)}, the model has {model.config.get_text_config().vocab_size} tokens: "
-                         "they come from another tokenizer; drop prompt_ids and response_ids from the records")
-
-
 def as_metric(a: Accuracy) -> dict[str, Any]:
     return metric(a.value, n=a.n, ci95=(a.low, a.high))
 
@@ -143,13 +136,14 @@ def quality(scores: list[list[float]], ranks: list[list[int]], name: str) -> dic
                       f"{name}_brier": metric(as_probability.brier, n=as_probability.n)}
 
 
-def measure_fresh(model, config: RewardModelConfig, run: Run, tokenizer, train: list[dict], heldout: list[dict]) -> dict[str, dict]:
-    """Accuracy by gold score on new samples of the SFT model, beside two baselines on the same pairs; sets the normalisation.
+def fresh_samples(config: RewardModelConfig, run: Run, tokenizer, heldout: list[dict], device) -> tuple[Any, list[dict], list[Group]]:
+    """The SFT model, validation problems, and new samples of it for each, as PPO will draw them.
 
-    Where the preferences came from a file there is no gold score: held-out prompts are sampled, for the normalisation alone.
+    Where the preferences came from a file there is no gold score and no problem: held-out prompts are sampled, for the
+    normalisation alone.
     """
     source = run.parents["preferences"].config
-    lm = AutoModelForCausalLM.from_pretrained(run.parents["sft"].product("model"), dtype=torch.float32).to(model.device)
+    lm = AutoModelForCausalLM.from_pretrained(run.parents["sft"].product("model"), dtype=torch.float32).to(device)
     problems: list[dict[str, Any]] = []
     if source["source"] is None:
         path = run.parents["prepare"].product("problems") / "validation.jsonl"
@@ -158,18 +152,15 @@ def measure_fresh(model, config: RewardModelConfig, run: Run, tokenizer, train: 
         prompts = [chat_ids(tokenizer, [{"role": "user", "content": user_turn(p["question"], WORKED)}], ask=True) for p in problems]
     else:
         prompts, names = ([r[key] for r in heldout[:config.fresh_problems]] for key in ("prompt_ids", "id"))
-    eos_ids = stop_ids(lm)
     drawn = draw_responses(lm, prompts, names, samples=config.fresh_samples, seed=config.seed + 1, temperature=config.fresh_temperature,
-                           max_new_tokens=source["max_new_tokens"], eos_ids=eos_ids, pad_id=tokenizer.pad_token_id)
-    groups = list(zip(prompts, drawn, strict=True))
-    scores = shared_out(model, groups)
-    flat = [s for group in scores for s in group]
-    set_normalization(model, flat)
-    unit = normalize(model.config, flat)
-    metrics = {"score_mean": metric(math.fsum(unit) / len(unit), n=len(unit)),
-               "score_std": metric(math.sqrt(math.fsum(s * s for s in unit) / len(unit)), n=len(unit))}
-    if not problems:
-        return metrics
+                           max_new_tokens=source["max_new_tokens"], eos_ids=stop_ids(lm), pad_id=tokenizer.pad_token_id)
+    return lm, problems, list(zip(prompts, drawn, strict=True))
+
+
+def measure_fresh(scores: list[list[float]], lm, tokenizer, problems: list[dict], groups: list[Group], train: list[dict],
+                  ) -> dict[str, dict]:
+    """Accuracy by gold score on new samples of the SFT model, beside two baselines on the same pairs."""
+    eos_ids, drawn = stop_ids(lm), [responses for _, responses in groups]
     gold = [[gold_score(problem, text, finished=ids[-1] in eos_ids).score
              for text, ids in zip(tokenizer.batch_decode(responses, skip_special_tokens=True), responses, strict=True)]
             for problem, responses in zip(problems, drawn, strict=True)]
@@ -179,7 +170,7 @@ def measure_fresh(model, config: RewardModelConfig, run: Run, tokenizer, train: 
     direction = 1 if accuracy(seen).value >= 0.5 else -1  # longer or shorter: whichever the training rankings prefer
     length = judged([[direction * len(ids) for ids in responses] for responses in drawn], ranks)
     difference, low, high = accuracy_difference(judged(scores, ranks), surprise)
-    return metrics | quality(scores, ranks, "fresh") | {
+    return quality(scores, ranks, "fresh") | {
         "baseline_min_logprob_accuracy": as_metric(accuracy(surprise)), "baseline_length_accuracy": as_metric(accuracy(length)),
         "gain_over_min_logprob": metric(difference, n=sum(map(len, surprise)), ci95=(low, high))}
 

@@ -3,11 +3,23 @@ import random
 import datasets
 import pytest
 import torch
-from trl import RewardConfig
+from trl import RewardConfig, RewardTrainer
 
 from reward.calibration import accuracy, judged
+from reward.losses import ranked_loss
 from reward.model import from_language_model, score_groups
-from stages.models.ranking import RankedCollator, RankedRewardTrainer, batch_scores, pad_scores
+from stages.models.adapters import adapter_config
+from stages.models.ranking import (
+    RankedCollator,
+    RankedRewardTrainer,
+    RankingConfig,
+    batch_scores,
+    check,
+    pad_scores,
+    peft_settings,
+    trunk_of,
+    without_adapters,
+)
 from stages.models.training import fit
 from tests.rl_tiny import PAD, policy, tokenizer
 
@@ -69,10 +81,10 @@ def arguments(tmp_path, name, **changes):
         "dataloader_pin_memory": False, "seed": 0, "data_seed": 0, **changes})
 
 
-def train(model, tmp_path, name, rows, heldout, muon=None, share=True, **changes):
+def train(model, tmp_path, name, rows, heldout, muon=None, share=True, loss=None, peft_config=None, **changes):
     trainer = RankedRewardTrainer(
         model=model, args=arguments(tmp_path, name, **changes), processing_class=tokenizer(), data_collator=RankedCollator(PAD, share),
-        train_dataset=datasets.Dataset.from_list(rows), heldout=heldout, muon=muon)
+        train_dataset=datasets.Dataset.from_list(rows), heldout=heldout, muon=muon, loss=loss, peft_config=peft_config)
     fit(trainer)
     return trainer
 
@@ -118,3 +130,90 @@ def test_accumulation_does_not_change_the_step(model, tmp_path):
 
 def test_ragged_scores_are_padded():
     assert pad_scores([[1.0], [2.0, 3.0]]).tolist() == [[1.0, 0.0], [2.0, 3.0]]
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "rows"])
+def test_heads_on_one_trunk_each_learn_from_all_prompts(model, tmp_path, share):
+    """The loss of H heads is the mean of their losses alone."""
+    heads = from_language_model(tmp_path / "lm", pad_id=PAD, seed=0, heads=3, random_head=True)
+    batch = RankedCollator(PAD, share)(make_rows(6, seed=1))
+    size, losses = len(batch["ranks"]), []
+    for row in heads.score.weight.detach():
+        model.score.weight.data.copy_(row[None])
+        losses.append(ranked_loss(batch_scores(model, model.base_model, batch), batch["ranks"]).item())
+    scores = batch_scores(heads, heads.base_model, batch)
+    assert scores.shape == (3 * size, batch["ranks"].size(1)) and len({round(x, 6) for x in losses}) == 3
+    assert ranked_loss(scores, batch["ranks"].repeat(3, 1)).item() == pytest.approx(sum(losses) / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [{"kind": "listwise"}, {"margin": 0.5, "label_smoothing": 0.05}], ids=str)
+def test_other_losses_teach_the_rule_too(model, tmp_path, loss):
+    rows, heldout = make_rows(200, seed=2), make_rows(60, seed=3)
+    train(model, tmp_path, "run", rows, heldout, loss=loss)
+    scores = score_groups(model, [(r["prompt_ids"], r["response_ids"]) for r in heldout])
+    assert accuracy(judged(scores, [r["ranks"] for r in heldout])).value > 0.85
+
+
+@pytest.mark.parametrize("changes", [{}, {"architecture": "gpt2"}], ids=["qwen3", "gpt2"])
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "rows"])
+def test_lora_trains_adapters_and_head_and_merges_to_equal_scores(tmp_path, changes, share):
+    policy(**changes).save_pretrained(tmp_path / "lm")
+    model = from_language_model(tmp_path / "lm", pad_id=PAD, seed=0)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    config = RankingConfig(method="lora", optimizer="adamw", lora_rank=4, lora_alpha=8)
+    rows, heldout = make_rows(200, seed=2), make_rows(60, seed=3)
+    trainer = train(model, tmp_path, "run", rows, heldout, share=share, learning_rate=1e-2,
+                    peft_config=adapter_config(peft_settings(config), [], tied=True))
+    adapted = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    moved = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or "modules_to_save" in name for name in moved) and any("score" in name for name in moved)
+    groups = [(r["prompt_ids"], r["response_ids"]) for r in heldout]
+    scores = score_groups(adapted, groups)
+    batch = RankedCollator(PAD, True)(heldout[:3])  # the trunk that reads prompts carries the adapters
+    adapted.eval()
+    with torch.no_grad():
+        shared = batch_scores(adapted, trunk_of(adapted), batch)[batch["ranks"] > 0]
+    torch.testing.assert_close(shared, torch.tensor([s for group in scores[:3] for s in group]), atol=1e-4, rtol=1e-4)
+    assert accuracy(judged(scores, [r["ranks"] for r in heldout])).value > 0.85
+    plain = without_adapters(trainer, config)
+    assert {name for name, _ in plain.named_parameters()} == set(before)
+    assert not torch.equal(plain.score.weight, before["score.weight"])
+    for a, b in zip(score_groups(plain, groups), scores, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_one_ranking_of_k_is_trls_loss_on_all_its_pairs_at_a_seventh_of_the_encodings(model, tmp_path):
+    """K=8: TRL's RewardTrainer on the 28 pairs has our loss and our gradients."""
+    torch.nn.init.normal_(model.score.weight)
+    rng = random.Random(0)
+    row = {"prompt_ids": [5, 6], "response_ids": [[rng.randrange(2, 20) for _ in range(3)] + [1] for _ in range(8)],
+           "ranks": rng.sample(range(1, 9), 8)}
+    pairs = [{f"{name}_ids": row["prompt_ids"] + row["response_ids"][i] for name, i in (("chosen", a), ("rejected", b))}
+             for a in range(8) for b in range(8) if row["ranks"][a] < row["ranks"][b]]
+    assert len(pairs) == 28
+    theirs = RewardTrainer(model=model, args=arguments(tmp_path, "theirs", eval_strategy="no"), processing_class=tokenizer(),
+                           train_dataset=datasets.Dataset.from_list(pairs))
+    batch = theirs.data_collator(pairs)
+    expected = theirs.compute_loss(model, batch)
+    expected.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    ours = RankedCollator(PAD, share_prompts=True)([row])
+    loss = ranked_loss(batch_scores(model, model.base_model, ours), ours["ranks"])
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and len(batch["input_ids"]) == 7 * len(ours["input_ids"])
+    for a, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, a, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"method": "lora"}, "set optimizer to adamw"), ({"ensemble": 0}, "ensemble 0"), ({"label_smoothing": 0.5}, r"label_smoothing 0\.5"),
+    ({"combination": "min"}, "nothing to share or combine"), ({"ensemble_share": "trunk"}, "nothing to share or combine"),
+    ({"loss": "listwise", "margin": 0.5}, "belong to pairs")])
+def test_settings_that_do_not_go_together(values, message):
+    row = {"prompt_ids": [5], "response_ids": [[6, 1], [7, 1]], "ranks": [1, 2]}
+    with pytest.raises(ValueError, match=message):
+        check(RankingConfig(batch_size=1, **values), [row], policy().config, PAD)
+    check(RankingConfig(batch_size=1), [row], policy().config, PAD)
+    with pytest.raises(ValueError, match="ends with the padding token"):
+        check(RankingConfig(batch_size=1), [row | {"response_ids": [[6, PAD], [7, 1]]}], policy().config, PAD)

@@ -4,7 +4,7 @@ import json
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from reward import agreement, preferences
 from reward.model import normalize, score_ids
@@ -14,6 +14,7 @@ from stages import reward_model as reward_model_stage
 from stages.data import corpora, curriculum
 from stages.data.tokenizer import END, train_tokenizer
 from stages.models.sizes import decoder_config
+from stages.rl.rewards import Response, build_reward, scorers
 from stages.run.config import build_config
 from stages.run.manifest import write_json
 
@@ -232,3 +233,72 @@ def test_ids_of_another_tokenizer_are_refused(parents, ranked, tmp_path):
     rank(parents, tmp_path, source=str(tmp_path / "foreign.parquet"))
     with pytest.raises(ValueError, match=r"token 9999.*another tokenizer"):
         train(parents, tmp_path)
+
+
+RESPONSES = [Response({"id": str(i)}, [9, 8], ids, "", True) for i, ids in enumerate([[7, 3], [12, 40, 3], [11, 3], [60, 61, 62, 3]])]
+
+
+@pytest.mark.parametrize("share", ["trunk", "none"])
+def test_an_ensemble_goes_from_its_stage_to_the_rewards_of_ppo(parents, ranked, tmp_path, share):
+    (tmp_path / "preferences").symlink_to(ranked[0] / "preferences")
+    manifest = train(parents, tmp_path, ensemble=3, ensemble_share=share, combination="mean_std", std_coef=0.5)
+    folder = manifest.product("model")
+    size = AutoModelForSequenceClassification.from_pretrained(folder).config.vocab_size
+    assert manifest.metrics["score_mean"]["value"] == pytest.approx(0, abs=1e-5)
+    assert manifest.metrics["score_std"]["value"] == pytest.approx(1, abs=1e-5)
+    assert manifest.metrics["member_disagreement"]["value"] > 0 and manifest.metrics["fresh_accuracy"]["n"] > 0
+    assert len(scorers({"model": 1.0}, folder)) == len(scorers({"model@min": 1.0}, folder)) == (1 if share == "trunk" else 3)
+    facts = json.loads((folder / "ensemble.json").read_text())
+    assert len(facts["members"]) == 3 and (folder / "members/2/config.json").is_file() == (share == "none")
+
+    def score(name):
+        return build_reward({name: 1.0}, model_path=folder, vocab_size=size)(RESPONSES)
+
+    own, mean, worst = score("model"), score("model@mean"), score("model@min")
+    torch.testing.assert_close(own, score("model@mean_std"))
+    assert not torch.allclose(own, mean) and not torch.allclose(worst, mean)
+    if share == "trunk":  # a plain reader, such as the critic of PPO, has the mean
+        plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        scores = normalize(plain.config, score_ids(plain, [r.prompt_ids + r.ids for r in RESPONSES]))
+        torch.testing.assert_close(mean, torch.tensor(scores), atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="unknown combination 'max'"):
+        score("model@max")
+
+
+def test_members_of_their_own_continue_where_they_were_killed(parents, ranked, tmp_path, monkeypatch):
+    (tmp_path / "preferences").symlink_to(ranked[0] / "preferences")
+    real = reward_model_stage.fresh_samples
+    monkeypatch.setattr(reward_model_stage, "fresh_samples", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(parents, tmp_path, ensemble=2)
+    monkeypatch.setattr(reward_model_stage, "fresh_samples", real)
+    resumed = train(parents, tmp_path, ensemble=2)
+    (tmp_path / "reward_model").rename(tmp_path / "first")
+    whole = train(parents, tmp_path, ensemble=2)
+    assert whole.data["products"] == resumed.data["products"] and whole.metrics == resumed.metrics
+
+
+def test_lora_leaves_a_plain_model(parents, ranked, tmp_path):
+    (tmp_path / "preferences").symlink_to(ranked[0] / "preferences")
+    manifest = train(parents, tmp_path, method="lora", optimizer="adamw", lora_rank=4, learning_rate=1e-2)
+    model = AutoModelForSequenceClassification.from_pretrained(manifest.product("model"))
+    assert {name for name, _ in model.named_parameters()} == {
+        name for name, _ in AutoModelForSequenceClassification.from_config(model.config).named_parameters()}
+    assert not list(manifest.product("model").glob("adapter*")) and model.config.score_std > 0
+    base = AutoModelForCausalLM.from_pretrained(parents / "sft" / "model")
+    assert torch.equal(model.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused_token_by_token(parents, ranked, tmp_path):
+    """Of equal size, so that no id is out of range: only the words differ."""
+    (tmp_path / "preferences").symlink_to(ranked[0] / "preferences")
+    folder = train(parents, tmp_path).product("model")
+    size = AutoModelForSequenceClassification.from_pretrained(folder).config.vocab_size
+    own = AutoTokenizer.from_pretrained(parents / "sft" / "model")
+    build_reward({"model": 1.0}, model_path=folder, vocab_size=size, tokenizer=own)
+    other = train_tokenizer(["zebras zigzag zealously"] * 50, vocab_size=len(own))
+    with pytest.raises(ValueError, match=r"reads token \d+ as .*, the policy as .* tokens differ.*one tokenizer"):
+        build_reward({"model": 1.0}, model_path=folder, vocab_size=size, tokenizer=other)
+    with pytest.raises(ValueError, match="not an ensemble"):
+        build_reward({"model@min": 1.0}, model_path=folder, vocab_size=size)

@@ -6,6 +6,7 @@ A source takes the responses and returns one score each. Named in a recipe as a 
     reward: {verifier: 1.0}                               # 1 where the answer is right, else 0
     reward: {model: 0.5, "stages.rl.rewards:gold": 0.5}   # with a function `f(problems, texts, finished) -> list of floats`
     reward: {runs/other/reward_model/model: 1.0}          # a reward model by its folder
+    reward: {model@min: 1.0}                              # an ensemble's worst case: @mean, @min or @mean_std in place of its own choice
 """
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from reward.model import normalize, score_ids
+from reward.model import ENSEMBLE, load_ensemble, member_folders, normalize, score_ids
 from reward.verifiers import GoldScore, gold_score
 from stages.rl.models import remove_dropout
 
@@ -52,17 +53,35 @@ def right(problems: Sequence[Row], texts: Sequence[str], finished: Sequence[bool
     return [float(gold_score(p, t, finished=f).correct) for p, t, f in zip(problems, texts, finished, strict=True)]
 
 
-def model_reward(path: str | Path, *, vocab_size: int, device: torch.device | str = "cpu") -> Reward:
+def model_reward(path: str | Path, *, vocab_size: int, device: torch.device | str = "cpu", combination: str | None = None,
+                 tokenizer: PreTrainedTokenizerBase | None = None) -> Reward:
     """A reward model's normalised scores of token ids as they were sampled: text tokenised anew can split differently.
 
-    Raises ValueError when its vocabulary is not the policy's, because then the ids mean something else.
+    Of an ensemble, the score that `combination` makes of its members' (default: what it was saved with). Raises ValueError when its
+    vocabulary is not the policy's, by size and, with the policy's `tokenizer`, token by token: the ids would mean something else.
     """
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1).to(device).eval()
-    remove_dropout(model).requires_grad_(False)
-    if model.config.vocab_size != vocab_size:
-        raise ValueError(f"reward model {path} has {model.config.vocab_size} tokens, the policy {vocab_size}: "
-                         "train both from one tokenizer, or give the reward as a Python function of texts")
-    return lambda responses: torch.tensor(normalize(model.config, score_ids(model, [r.prompt_ids + r.ids for r in responses])))
+    path = Path(path)
+    models = [AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).to(device).eval() for folder in member_folders(path)]
+    for model in models:
+        remove_dropout(model).requires_grad_(False)
+        if model.config.vocab_size != vocab_size:
+            raise ValueError(f"reward model {path} has {model.config.vocab_size} tokens, the policy {vocab_size}: "
+                             "train both from one tokenizer, or give the reward as a Python function of texts")
+    if tokenizer is not None and (path / "tokenizer_config.json").is_file():
+        check_tokens(path, tokenizer)
+    if combination is None and not (path / ENSEMBLE).is_file():
+        return lambda responses: torch.tensor(normalize(models[0].config, score_ids(models[0], [r.prompt_ids + r.ids for r in responses])))
+    ensemble = load_ensemble(path, models, combination)
+    return lambda responses: torch.tensor(ensemble.unit(ensemble.raw([r.prompt_ids + r.ids for r in responses])))
+
+
+def check_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError naming the first id that the reward model's tokenizer and the policy's read differently."""
+    own, other = ({i: token for token, i in each.get_vocab().items()} for each in (AutoTokenizer.from_pretrained(path), tokenizer))
+    if different := sorted(i for i in own.keys() | other.keys() if own.get(i) != other.get(i)):
+        i = different[0]
+        raise ValueError(f"reward model {path} reads token {i} as {own.get(i)!r}, the policy as {other.get(i)!r} ({len(different):,} "
+                         "tokens differ): train both from one tokenizer, or give the reward as a Python function of texts")
 
 
 def function_reward(path: str) -> Reward:
@@ -83,18 +102,19 @@ def function_reward(path: str) -> Reward:
     return reward
 
 
-def build_reward(spec: Mapping[str, float], *, model_path: Path | None, vocab_size: int,
-                 device: torch.device | str = "cpu") -> Reward:
+def build_reward(spec: Mapping[str, float], *, model_path: Path | None, vocab_size: int, device: torch.device | str = "cpu",
+                 tokenizer: PreTrainedTokenizerBase | None = None) -> Reward:
     """The weighted sum of the sources in `spec`: `model` is the reward model at `model_path`, the others are as described above.
 
-    Raises ValueError for a source that is none of these.
+    `tokenizer` is the policy's, for the check of `model_reward`. Raises ValueError for a source that is none of these.
     """
     if not spec:
         raise ValueError("reward has no source: set reward to {model: 1.0} or to {module:function: 1.0}")
     sources: list[tuple[float, Reward]] = []
     for name, weight in spec.items():
         if folder := _folder(name, model_path):
-            sources.append((weight, model_reward(folder, vocab_size=vocab_size, device=device)))
+            sources.append((weight, model_reward(folder, vocab_size=vocab_size, device=device, tokenizer=tokenizer,
+                                                 combination=name.partition("@")[2] or None)))
         elif name == "verifier" or ":" in name:
             sources.append((weight, function_reward(VERIFIER if name == "verifier" else name)))
         else:
@@ -104,10 +124,11 @@ def build_reward(spec: Mapping[str, float], *, model_path: Path | None, vocab_si
 
 def scorers(spec: Mapping[str, float], model_path: Path | None) -> list[Path]:
     """Folders of the reward models among the sources: each reads every response that is scored."""
-    return [folder for name in spec if (folder := _folder(name, model_path))]
+    return [member for name in spec if (folder := _folder(name, model_path)) for member in member_folders(folder)]
 
 
 def _folder(name: str, model_path: Path | None) -> Path | None:
     """The reward model's folder that a source names, if it names one."""
+    name = name.partition("@")[0]
     folder = model_path if name == "model" else Path(name)
     return folder if folder is not None and (folder / "config.json").is_file() else None
