@@ -25,7 +25,7 @@ GROUP_ppo := rlhf
 GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
-	test-quick check plan study-sc study-seeds study-sft study-ranked bench-sft bench-reward clean
+	test-quick check plan study-sc study-seeds study-sft study-ranked bench-sft bench-reward rewardbench clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -94,6 +94,8 @@ study-sft: setup ## what fine-tuning teaches and forgets: methods and remedies o
 
 study-ranked: setup ## labelled prompts that a reward model needs with rankings of 8 and with pairs, over seeds (40 minutes; needs make prepare)
 	$(PY) -m stages.evals.study_ranked $(ARGS)
+rewardbench: setup ## a reward model on pairwise and best-of-n benchmarks: ARGS="--model DIR --data FILE_OR_HUB_ID"
+	$(PY) -m stages.evals.rewardbench $(ARGS)
 
 bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, and TRL's own trainer (needs make prepare)
 	$(PY) -m stages.evals.bench_sft $(ARGS)

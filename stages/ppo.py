@@ -14,6 +14,7 @@ from prompts.templates import BENCHMARK_CUES
 from stages.data.curriculum import CUES
 from stages.models.training import barrier, fit, save_model, training_arguments, world_size
 from stages.rl.costs import ppo_flops, price
+from stages.rl.gating import pass_gate
 from stages.rl.measure import differences, measure, report, summarise
 from stages.rl.models import PolicyWithCritic
 from stages.rl.questions import QuestionConfig, asked, check_lengths, check_questions, embedded_problems, own_problems
@@ -60,7 +61,8 @@ def main(config: PpoConfig) -> Manifest:
     run = Run(config, inputs={"problems": hash_data([own, BENCHMARK_CUES[config.style]])} if own else {})
     if run.finished:
         return run.manifest
-    source = run.parents["sft"].product("model")
+    source, scorer = run.parents["sft"].product("model"), run.parents["reward_model"].product("model")
+    notes = pass_gate(config, scorer)
     tokenizer = AutoTokenizer.from_pretrained(source)
     policy = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     stops = policy.config.eos_token_id
@@ -80,7 +82,6 @@ def main(config: PpoConfig) -> Manifest:
     say(f"ppo: {len(prompts):,} problems to learn from, {len(held_out)} to measure on; {config.iterations} iterations of "
         f"{config.rollout_batch} responses, {settings.steps_per_iteration} steps each")
 
-    scorer = run.parents["reward_model"].product("model")
     critic = None
     if config.value_trunk == "separate":
         critic = AutoModelForSequenceClassification.from_pretrained(scorer, num_labels=1, dtype=torch.float32)
@@ -90,7 +91,8 @@ def main(config: PpoConfig) -> Manifest:
         save_steps=config.save_iterations * settings.steps_per_iteration, max_steps=config.iterations * settings.steps_per_iteration,
         per_device_train_batch_size=config.micro_batch_size, gradient_accumulation_steps=accumulation,
         learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm, weight_decay=0.0))
-    reward = build_reward(config.reward, model_path=scorer, vocab_size=policy.config.vocab_size, device=arguments.device)
+    reward = build_reward(config.reward, model_path=scorer, vocab_size=policy.config.vocab_size, device=arguments.device,
+                          tokenizer=tokenizer)
     trainer = PPOTrainer(model, arguments, settings, prompts=prompts, reward=reward, tokenizer=tokenizer, judge=gold_scores)
 
     def look() -> dict[str, list[float]]:
@@ -123,7 +125,7 @@ def main(config: PpoConfig) -> Manifest:
               "flops": ppo_flops(policy.config, critic.config if critic is not None else None, judges, responses=len(asked_of),
                                  prompt_tokens=sum(map(len, asked_of)), tokens=tokens, epochs=config.epochs)}
     say(price(metrics["gain/gold"]["value"], counts))
-    return run.finish(metrics=metrics, products={"model": "model", "critic": "critic"}, counts=counts)
+    return run.finish(metrics=metrics, products={"model": "model", "critic": "critic"}, counts=counts, notes=notes)
 
 
 def show(directory: Path) -> None:

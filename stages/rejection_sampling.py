@@ -28,6 +28,7 @@ from stages.models.responses import draw_responses, stop_ids
 from stages.models.training import barrier, export, gather, save_model
 from stages.models.verdict import forgotten
 from stages.rl.costs import cost_table, price, score_table, spent, totals
+from stages.rl.gating import pass_gate
 from stages.rl.measure import differences, measure, report, summarise
 from stages.rl.models import remove_dropout
 from stages.rl.questions import QuestionConfig, asked, check_lengths, check_questions, embedded_problems, fitting, own_problems
@@ -72,6 +73,8 @@ def main(config: RejectionSamplingConfig) -> Manifest:
     datasets.disable_progress_bars()
     datasets.disable_caching()  # the cache is keyed by the pickled function, not by what it calls
     prepared, start = run.parents["prepare"], run.parents["sft"].product("model")
+    folder = run.parents["reward_model"].product("model") if "reward_model" in run.parents else None
+    verdicts = pass_gate(config, folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(start)
     policy = load(start)
     eos_ids, pad_id = stop_ids(policy), tokenizer.pad_token_id
@@ -81,8 +84,8 @@ def main(config: RejectionSamplingConfig) -> Manifest:
     check_lengths(held_out, config, policy)
     prompts = fitting(asking, config, policy, config.max_length)
     too_long = len(asking) - len(prompts)
-    folder = run.parents["reward_model"].product("model") if "reward_model" in run.parents else None
-    reward = build_reward(config.reward, model_path=folder, vocab_size=policy.config.vocab_size, device=policy.device)
+    reward = build_reward(config.reward, model_path=folder, vocab_size=policy.config.vocab_size, device=policy.device,
+                          tokenizer=tokenizer)
     judges = [AutoConfig.from_pretrained(path) for path in scorers(config.reward, folder)]
     say(f"rejection_sampling: {len(prompts):,} problems to learn from ({too_long} left out, too long), {len(held_out)} to measure on; "
         f"{config.rounds} rounds of {config.prompts_per_round} prompts x {config.samples_per_prompt} responses")
@@ -131,7 +134,7 @@ def main(config: RejectionSamplingConfig) -> Manifest:
             (("sampled", "score"), ("best of K", "best_score"), ("kept", "kept_score"), ("sampled, gold score", "gold"))},
             x="round", y="mean score")
     barrier()
-    return run.finish(metrics=metrics, products={"model": "model"}, counts=counts, notes={"rounds": rounds})
+    return run.finish(metrics=metrics, products={"model": "model"}, counts=counts, notes={"rounds": rounds, **verdicts})
 
 
 def check(config: RejectionSamplingConfig) -> None:

@@ -14,7 +14,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from reward import preferences
-from reward.calibration import Accuracy, accuracy, accuracy_by_distance, accuracy_difference, calibration, judged
 from reward.model import (
     Ensemble,
     Group,
@@ -22,15 +21,14 @@ from reward.model import (
     combined_groups,
     mean_and_std,
     members_groups,
-    min_token_logprobs,
     plain_model,
     set_normalization,
     write_ensemble,
 )
-from reward.verifiers import dense_ranks, gold_score
 from stages.data.curriculum import WORKED, user_turn
 from stages.data.problems import read_problems
 from stages.data.tokenizer import chat_ids
+from stages.models.quality import measure_fresh, quality, shortcuts
 from stages.models.ranking import RankingConfig, check, shared_out, train_model, without_adapters
 from stages.models.responses import draw_responses, stop_ids
 from stages.models.training import barrier, export, save_model
@@ -78,15 +76,16 @@ def main(config: RewardModelConfig) -> Manifest:
         raw = [of for group in shared_out(models, groups, members_groups) for of in group]
         ensemble = build_ensemble(models, raw, combination=config.combination, std_coef=config.std_coef)
         judge = partial(shared_out, ensemble, function=combined_groups)
-    metrics = quality(judge([(r["prompt_ids"], r["response_ids"]) for r in heldout]), [r["ranks"] for r in heldout], "heldout")
-    scores = judge(groups)
-    flat = [score for group in scores for score in group]
+    ranks, keys = [r["ranks"] for r in heldout], [tuple(r["prompt_ids"]) for r in heldout]
+    held = judge([(r["prompt_ids"], r["response_ids"]) for r in heldout])
+    metrics = quality(held, ranks, "heldout", keys)
+    flat = [score for group in judge(groups) for score in group]
     mean, std = mean_and_std(flat)
     unit = [(score - mean) / std for score in flat]
     metrics |= {"score_mean": metric(math.fsum(unit) / len(unit), n=len(unit)),
                 "score_std": metric(math.sqrt(math.fsum(s * s for s in unit) / len(unit)), n=len(unit))}
-    if problems:
-        metrics |= measure_fresh(scores, lm, tokenizer, problems, groups, train)
+    metrics |= measure_fresh(judge, std, lm, tokenizer, problems, groups) if problems else shortcuts(
+        held, ranks, [r["responses"] for r in heldout], [[len(ids) for ids in r["response_ids"]] for r in heldout], keys)
     if ensemble:
         metrics["member_disagreement"] = metric(ensemble.disagreement(raw), n=len(raw))
         if is_main():
@@ -123,19 +122,6 @@ def split(records: list[dict], config: RewardModelConfig) -> tuple[list[dict], l
     return [r for key in order[count:] for r in groups[key]], [r for key in order[:count] for r in groups[key]]
 
 
-def as_metric(a: Accuracy) -> dict[str, Any]:
-    return metric(a.value, n=a.n, ci95=(a.low, a.high))
-
-
-def quality(scores: list[list[float]], ranks: list[list[int]], name: str) -> dict[str, dict]:
-    """Accuracy overall and by rank distance, and how far sigmoid(difference) can be taken as a probability."""
-    as_probability = calibration(scores, ranks)
-    metrics = {f"{name}_accuracy": as_metric(accuracy(judged(scores, ranks)))}
-    metrics |= {f"{name}_accuracy_distance_{d}": as_metric(a) for d, a in accuracy_by_distance(scores, ranks).items()}
-    return metrics | {f"{name}_ece": metric(as_probability.ece, n=as_probability.n),
-                      f"{name}_brier": metric(as_probability.brier, n=as_probability.n)}
-
-
 def fresh_samples(config: RewardModelConfig, run: Run, tokenizer, heldout: list[dict], device) -> tuple[Any, list[dict], list[Group]]:
     """The SFT model, validation problems, and new samples of it for each, as PPO will draw them.
 
@@ -155,24 +141,6 @@ def fresh_samples(config: RewardModelConfig, run: Run, tokenizer, heldout: list[
     drawn = draw_responses(lm, prompts, names, samples=config.fresh_samples, seed=config.seed + 1, temperature=config.fresh_temperature,
                            max_new_tokens=source["max_new_tokens"], eos_ids=stop_ids(lm), pad_id=tokenizer.pad_token_id)
     return lm, problems, list(zip(prompts, drawn, strict=True))
-
-
-def measure_fresh(scores: list[list[float]], lm, tokenizer, problems: list[dict], groups: list[Group], train: list[dict],
-                  ) -> dict[str, dict]:
-    """Accuracy by gold score on new samples of the SFT model, beside two baselines on the same pairs."""
-    eos_ids, drawn = stop_ids(lm), [responses for _, responses in groups]
-    gold = [[gold_score(problem, text, finished=ids[-1] in eos_ids).score
-             for text, ids in zip(tokenizer.batch_decode(responses, skip_special_tokens=True), responses, strict=True)]
-            for problem, responses in zip(problems, drawn, strict=True)]
-    ranks = [dense_ranks(g) for g in gold]
-    surprise = judged(shared_out(lm, groups, min_token_logprobs), ranks)
-    seen = judged([[len(ids) for ids in r["response_ids"]] for r in train], [r["ranks"] for r in train])
-    direction = 1 if accuracy(seen).value >= 0.5 else -1  # longer or shorter: whichever the training rankings prefer
-    length = judged([[direction * len(ids) for ids in responses] for responses in drawn], ranks)
-    difference, low, high = accuracy_difference(judged(scores, ranks), surprise)
-    return quality(scores, ranks, "fresh") | {
-        "baseline_min_logprob_accuracy": as_metric(accuracy(surprise)), "baseline_length_accuracy": as_metric(accuracy(length)),
-        "gain_over_min_logprob": metric(difference, n=sum(map(len, surprise)), ci95=(low, high))}
 
 
 def show(directory: Path) -> None:

@@ -7,12 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from reward import agreement, preferences
+from reward.gate import judge
 from reward.model import normalize, score_ids
 from reward.verifiers import dense_ranks
 from stages import preferences as preferences_stage
 from stages import reward_model as reward_model_stage
 from stages.data import corpora, curriculum
 from stages.data.tokenizer import END, train_tokenizer
+from stages.models import quality
 from stages.models.sizes import decoder_config
 from stages.rl.rewards import Response, build_reward, scorers
 from stages.run.config import build_config
@@ -145,9 +147,14 @@ def test_people_s_records_are_compared_and_what_teaches_nothing_is_kept_and_coun
     assert len(preferences.read(named.product("preferences"))[0]) == 10
 
 
-def test_reward_model_is_measured_normalised_and_plain(parents, ranked, tmp_path):
+def test_reward_model_is_measured_normalised_and_plain(parents, ranked, tmp_path, monkeypatch):
     (tmp_path / "preferences").symlink_to(ranked[0] / "preferences")
-    manifest = train(parents, tmp_path)
+    monkeypatch.setattr(quality, "FITTING", 5)
+    manifest = train(parents, tmp_path, fresh_problems=48)
+    missing = {reason.name for reason in judge(manifest.metrics).reasons if reason.low is None}
+    assert missing <= {"accuracy_longer_better", "accuracy_shorter_better"}  # of so few pairs there may be none such
+    assert {"fresh_ece_fitted", "gain_over_tfidf", "gain_over_min_logprob", "length_correlation", "flip_rate_boilerplate"} <= set(
+        manifest.metrics)
     for name in ("heldout_accuracy", "fresh_accuracy", "baseline_min_logprob_accuracy", "baseline_length_accuracy"):
         low, high = manifest.metrics[name]["ci95"]
         assert 0 <= low <= manifest.metrics[name]["value"] <= high <= 1 and manifest.metrics[name]["n"] > 0

@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from stages.evals.study_seeds import markdown
+from stages.evals.studies import markdown
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.manifest import say

@@ -20,6 +20,10 @@ class QuestionConfig(StageConfig):
     style: Literal["worked", "direct"] = option("worked", "which answers the prompts ask for")
     reward: dict[str, float] = option({"model": 1.0}, "sources of the score and weights: `model`, `verifier` (1 for a right answer, else "
                                       "0), module:function, or a model's folder")
+    gate: Literal["refuse", "warn", "off"] = option("refuse", "when the reward model's own figures fail: refuse, warn and go on, or do "
+                                                    "not look (docs/reward-model.md)", recorded_only=True)
+    gate_limits: dict[str, float] = option({}, "thresholds of the gate other than its own, such as {min_fresh_accuracy: 0.7}",
+                                           recorded_only=True)
     temperature: float = option(1.0, "of the sampling")
     max_new_tokens: int = option(96, "longest response")
     eval_problems: int = option(300, "problems measured before and after, of prepare's validation split or held out of your own")

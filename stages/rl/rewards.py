@@ -122,9 +122,14 @@ def build_reward(spec: Mapping[str, float], *, model_path: Path | None, vocab_si
     return lambda responses: torch.stack([weight * source(responses) for weight, source in sources]).sum(dim=0)
 
 
+def reward_models(spec: Mapping[str, float], model_path: Path | None) -> list[Path]:
+    """Folders of the reward models among the sources, an ensemble's as one."""
+    return [folder for name in spec if (folder := _folder(name, model_path))]
+
+
 def scorers(spec: Mapping[str, float], model_path: Path | None) -> list[Path]:
-    """Folders of the reward models among the sources: each reads every response that is scored."""
-    return [member for name in spec if (folder := _folder(name, model_path)) for member in member_folders(folder)]
+    """Folders of all that read every response which is scored: the members of ensembles, too."""
+    return [member for folder in reward_models(spec, model_path) for member in member_folders(folder)]
 
 
 def _folder(name: str, model_path: Path | None) -> Path | None:

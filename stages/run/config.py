@@ -100,6 +100,8 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
             except ValueError:
                 continue
     elif origin is Literal:
+        if value is False and "off" in args:  # how YAML reads a bare off
+            return "off"
         if value in args:
             return value
     elif origin in (list, tuple):

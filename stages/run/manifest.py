@@ -21,7 +21,7 @@ from typing import Any
 from stages.run.config import StageConfig
 
 MANIFEST = "manifest.json"
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate", "tokenizers", "numpy", "scipy")
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate", "tokenizers", "numpy", "scipy", "scikit-learn")
 
 
 def is_main() -> bool:
