@@ -25,7 +25,7 @@ GROUP_ppo := rlhf
 GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
-	test-quick check plan study-sc study-seeds study-sft study-ranked bench-sft bench-reward rewardbench clean
+	test-quick check plan study-sc study-seeds study-sft study-ranked study-gate study-hh bench-sft bench-reward rewardbench clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -96,6 +96,12 @@ study-ranked: setup ## labelled prompts that a reward model needs with rankings 
 	$(PY) -m stages.evals.study_ranked $(ARGS)
 rewardbench: setup ## a reward model on pairwise and best-of-n benchmarks: ARGS="--model DIR --data FILE_OR_HUB_ID"
 	$(PY) -m stages.evals.rewardbench $(ARGS)
+
+study-gate: setup ## does what is measured of a reward model foretell what PPO does on it: 24 models (40 minutes; needs make prepare)
+	$(PY) -m stages.evals.study_gate $(ARGS)
+
+study-hh: setup ## a reward model on HH-RLHF's pairs against TF-IDF and length, five folds (half an hour; docs/real-input.md)
+	$(PY) -m stages.evals.study_hh $(ARGS)
 
 bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, and TRL's own trainer (needs make prepare)
 	$(PY) -m stages.evals.bench_sft $(ARGS)
