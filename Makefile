@@ -15,6 +15,8 @@ NODES = $(if $(NUM_MACHINES),--num_machines $(NUM_MACHINES) --machine_rank $(MAC
 PROCESSES = $(if $(NUM_MACHINES),,$(if $(filter-out cpu cpu-2 gpu,$(ACCELERATE)),--num_processes $(GPUS)))
 
 PY := .venv/bin/python
+PIP = $(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS)
+HAS = $(PY) -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$(1)') is None)"
 LAUNCH = .venv/bin/accelerate launch --config_file recipes/accelerate/$(ACCELERATE).yaml -q $(NODES) $(PROCESSES)
 # ARGS goes to the stages named on the command line (rlhf names three), not to those that run because others need them.
 STAGE = $(if $(wildcard recipes/accelerate/$(ACCELERATE).yaml),,$(error ACCELERATE=$(ACCELERATE): choose from \
@@ -25,7 +27,8 @@ GROUP_ppo := rlhf
 GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
-	test-quick check plan study-sc study-seeds study-sft study-ranked study-gate study-hh bench-sft bench-reward rewardbench clean
+	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh bench-sft bench-reward \
+	rewardbench clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -35,8 +38,8 @@ help: ## this list
 
 .venv/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -r requirements.lock
-	$(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) --no-deps -e .
+	$(PIP) -r requirements.lock
+	$(PIP) --no-deps -e .
 	@touch $@
 
 setup: .venv/.installed ## install the pinned packages into .venv
@@ -56,6 +59,10 @@ sft: setup ## supervised fine-tuning (LoRA) of the pretrained model
 
 preferences: setup ## sample responses of the SFT model and rank them
 	$(call STAGE,preferences)
+
+annotate: setup ## the page on which people rank responses: ARGS="--items FILE --out labels.jsonl" (docs/annotate.md)
+	@$(call HAS,gradio) || $(PIP) -c requirements.lock -r requirements-annotate.lock
+	$(PY) -m reward.annotate $(ARGS)
 
 reward_model: setup ## train the reward model on the rankings
 	$(call STAGE,reward_model)
@@ -113,7 +120,12 @@ test: setup ## all tests, one full pass of the smoke recipe included
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q
 
 test-quick: setup ## without the slow ones
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m "not slow"
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m "not slow and not browser"
+
+test-browser: setup ## the annotation page in a headless Chromium (installed beforehand, or named by CHROMIUM=)
+	@$(call HAS,gradio) || $(PIP) -c requirements.lock -r requirements-annotate.lock
+	@$(call HAS,playwright) || $(PIP) -c requirements.lock -c requirements-annotate.lock playwright==1.65.2
+	$(PY) -m pytest -q -m browser tests/test_reward_annotate.py
 
 check: setup ## ruff and mypy
 	.venv/bin/ruff check .

@@ -250,7 +250,12 @@ def repeats(records: Iterable[Record]) -> Repeats:
 
 def summary(records: Sequence[Record]) -> dict[str, Any]:
     """Every figure of this page that the records allow, by name: Alpha or Accuracy, each with value, n and interval."""
-    found = {"agreement_alpha": ranking_alpha(records), "agreement_pairs": pairwise_agreement(comparisons(records)),
+    compared = comparisons(records)
+    each = agreement_by_annotator(compared)
+    windows = agreement_over_time(compared)
+    found = {"agreement_alpha": ranking_alpha(records), "agreement_pairs": pairwise_agreement(compared),
+             **({f"agreement_pairs/{name}": figure for name, figure in each.items()} if len(each) > 2 else {}),
+             **({f"agreement_pairs_window_{k}": window.agreement for k, window in enumerate(windows, 1)} if len(windows) > 1 else {}),
              "first_shown_preferred": position_bias(records), "longer_preferred": length_bias(records),
              "changed_when_asked_again": inconsistency(records)}
     return {name: figure for name, figure in found.items() if figure}

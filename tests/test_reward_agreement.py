@@ -195,3 +195,6 @@ def test_the_summary_holds_what_the_records_allow():
     assert set(agreement.summary(panel_records(20))) == {"longer_preferred"}
     assert set(agreement.summary(panel_records(20, annotators=2, repeat_share=0.5))) == {
         "agreement_alpha", "agreement_pairs", "first_shown_preferred", "longer_preferred", "changed_when_asked_again"}
+    found = agreement.summary([record | {"time": f"2026-01-01T10:{number:02}:00+00:00"}
+                               for number, record in enumerate(panel_records(15, annotators=3))])
+    assert sum(name.startswith("agreement_pairs/") for name in found) == 3 and "agreement_pairs_window_5" in found
