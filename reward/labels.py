@@ -15,6 +15,7 @@ import random
 import statistics as stats
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 from reward import agreement, preferences
 from reward.calibration import Accuracy
+from reward.converters import convert
 from reward.preferences import Record
 
 Key = tuple[str, str]  # id of the prompt, criterion
@@ -49,10 +51,11 @@ def read_items(path: str | Path) -> list[Record]:
     items: list[Record] = []
     places: dict[str, str] = {}
     for number, (where, row) in enumerate(preferences.rows(Path(path)), start=1):
-        record = preferences.from_pair(row, where)
+        left_out: Counter[str] = Counter()
+        record = convert(row, where, left_out)
         if record is None:
-            raise ValueError(f"{where}: chosen and rejected answer different prompts: leave the row out")
-        item = checked_item({"id": f"{Path(path).name}:{number}", **record}, where)
+            raise ValueError(f"{where}: nothing to rank ({', '.join(left_out)}): leave the row out")
+        item = checked_item({"id": row.get("id") or f"{Path(path).name}:{number}", **record}, where)
         if item["id"] in places:
             raise ValueError(f"{where}: id {item['id']!r} is that of {places[item['id']]} too: give each prompt an id of its own")
         places[item["id"]] = where
@@ -64,18 +67,12 @@ def read_items(path: str | Path) -> list[Record]:
 
 def checked_item(row: Record, where: str) -> Record:
     """The keys of a row that a label keeps. Raises ValueError that names `where` and the fault."""
-    responses = row.get("responses")
-    if not isinstance(responses, list) or len(responses) < 2:
-        num = len(responses) if isinstance(responses, list) else "no list of"
-        raise ValueError(f"{where}: {num} responses: a ranking needs two or more")
+    responses = row.get("responses") or []
+    if len(responses) < 2:
+        raise ValueError(f"{where}: {len(responses)} responses: a ranking needs two or more")
     preferences.check({**row, "ranks": [1] * len(responses)}, where)
-    prompt = row["prompt"]
-    texts = {"prompt": prompt} if isinstance(prompt, str) else {f"message {i} of the prompt": m["content"] for i, m in enumerate(prompt, 1)}
-    for name, text in (texts | {f"response {i}": r for i, r in enumerate(responses, 1)}).items():
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: {name} is {'empty' if isinstance(text, str) else 'no text'}: leave the row out")
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError(f"{where}: {name} holds half of a surrogate pair, which no file of text can: replace it by U+FFFD")
+    if not all(r.strip() for r in responses):  # with token ids a record may have such a response; nobody could rank it
+        raise ValueError(f"{where}: a response is empty text: leave the row out")
     kept = {key: row[key] for key in ("prompt", "responses", "origin", "prompt_ids", "response_ids") if row.get(key) is not None}
     return {"id": str(row["id"]), **kept}
 
@@ -217,10 +214,8 @@ def export(source: str | Path, out: str | Path, criteria: Sequence[str] = ()) ->
     part = Path(out).with_name(f".part.{Path(out).name}")
     try:
         preferences.write(part, ranked)
-    except Exception as error:
+    except Exception:
         part.unlink(missing_ok=True)
-        if type(error).__module__.startswith("pyarrow"):  # one type a column: prompts of text beside prompts of messages
-            raise ValueError(f"{out}: parquet cannot hold these records ({str(error).splitlines()[0]}): export .jsonl") from None
         raise
     part.replace(out)
     left = [f"{len(asked) - len(ranked)} skipped", f"{len(labels) - len(last)} replaced later"]
@@ -264,7 +259,7 @@ def agreement_lines(labels: Sequence[Record]) -> list[tuple[str, str]]:
         found |= {f"{name} with the others": figure for name, figure in each.items()}
     windows = agreement.agreement_over_time(compared)
     if len(windows) > 1:
-        found |= {f"up to {window.end:%d %b %H:%M} UTC": window.agreement for window in windows}
+        found |= {f"part {k} of {len(windows)}, to {w.end:%d %b %H:%M} UTC": w.agreement for k, w in enumerate(windows, 1)}
     return [(name, f"{f.value:.2f} [{f.low:.2f}, {f.high:.2f}], {f.num_prompts} prompts") for name, f in found.items() if f]
 
 
