@@ -361,7 +361,7 @@ def test_what_is_no_name(made, name):
     ([{"id": "a", "prompt": "q"}], "line 1: 0 responses"),
     ([{"id": "a", "prompt": "q", "responses": ["x", " "]}], "line 1: a response is empty text"),
     ([{"id": "a", "prompt": " ", "responses": ["x", "y"]}], "line 1: the prompt is empty text"),
-    ([{"id": "a", "prompt": [{"role": "user", "content": ["q"]}], "responses": ["x", "y"]}], "prompt is neither text nor a list of messages"),
+    ([{"id": "a", "prompt": [{"role": "user", "content": ["q"]}], "responses": ["x", "y"]}], "prompt is neither text nor a list"),
     ([{"id": "a", "prompt": "q", "responses": ["x", "\ud800"]}], "half of a surrogate pair"),
     ([{"id": "a", "prompt": "q", "responses": ["x", "y"], "prompt_ids": [1]}], "belong together"),
     ([], "has no prompts")])
