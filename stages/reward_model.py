@@ -44,6 +44,7 @@ class RewardModelConfig(RankingConfig):
     STAGE = "reward_model"
     PARENTS = ("prepare", "sft", "preferences")
 
+    criterion: str | None = option(None, "criterion of the rankings to learn; needed where they are by several (all: all alike)")
     heldout_share: float = option(0.1, "share of the prompts held out, with all their responses")
     fresh_problems: int = option(300, "validation problems on whose fresh samples the model is measured and normalised")
     fresh_samples: int = option(8, "samples of the SFT model for each of them")
@@ -57,6 +58,7 @@ def main(config: RewardModelConfig) -> Manifest:
     sft = run.parents["sft"]
     tokenizer = AutoTokenizer.from_pretrained(sft.product("model"))
     records, _ = preferences.read(run.parents["preferences"].product("preferences"))
+    records = by_criterion(records, config.criterion)
     train, heldout = split([preferences.encode(r, partial(chat_ids, tokenizer)) for r in records], config)
     simulated = any(r["simulated"] for r in records)
     say(f"reward_model: {len(train):,} prompts with {sum(len(r['ranks']) for r in train):,} ranked responses to learn from, "
@@ -107,6 +109,19 @@ def main(config: RewardModelConfig) -> Manifest:
     return run.finish(metrics=metrics, products={"model": "model"}, notes={"simulated_annotator": simulated}, counts={
         "parameters": parameters, "steps": trainers[0].state.global_step, "train_prompts": len(train),
         "train_responses": sum(len(r["ranks"]) for r in train), "heldout_prompts": len(heldout)})
+
+
+def by_criterion(records: list[dict], criterion: str | None) -> list[dict]:
+    """The rankings by one criterion, or by `all`. Raises ValueError where it is not told which of several, or where there is none by it."""
+    found = sorted({r.get("criterion") or "overall" for r in records})
+    if criterion == "all":
+        return records
+    if criterion is None and len(found) > 1:
+        raise ValueError(f"the preferences are by several criteria ({', '.join(found)}), which contradict one another in one reward model: "
+                         "set criterion to one of them and give each a run_dir of its own, or to all")
+    if criterion is not None and criterion not in found:
+        raise ValueError(f"no ranking is by the criterion {criterion!r}: there are {', '.join(found)}")
+    return [r for r in records if criterion in (None, r.get("criterion") or "overall")]
 
 
 def split(records: list[dict], config: RewardModelConfig) -> tuple[list[dict], list[dict]]:

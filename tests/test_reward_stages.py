@@ -166,6 +166,17 @@ def test_reward_model_is_measured_normalised_and_plain(parents, ranked, tmp_path
     assert manifest.data["notes"]["simulated_annotator"] is True
 
 
+def test_one_criterion_a_reward_model():
+    records = [{"id": str(i), "criterion": "helpful" if i % 3 else "harmless"} for i in range(6)]
+    assert [r["id"] for r in reward_model_stage.by_criterion(records, "harmless")] == ["0", "3"]
+    assert reward_model_stage.by_criterion(records[1:3], None) == records[1:3]
+    assert reward_model_stage.by_criterion(records, "all") == records
+    with pytest.raises(ValueError, match=r"several criteria \(harmless, helpful\).*set criterion"):
+        reward_model_stage.by_criterion(records, None)
+    with pytest.raises(ValueError, match="no ranking is by the criterion 'honest': there are harmless, helpful"):
+        reward_model_stage.by_criterion(records, "honest")
+
+
 def test_held_out_prompts_are_disjoint_from_training_prompts():
     records = [{"prompt_ids": [i % 20], "response_ids": [[1], [2]], "ranks": [1, 2], "id": str(i)} for i in range(50)]
     config = build_config(reward_model_stage.RewardModelConfig, {"heldout_share": 0.2}, recipe="test")
