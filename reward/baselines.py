@@ -12,7 +12,7 @@ import scipy.sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from reward.calibration import Accuracy, Figure, Ranks, Scores, accuracy, accuracy_difference, deal, judged
+from reward.calibration import Accuracy, Figure, Ranks, Scores, accuracy, accuracy_difference, deal, judged, together
 from reward.preferences import pairs
 
 Response = str | Sequence[int]
@@ -102,10 +102,10 @@ def out_of_fold(name: str, responses: Sequence[Sequence[Response]], ranks: Ranks
 def against_baselines(scores: Scores, ranks: Ranks, responses: Sequence[Sequence[Response]], keys: Sequence[Hashable] | None = None,
                       folds: int = 5, seed: int = 0) -> dict[str, Accuracy | Figure]:
     """`baseline_<name>_accuracy` of every baseline out of fold, and `gain_over_<name>`, the paired lead of `scores` on the same pairs."""
-    mine = judged(scores, ranks)
+    mine = together(judged(scores, ranks), keys)
     figures: dict[str, Accuracy | Figure] = {}
     for name in BASELINES:
-        theirs = judged(out_of_fold(name, responses, ranks, keys, folds, seed), ranks)
+        theirs = together(judged(out_of_fold(name, responses, ranks, keys, folds, seed), ranks), keys)
         figures[f"baseline_{name}_accuracy"] = accuracy(theirs)
         difference, low, high = accuracy_difference(mine, theirs)
         figures[f"gain_over_{name}"] = Figure(difference, sum(map(len, theirs)), low, high)

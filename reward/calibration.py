@@ -1,6 +1,7 @@
 """How good a judge is: pairwise accuracy with an interval that knows pairs of one prompt are related, calibration, shortcuts, drift.
 
-Scores come as one list a prompt, in the order of its ranks. `ranks`: 1 is best, equal numbers tie; tied pairs are not judged.
+Scores come as one list a prompt, in the order of its ranks. `ranks`: 1 is best, equal numbers tie; tied pairs are not judged. `keys` name
+the prompts where one may come several times, ranked by several people: it then counts once in every interval.
 """
 import math
 import random
@@ -63,6 +64,16 @@ def judged(scores: Scores, ranks: Ranks, distance: int | None = None) -> list[li
             for s, r in zip(scores, ranks, strict=True)]
 
 
+def together(rows: Sequence[Sequence[float]], keys: Sequence[Hashable] | None) -> list[list[float]]:
+    """One list a key, in the order of first appearance: what several rankings of one prompt say is not independent. None: as they are."""
+    if keys is None:
+        return [list(row) for row in rows]
+    found: dict[Hashable, list[float]] = {}
+    for key, row in zip(keys, rows, strict=True):
+        found.setdefault(key, []).extend(row)
+    return list(found.values())
+
+
 def accuracy(outcomes: Sequence[Sequence[float]]) -> Accuracy:
     """Share of pairs ordered right, with Wilson's interval at the effective number of pairs.
 
@@ -86,10 +97,10 @@ def accuracy(outcomes: Sequence[Sequence[float]]) -> Accuracy:
     return Accuracy(p, n, len(groups), low, high)
 
 
-def accuracy_by_distance(scores: Scores, ranks: Ranks) -> dict[int, Accuracy]:
+def accuracy_by_distance(scores: Scores, ranks: Ranks, keys: Sequence[Hashable] | None = None) -> dict[int, Accuracy]:
     """Accuracy at each rank distance that occurs: neighbours in a ranking are harder to tell apart than best and worst."""
     distances = sorted({d for r in ranks for _, _, d in pairs(list(r))})
-    return {d: accuracy(judged(scores, ranks, d)) for d in distances}
+    return {d: accuracy(together(judged(scores, ranks, d), keys)) for d in distances}
 
 
 def accuracy_difference(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> tuple[float, float, float]:
@@ -112,7 +123,7 @@ def accuracy_by(names: Sequence[str], scores: Scores, ranks: Ranks) -> dict[str,
     return {name: accuracy(group) for name, group in groups.items() if group}
 
 
-def accuracy_by_length(scores: Scores, ranks: Ranks, lengths: Scores) -> dict[str, Accuracy]:
+def accuracy_by_length(scores: Scores, ranks: Ranks, lengths: Scores, keys: Sequence[Hashable] | None = None) -> dict[str, Accuracy]:
     """Accuracy on the pairs whose better response is `shorter`, `longer` or as long (`equal`); what does not occur is left out.
 
     A judge that goes by length is right on one kind and wrong on the other, whatever its accuracy over all.
@@ -124,7 +135,7 @@ def accuracy_by_length(scores: Scores, ranks: Ranks, lengths: Scores) -> dict[st
     for kind in ("shorter", "longer", "equal"):
         chosen = [[o for o, k in zip(row, of, strict=True) if k == kind] for row, of in zip(outcomes, kinds, strict=True)]
         if any(chosen):
-            found[kind] = accuracy(chosen)
+            found[kind] = accuracy(together(chosen, keys))
     return found
 
 
@@ -139,12 +150,12 @@ def differences(scores: Scores, ranks: Ranks) -> list[list[float]]:
     return found
 
 
-def _binned(scores: Scores, ranks: Ranks, bins: int) -> tuple[np.ndarray, np.ndarray]:
+def _binned(scores: Scores, ranks: Ranks, bins: int, keys: Sequence[Hashable] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(prompts, bins, 3): each prompt's pairs, confidence and right ones by bin of confidence; (prompts,): squared errors.
 
     Prompts without a pair are left out.
     """
-    rows = [np.asarray(row) for row in differences(scores, ranks) if row]
+    rows = [np.asarray(row) for row in together(differences(scores, ranks), keys) if row]
     cells, errors = np.zeros((len(rows), bins, 3)), np.zeros(len(rows))
     for cell, error, row in zip(cells, range(len(rows)), rows, strict=True):
         p = 1 / (1 + np.exp(-np.clip(row, -60, 60)))
@@ -163,7 +174,7 @@ def reliability(scores: Scores, ranks: Ranks, bins: int = 10) -> list[Bin]:
             for k, (n, confidence, right) in enumerate(table.tolist()) if n]
 
 
-def calibration(scores: Scores, ranks: Ranks, bins: int = 10) -> Calibration:
+def calibration(scores: Scores, ranks: Ranks, bins: int = 10, keys: Sequence[Hashable] | None = None) -> Calibration:
     """Expected calibration error (Guo et al. 2017, equation 3; equal bins of confidence from .5 to 1) and Brier score.
 
     Intervals by bootstrap over prompts. The error is a sum of absolute values, which noise alone lifts above zero, and a resample
@@ -171,7 +182,7 @@ def calibration(scores: Scores, ranks: Ranks, bins: int = 10) -> Calibration:
     a judge without any error would show as much by chance, which prompts whose gaps take random signs tell (the wild bootstrap).
     Simulated at 100 to 1,000 pairs it covers the truth 83 to 99 % of the time; below 300 pairs mostly under 92 %.
     """
-    cells, errors = _binned(scores, ranks, bins)
+    cells, errors = _binned(scores, ranks, bins, keys)
     sizes, gaps = cells[:, :, 0].sum(axis=1), cells[:, :, 2] - cells[:, :, 1]
 
     def ece(weights: np.ndarray) -> np.ndarray:
@@ -246,18 +257,18 @@ def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], n: int, *, resample
 # ---- what the scores follow, and whether they stay ----
 
 
-def length_correlation(scores: Scores, lengths: Scores) -> Figure:
+def length_correlation(scores: Scores, lengths: Scores, keys: Sequence[Hashable] | None = None) -> Figure:
     """Rank correlation (Spearman) of score and length within prompts; n counts responses, the bootstrap draws prompts.
 
     Ranks are taken within each prompt and centred there, so easy prompts with short answers and high scores say nothing; the
     correlation is of all of them together. Of two responses a prompt it is how much oftener the longer scores higher than lower.
     Raises ValueError when no prompt has two responses of different score and length.
     """
-    sums = []
-    for s, own in zip(scores, lengths, strict=True):
+    sums: dict[Hashable, np.ndarray] = {}
+    for key, s, own in zip(keys or range(len(scores)), scores, lengths, strict=True):
         x, y = (rankdata(values) - (len(s) + 1) / 2 for values in (s, own))
-        sums.append(((x * y).sum(), (x * x).sum(), (y * y).sum()))
-    products = np.array(sums)
+        sums[key] = sums.get(key, 0) + np.array([(x * y).sum(), (x * x).sum(), (y * y).sum()])
+    products = np.array(list(sums.values()))
     if not (products.sum(axis=0)[1:] > 0).all():
         raise ValueError("score and length do not both differ within any prompt: there is no correlation")
 

@@ -60,7 +60,8 @@ def convert(row: Mapping[str, Any], where: str, counted: Counter[str]) -> Record
 def from_pair(row: Mapping[str, Any], where: str, counted: Counter[str]) -> Record | None:
     """Two responses from `chosen` and `rejected`; None, and counted, when they answer different prompts."""
     sides, given = [row["chosen"], row["rejected"]], row.get("prompt")
-    record: Record = {"ranks": [1, 2], "annotator": "people"}
+    transcripts = given is None and all(isinstance(side, str) for side in sides)  # hh-rlhf's, whom people ranked
+    record: Record = {"ranks": [1, 2], **({"annotator": "people"} if transcripts else {})}
     if isinstance(sides[0], str) and given is not None:
         return record | {"prompt": given, "responses": sides}
     for side in sides:

@@ -29,6 +29,7 @@ from reward.preferences import Record
 Key = tuple[str, str]  # id of the prompt, criterion
 AGREEMENT_S = 30.0  # so often at most is agreement counted anew: nobody is to wait for it at every prompt
 HOLD_S = 3600.0  # a prompt that somebody opened and left alone for so long is given to the next who asks
+ITEM_KEYS = ("id", "prompt", "responses", "origin", "origins", "prompt_ids", "response_ids")
 LABEL_KEYS = {"id", "annotator", "criterion", "responses", "order"}
 MAX_COMMENT, MAX_NAME = 10_000, 60
 
@@ -50,12 +51,15 @@ def read_items(path: str | Path) -> list[Record]:
         raise ValueError(f"{path} does not exist: give --items a .jsonl, .jsonl.gz or .parquet file of prompts with responses")
     items: list[Record] = []
     places: dict[str, str] = {}
+    seen: dict[str, Record] = {}
     for number, (where, row) in enumerate(preferences.rows(Path(path)), start=1):
         left_out: Counter[str] = Counter()
         record = convert(row, where, left_out)
         if record is None:
             raise ValueError(f"{where}: nothing to rank ({', '.join(left_out)}): leave the row out")
         item = checked_item({"id": row.get("id") or f"{Path(path).name}:{number}", **record}, where)
+        if seen.setdefault(item["id"], item) == item and item["id"] in places and "annotator" in row:
+            continue  # one prompt of a preference file, ranked by several: it is asked once
         if item["id"] in places:
             raise ValueError(f"{where}: id {item['id']!r} is that of {places[item['id']]} too: give each prompt an id of its own")
         places[item["id"]] = where
@@ -70,11 +74,11 @@ def checked_item(row: Record, where: str) -> Record:
     responses = row.get("responses") or []
     if len(responses) < 2:
         raise ValueError(f"{where}: {len(responses)} responses: a ranking needs two or more")
+    row = {key: row[key] for key in ITEM_KEYS if row.get(key) is not None}
     preferences.check({**row, "ranks": [1] * len(responses)}, where)
     if not all(r.strip() for r in responses):  # with token ids a record may have such a response; nobody could rank it
         raise ValueError(f"{where}: a response is empty text: leave the row out")
-    kept = {key: row[key] for key in ("prompt", "responses", "origin", "prompt_ids", "response_ids") if row.get(key) is not None}
-    return {"id": str(row["id"]), **kept}
+    return row | {"id": str(row["id"])}
 
 
 def shown_order(annotator: str, item_id: str, num_responses: int) -> list[int]:

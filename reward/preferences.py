@@ -114,6 +114,7 @@ def collect(places: Iterable[tuple[str, Record]], source: str, *, skipped: bool 
         if converted is None:
             continue
         record = {"id": f"{Path(source).name}:{number}", **check(converted, where)}
+        record["id"] = str(record["id"])
         key = json.dumps(record["id"]), record.get("annotator", "unknown"), record.get("criterion", "overall")
         if key in first:
             raise ValueError(f"{where}: id {record['id']!r} was ranked by {key[1]!r} already ({first[key]}): give another id to a "

@@ -32,7 +32,7 @@ from stages.rl.gating import pass_gate
 from stages.rl.measure import differences, measure, report, summarise
 from stages.rl.models import remove_dropout
 from stages.rl.questions import QuestionConfig, asked, check_lengths, check_questions, embedded_problems, fitting, own_problems
-from stages.rl.rewards import Reward, build_reward, scorers
+from stages.rl.rewards import Reward, build_reward, needs_model, scorers
 from stages.rl.rollouts import draws
 from stages.rl.selection import dialogues, sift
 from stages.run import figures
@@ -65,7 +65,7 @@ class RejectionSamplingConfig(TuningConfig, QuestionConfig):
 def main(config: RejectionSamplingConfig) -> Manifest:
     check(config)
     own = own_problems(config)
-    if "model" not in config.reward:
+    if not needs_model(config.reward):
         config = replace(config, parents={name: path for name, path in config.parents.items() if name != "reward_model"})
     run = Run(config, inputs={"problems": hash_data([own, BENCHMARK_CUES[config.style]])} if own else {})
     if run.finished:

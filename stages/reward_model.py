@@ -62,9 +62,9 @@ def main(config: RewardModelConfig) -> Manifest:
     train, heldout = split([preferences.encode(r, partial(chat_ids, tokenizer)) for r in records], config)
     simulated = any(r["simulated"] for r in records)
     say(f"reward_model: {len(train):,} prompts with {sum(len(r['ranks']) for r in train):,} ranked responses to learn from, "
-        f"{len(heldout):,} prompts held out; ranked by {'a simulated annotator' if simulated else 'people'}")
+        f"{len(heldout):,} prompts held out; ranked by {', '.join(sorted({r['annotator'] for r in records}))[:200]}")
 
-    check(config, train, AutoConfig.from_pretrained(sft.product("model")), tokenizer.pad_token_id)
+    check(config, train, heldout, AutoConfig.from_pretrained(sft.product("model")), tokenizer.pad_token_id)
     trainers = [train_model(config, run, tokenizer, sft.product("model"), train=train, heldout=heldout, number=number)
                 for number in range(config.ensemble if config.ensemble_share == "none" else 1)]
     models = [without_adapters(trainer, config) for trainer in trainers]

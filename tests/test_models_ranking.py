@@ -213,7 +213,7 @@ def test_one_ranking_of_k_is_trls_loss_on_all_its_pairs_at_a_seventh_of_the_enco
 def test_settings_that_do_not_go_together(values, message):
     row = {"prompt_ids": [5], "response_ids": [[6, 1], [7, 1]], "ranks": [1, 2]}
     with pytest.raises(ValueError, match=message):
-        check(RankingConfig(batch_size=1, **values), [row], policy().config, PAD)
-    check(RankingConfig(batch_size=1), [row], policy().config, PAD)
+        check(RankingConfig(batch_size=1, **values), [row], [], policy().config, PAD)
+    check(RankingConfig(batch_size=1), [row], [], policy().config, PAD)
     with pytest.raises(ValueError, match="ends with the padding token"):
-        check(RankingConfig(batch_size=1), [row | {"response_ids": [[6, PAD], [7, 1]]}], policy().config, PAD)
+        check(RankingConfig(batch_size=1), [row], [row | {"response_ids": [[6, PAD], [7, 1]]}], policy().config, PAD)

@@ -18,6 +18,7 @@ from reward.calibration import (
     judged,
     length_correlation,
     reliability,
+    together,
 )
 
 
@@ -169,3 +170,19 @@ def test_drift_by_hand():
     assert same["shift"].low < 0 < same["shift"].high and same["spread"].low < 1 < same["spread"].high
     with pytest.raises(ValueError, match="without spread"):
         drift([[1.0, 1.0]], [[1.0, 2.0]])
+
+
+def test_rankings_of_one_prompt_are_one_prompt_in_every_interval():
+    """Each thrice, as by three annotators who agree: the figures stay, and no interval gets narrower."""
+    rng = random.Random(3)
+    scores = [[rng.gauss(0, 1) for _ in range(4)] for _ in range(40)]
+    ranks, lengths = [rng.sample(range(1, 5), 4) for _ in range(40)], [[rng.randint(1, 9) for _ in range(4)] for _ in range(40)]
+    keys = list(range(40)) * 3
+
+    def measured(scores, ranks, lengths, keys=None):
+        found = calibration(scores, ranks, keys=keys)
+        return [*accuracy(together(judged(scores, ranks), keys))[2:], *found.ece_interval, *found.brier_interval,
+                *length_correlation(scores, lengths, keys)[2:], *accuracy_by_length(scores, ranks, lengths, keys)["shorter"][2:]]
+
+    assert measured(scores * 3, ranks * 3, lengths * 3, keys) == pytest.approx(measured(scores, ranks, lengths), abs=1e-9)
+    assert accuracy(judged(scores * 3, ranks * 3)).num_prompts == 120  # without keys each ranking counts as a prompt

@@ -38,8 +38,8 @@ def learned(records):
      TURN + answer("x") + TURN)])
 def test_pairs_as_text_and_messages_with_the_prompt_inside_or_beside(row, prompt):
     (record,), counted = collect(row)
-    assert record == {"id": "x.jsonl:1", "prompt": prompt, "responses": ["a", "b"], "ranks": [1, 2], "annotator": "people",
-                      "simulated": False, "criterion": "overall"} and not counted
+    assert record == {"id": "x.jsonl:1", "prompt": prompt, "responses": ["a", "b"], "ranks": [1, 2], "annotator": "unknown",
+                      "criterion": "overall"} and not counted
 
 
 def test_pairs_keep_who_ranked_and_count_what_is_left_out():

@@ -383,6 +383,14 @@ def test_items_come_from_preferences_pairs_and_parquet(tmp_path):
     assert read_items(tmp_path / "b.jsonl") == [{"id": "b.jsonl:1", "prompt": [{"role": "user", "content": "q"}], "responses": ["a", "b"]}]
 
 
+def test_a_preference_file_of_several_annotators_asks_each_prompt_once(tmp_path):
+    path = tmp_path / "preferences.parquet"
+    row = {"id": "a", "prompt": "q", "responses": ["x", "y"], "criterion": "overall", "simulated": False, "order": [1, 0]}
+    preferences.write(path, [row | {"annotator": "ann", "ranks": [1, 2]}, row | {"annotator": "bob", "ranks": [2, 1]},
+                             row | {"annotator": "eve", "skipped": "unclear"}])
+    assert read_items(path) == [{"id": "a", "prompt": "q", "responses": ["x", "y"]}]
+
+
 def test_export_says_what_it_cannot_do(made, tmp_path):
     path = tmp_path / "labels.jsonl"
     with pytest.raises(ValueError, match="does not exist"):

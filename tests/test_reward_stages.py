@@ -220,8 +220,8 @@ def test_a_hub_id_takes_the_place_of_samples_and_its_annotator_is_named(parents,
     records, _ = preferences.read(manifest.product("preferences"))
     assert [(r["responses"], r["ranks"], r["simulated"]) for r in records] == 6 * [(["Yes.", "No"], [1, 2], True)]
     assert manifest.data["notes"] == {"annotators": ["simulated: GPT-4, UltraFeedback"], "simulated": True}
-    by_people = rank(parents, tmp_path, source=settings["source"])  # another annotator: the run is out of date
-    assert by_people.data["notes"] == {"annotators": ["people"], "simulated": False}
+    by_nobody = rank(parents, tmp_path, source=settings["source"])  # another annotator: the run is out of date
+    assert by_nobody.data["notes"] == {"annotators": ["unknown"], "simulated": False}  # who ranked pairs, their columns do not tell
 
 
 @pytest.mark.parametrize(("values", "message"), [

@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from reward import preferences
 from reward.calibration import Accuracy, accuracy
 from reward.converters import from_pair
-from reward.model import score_groups
+from reward.model import ENSEMBLE, score_groups
 from stages.data.corpora import hash_inputs, source_rows
 from stages.data.tokenizer import chat_ids
 from stages.run.console import progress, table
@@ -69,7 +69,8 @@ def as_record(row: dict[str, Any], where: str) -> dict[str, Any]:
     if set(record["ranks"]) != {1, 2}:
         counts = [record["ranks"].count(rank) for rank in (1, 2)]
         raise ValueError(f"{where}: {counts[0]} right and {counts[1]} wrong responses: give one or more of each")
-    return preferences.check(record, where)
+    preferences.check({key: record.get(key) for key in ("prompt", "responses", "ranks")}, where)  # other columns are the benchmark's own
+    return record
 
 
 def listed(value: Any, where: str) -> list:
@@ -122,6 +123,8 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     if not (Path(given.model) / "config.json").is_file():
         raise ValueError(f"{given.model} has no config.json: give the folder of a reward model, such as runs/tiny/reward_model/model")
     tokenizer = AutoTokenizer.from_pretrained(given.model)
+    if (Path(given.model) / ENSEMBLE).is_file():
+        say(f"{given.model} holds an ensemble: its plain model alone is scored (its first member, or the mean of heads on one trunk)")
     model = AutoModelForSequenceClassification.from_pretrained(given.model, num_labels=1, dtype=torch.float32)
     config = model.config.get_text_config()
     if config.pad_token_id is None:

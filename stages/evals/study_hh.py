@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from reward import preferences
 from reward.baselines import BASELINES, out_of_fold
-from reward.calibration import accuracy, accuracy_by_length, accuracy_difference, deal, judged
+from reward.calibration import accuracy, accuracy_by_length, accuracy_difference, deal, judged, together
 from reward.model import score_groups
 from stages.data.tokenizer import chat_ids
 from stages.evals.scoring import write_records
@@ -100,8 +100,8 @@ def study(given: argparse.Namespace) -> None:
 def report(scores: list[list[float]], rows: list[dict[str, Any]], keys: list[tuple[int, ...]], given: argparse.Namespace) -> dict[str, Any]:
     """The table, and its figures: accuracy of each judge on the same pairs, and what the reward model leads by, paired."""
     ranks, responses = [row["ranks"] for row in rows], [row["responses"] for row in rows]
-    mine = judged(scores, ranks)
-    of = {"reward model": mine} | {name: judged(out_of_fold(name, responses, ranks, keys, given.folds, given.seed), ranks)
+    mine = together(judged(scores, ranks), keys)
+    of = {"reward model": mine} | {name: together(judged(out_of_fold(name, responses, ranks, keys, given.folds, given.seed), ranks), keys)
                                    for name in BASELINES}
     table, figures = [], {}
     for name, outcomes in of.items():

@@ -17,6 +17,7 @@ from reward.calibration import (
     fitted,
     judged,
     length_correlation,
+    together,
 )
 from reward.model import Group, min_token_logprobs
 from reward.sensitivity import sensitivity
@@ -44,12 +45,13 @@ def comparable(ranks: Sequence[Sequence[int]], keys: Sequence[Hashable]) -> list
 def quality(scores: Lists, ranks: Sequence[Sequence[int]], name: str, keys: Sequence[Hashable]) -> dict[str, dict]:
     """Accuracy overall and by rank distance; how far sigmoid(difference) can be taken as a probability, as it is and after a
     temperature was fitted on other prompts."""
-    metrics = {f"{name}_accuracy": as_metric(accuracy(judged(scores, ranks)))}
-    metrics |= {f"{name}_accuracy_distance_{d}": as_metric(a) for d, a in accuracy_by_distance(scores, ranks).items()}
-    found = {"": calibration(scores, ranks)}
+    metrics = {f"{name}_accuracy": as_metric(accuracy(together(judged(scores, ranks), keys)))}
+    metrics |= {f"{name}_accuracy_distance_{d}": as_metric(a) for d, a in accuracy_by_distance(scores, ranks, keys).items()}
+    found = {"": calibration(scores, ranks, keys=keys)}
     if places := comparable(ranks, keys):
         some, theirs = [scores[i] for i in places], [ranks[i] for i in places]
-        found["_fitted"] = calibration(fitted(some, theirs, [keys[i] for i in places])[0], theirs)
+        own = [keys[i] for i in places]
+        found["_fitted"] = calibration(fitted(some, theirs, own)[0], theirs, keys=own)
     for end, c in found.items():
         metrics |= {f"{name}_ece{end}": metric(c.ece, n=c.n, ci95=c.ece_interval),
                     f"{name}_brier{end}": metric(c.brier, n=c.n, ci95=c.brier_interval)}
@@ -60,9 +62,9 @@ def shortcuts(scores: Lists, ranks: Sequence[Sequence[int]], texts: Sequence[Seq
               keys: Sequence[Hashable]) -> dict[str, dict]:
     """How far the model goes by length, and what it leads judges by that know nothing."""
     figures: dict[str, Accuracy | Figure] = {
-        f"accuracy_{kind}_better": a for kind, a in accuracy_by_length(scores, ranks, lengths).items()}
+        f"accuracy_{kind}_better": a for kind, a in accuracy_by_length(scores, ranks, lengths, keys).items()}
     if any(len(set(row)) > 1 and len(set(s)) > 1 for row, s in zip(lengths, scores, strict=True)):
-        figures["length_correlation"] = length_correlation(scores, lengths)
+        figures["length_correlation"] = length_correlation(scores, lengths, keys)
     if places := comparable(ranks, keys):
         figures |= against_baselines([scores[i] for i in places], [ranks[i] for i in places], [texts[i] for i in places],
                                      [keys[i] for i in places])

@@ -173,7 +173,7 @@ def shared_out(model: Any, groups: Sequence[Any], function: Callable[..., list[A
     return [together[i] for i in range(len(groups))]
 
 
-def check(config: RankingConfig, train: list[dict], model: PretrainedConfig, pad_id: int) -> None:
+def check(config: RankingConfig, train: list[dict], heldout: list[dict], model: PretrainedConfig, pad_id: int) -> None:
     """Raises ValueError for settings that do not go together, batches that do not divide and ids that the model does not have."""
     local = share_batch(config.batch_size, world_size(), "batch_size")
     if config.batch_size > len(train) or local % (config.micro_batch_size or local):
@@ -189,14 +189,15 @@ def check(config: RankingConfig, train: list[dict], model: PretrainedConfig, pad
     if config.ensemble == 1 and (config.ensemble_share == "trunk" or config.combination != "mean"):
         raise ValueError(f"ensemble 1 has nothing to share or combine (ensemble_share {config.ensemble_share}, combination "
                          f"{config.combination}): set ensemble to 2 or more, or leave them out")
-    most = max(train, key=lambda r: len(r["ranks"]))["ranks"]
+    records = [*train, *heldout]
+    most = max(records, key=lambda r: len(r["ranks"]))["ranks"]
     reward_loss(torch.zeros(1, len(most)), torch.tensor([most]), **config.loss_settings)  # what the loss refuses, it refuses here
-    ids = {i for r in train for part in [r["prompt_ids"], *r["response_ids"]] for i in part}
+    ids = {i for r in records for part in [r["prompt_ids"], *r["response_ids"]] for i in part}
     size = model.get_text_config().vocab_size
     if max(ids) >= size:
         raise ValueError(f"the preferences hold token {max(ids)}, the model has {size} tokens: "
                          "they come from another tokenizer; drop prompt_ids and response_ids from the records")
-    if any(response[-1] == pad_id for r in train for response in r["response_ids"]):
+    if any(response[-1] == pad_id for r in records for response in r["response_ids"]):
         raise ValueError(f"a response ends with the padding token ({pad_id}), before which a classifier stops reading: give the "
                          "tokenizer a padding token that is not its end token")
 

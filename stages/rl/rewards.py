@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from reward.model import ENSEMBLE, load_ensemble, member_folders, normalize, score_ids
+from reward.model import COMBINATIONS, ENSEMBLE, load_ensemble, member_folders, normalize, score_ids
 from reward.verifiers import GoldScore, gold_score
 from stages.rl.models import remove_dropout
 
@@ -114,7 +114,7 @@ def build_reward(spec: Mapping[str, float], *, model_path: Path | None, vocab_si
     for name, weight in spec.items():
         if folder := _folder(name, model_path):
             sources.append((weight, model_reward(folder, vocab_size=vocab_size, device=device, tokenizer=tokenizer,
-                                                 combination=name.partition("@")[2] or None)))
+                                                 combination=_parts(name)[1])))
         elif name == "verifier" or ":" in name:
             sources.append((weight, function_reward(VERIFIER if name == "verifier" else name)))
         else:
@@ -132,8 +132,19 @@ def scorers(spec: Mapping[str, float], model_path: Path | None) -> list[Path]:
     return [member for folder in reward_models(spec, model_path) for member in member_folders(folder)]
 
 
+def needs_model(spec: Mapping[str, float]) -> bool:
+    """Whether the run's own reward model is among the sources."""
+    return any(_parts(name)[0] == "model" for name in spec)
+
+
+def _parts(name: str) -> tuple[str, str | None]:
+    """A source and the combination of its ensemble: (model, min) of model@min. A path may have an @ of its own."""
+    source, _, combination = name.rpartition("@")
+    return (source, combination) if source == "model" or (source and combination in COMBINATIONS) else (name, None)
+
+
 def _folder(name: str, model_path: Path | None) -> Path | None:
     """The reward model's folder that a source names, if it names one."""
-    name = name.partition("@")[0]
+    name = _parts(name)[0]
     folder = model_path if name == "model" else Path(name)
     return folder if folder is not None and (folder / "config.json").is_file() else None

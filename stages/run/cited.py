@@ -142,11 +142,14 @@ def annotator(stages: Stages) -> str:
     if s is None or "simulated" not in s.notes:
         return "an annotator whom no manifest names"
     names = ", ".join(name.removeprefix("simulated: ") for name in s.notes.get("annotators", [])) or "unnamed"
-    return f"a simulated annotator ({names}), not by people" if s.notes["simulated"] else f"people ({names})"
+    if not s.notes["simulated"]:
+        return "annotators of whom nobody says who they are" if names == "unknown" else f"people ({names})"
+    return f"a simulated annotator ({names}), not by people"
 
 
 def scorer(stages: Stages, s: Stage) -> str:
     """What gave the reward, in words."""
     sources = s.config.get("reward", {})
     reward = ", ".join(f"{weight:g} x {name}" for name, weight in sources.items()) or MISSING
-    return reward + (f" (the reward model, learned from rankings by {annotator(stages)})" if "model" in sources else "")
+    learned = any(name.partition("@")[0] == "model" for name in sources)
+    return reward + (f" (the reward model, learned from rankings by {annotator(stages)})" if learned else "")
