@@ -221,15 +221,20 @@ def test_nan_loss_stops_with_one_sentence(tmp_path):
 
 
 TWO = """
+import os
 import sys
 from pathlib import Path
 from accelerate import PartialState
 PartialState(cpu=True, **({"backend": "gloo"} if len(sys.argv) > 2 else {}))
 from stages.models.training import fit, world_size
+from stages.run.entry import stop_processes
 from tests.rl_tiny import trainer
 t = trainer(Path(sys.argv[1]), world=world_size(), micro_batch=4, kl_target=0.05, kl_horizon=100)
 fit(t)
 assert world_size() == (2 if len(sys.argv) > 2 else 1)
+stop_processes()
+sys.stdout.flush()
+os._exit(0)  # as stages leave: gloo threads can abort a finished process on its way out
 """
 
 
