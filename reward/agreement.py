@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from reward.calibration import Accuracy, accuracy
-from reward.preferences import Record, pairs
+from reward.preferences import NOBODY, Record, pairs
 
 Sets = dict[tuple[str, ...], dict[str, list[Record]]]
 UNKNOWN = datetime.datetime.min.replace(tzinfo=datetime.UTC)
@@ -58,11 +58,16 @@ class Window(NamedTuple):
 
 
 def ranked_sets(records: Iterable[Record]) -> Sets:
-    """For each (prompt, criterion, *responses sorted) what each annotator ranked, in order of time where it is known."""
+    """For each (prompt, criterion, *responses sorted) what each annotator ranked, in order of time where it is known.
+
+    Rankings of nobody known are left out: two of them may be one person's or two people's, so they tell of neither.
+    """
     sets: Sets = {}
     for record in sorted((r for r in records if r.get("ranks")), key=lambda r: moment(r) or UNKNOWN):
+        if record.get("annotator", NOBODY) == NOBODY:
+            continue
         key = (json.dumps(record["prompt"], sort_keys=True), record.get("criterion") or "overall", *sorted(record["responses"]))
-        sets.setdefault(key, {}).setdefault(record.get("annotator") or "unknown", []).append(record)
+        sets.setdefault(key, {}).setdefault(record["annotator"], []).append(record)
     return sets
 
 

@@ -69,43 +69,57 @@ BASELINES: dict[str, Callable[[list[Response], list[Response]], tuple]] = {
     "length": by_numbers(lambda r: [length(r)]), "features": by_numbers(surface), "tfidf": by_words}
 
 
+def learned_scores(name: str, train: Sequence[Sequence[Response]], ranks: Ranks, rest: Sequence[Sequence[Response]]) -> list[list[float]]:
+    """A baseline's scores of the responses in `rest`, fitted on the pairs of `train`; one list a prompt.
+
+    Raises ValueError for an unknown baseline and for fewer than two pairs of different rank to fit it on.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"unknown baseline {name!r}: choose from {', '.join(BASELINES)}")
+    learned, applied = BASELINES[name](*([r for row in side for r in row] for side in (train, rest)))
+    starts = np.cumsum([0, *map(len, train)])
+    better, worse = ([start + pair[side] for start, own in zip(starts, ranks, strict=False) for pair in pairs(list(own))]
+                     for side in (0, 1))
+    if len(better) < 2:
+        raise ValueError(f"{len(better)} pairs of different rank to fit {name} on: give more prompts, or fewer folds")
+    # Every second pair the other way round: the loss is the same, and scikit-learn wants both classes.
+    signs = np.where(np.arange(len(better)) % 2, -1.0, 1.0)
+    model = LogisticRegression(fit_intercept=False, max_iter=1000)
+    model.fit(scipy.sparse.diags_array(signs) @ (learned[better] - learned[worse]), signs)
+    found = iter((applied @ model.coef_[0]).tolist())
+    return [[next(found) for _ in row] for row in rest]
+
+
 def out_of_fold(name: str, responses: Sequence[Sequence[Response]], ranks: Ranks, keys: Sequence[Hashable] | None = None,
                 folds: int = 5, seed: int = 0) -> list[list[float]]:
     """A baseline's score of each response, fitted on the pairs of the other folds' prompts; lists in the order of `ranks`.
 
     `keys` name the prompts (default: each entry is its own); pairs of equal ones are never on both sides. Scores of different folds
-    come from different fits: only those of one prompt compare. Raises ValueError for an unknown baseline, for fewer prompts than
-    folds, and for training folds without a pair of different rank.
+    come from different fits: only those of one prompt compare. Raises ValueError for fewer prompts than folds and as `learned_scores`.
     """
-    if name not in BASELINES:
-        raise ValueError(f"unknown baseline {name!r}: choose from {', '.join(BASELINES)}")
     place = deal(keys or range(len(ranks)), folds, seed)
     scores: list[list[float]] = [[] for _ in ranks]
     for fold in range(folds):
         train, rest = ([i for i, at in enumerate(place) if (at == fold) is out] for out in (False, True))
-        learned, applied = BASELINES[name](*([r for i in side for r in responses[i]] for side in (train, rest)))
-        starts = np.cumsum([0, *(len(responses[i]) for i in train)])
-        better, worse = ([start + pair[side] for start, i in zip(starts, train, strict=False) for pair in pairs(list(ranks[i]))]
-                         for side in (0, 1))
-        if len(better) < 2:
-            raise ValueError(f"fold {fold} leaves {len(better)} pairs of different rank to fit {name} on: give more prompts or fewer folds")
-        # Every second pair the other way round: the loss is the same, and scikit-learn wants both classes.
-        signs = np.where(np.arange(len(better)) % 2, -1.0, 1.0)
-        model = LogisticRegression(fit_intercept=False, max_iter=1000)
-        model.fit(scipy.sparse.diags_array(signs) @ (learned[better] - learned[worse]), signs)
-        found = iter((applied @ model.coef_[0]).tolist())
-        for i in rest:
-            scores[i] = [next(found) for _ in responses[i]]
+        found = learned_scores(name, [responses[i] for i in train], [ranks[i] for i in train], [responses[i] for i in rest])
+        for i, own in zip(rest, found, strict=True):
+            scores[i] = own
     return scores
 
 
 def against_baselines(scores: Scores, ranks: Ranks, responses: Sequence[Sequence[Response]], keys: Sequence[Hashable] | None = None,
-                      folds: int = 5, seed: int = 0) -> dict[str, Accuracy | Figure]:
-    """`baseline_<name>_accuracy` of every baseline out of fold, and `gain_over_<name>`, the paired lead of `scores` on the same pairs."""
+                      folds: int = 5, seed: int = 0, train: tuple[Sequence[Sequence[Response]], Ranks] | None = None,
+                      ) -> dict[str, Accuracy | Figure]:
+    """`baseline_<name>_accuracy` of every baseline and `gain_over_<name>`, the paired lead of `scores` on the same pairs.
+
+    The baselines learn from the other folds or, where there is `train` (responses and ranks of other prompts), from that alone: a
+    model that was trained on it is then held against judges that knew as much.
+    """
     mine = together(judged(scores, ranks), keys)
     figures: dict[str, Accuracy | Figure] = {}
     for name in BASELINES:
-        theirs = together(judged(out_of_fold(name, responses, ranks, keys, folds, seed), ranks), keys)
+        own = learned_scores(name, *train, responses) if train else out_of_fold(name, responses, ranks, keys, folds, seed)
+        theirs = together(judged(own, ranks), keys)
         figures[f"baseline_{name}_accuracy"] = accuracy(theirs)
         difference, low, high = accuracy_difference(mine, theirs)
         figures[f"gain_over_{name}"] = Figure(difference, sum(map(len, theirs)), low, high)

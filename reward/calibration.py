@@ -113,14 +113,14 @@ def accuracy_difference(first: Sequence[Sequence[float]], second: Sequence[Seque
     return difference, difference - half, difference + half
 
 
-def accuracy_by(names: Sequence[str], scores: Scores, ranks: Ranks) -> dict[str, Accuracy]:
-    """Accuracy within each group of prompts, such as those of one source or annotator; `names` has each prompt's group.
+def accuracy_by(names: Sequence[str], scores: Scores, ranks: Ranks, keys: Sequence[Hashable] | None = None) -> dict[str, Accuracy]:
+    """Accuracy within each group of rankings, such as those of one source or annotator; `names` has each ranking's group.
 
     Groups without a pair of different rank are left out.
     """
-    outcomes = judged(scores, ranks)
-    groups = {name: [o for o, own in zip(outcomes, names, strict=True) if own == name and o] for name in sorted(set(names))}
-    return {name: accuracy(group) for name, group in groups.items() if group}
+    rows = [row for row in zip(names, judged(scores, ranks), keys or range(len(ranks)), strict=True) if row[1]]
+    return {name: accuracy(together([o for own, o, _ in rows if own == name], [key for own, _, key in rows if own == name]))
+            for name in sorted({name for name, _, _ in rows})}
 
 
 def accuracy_by_length(scores: Scores, ranks: Ranks, lengths: Scores, keys: Sequence[Hashable] | None = None) -> dict[str, Accuracy]:

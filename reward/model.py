@@ -179,10 +179,13 @@ def members_groups(models: Sequence[PreTrainedModel], groups: Sequence[Group]) -
     return grouped(members_scores(models, rows_of(groups)), groups)
 
 
-def combined_groups(ensemble: Ensemble, groups: Sequence[Group]) -> list[list[float]]:
-    """Combined scores of each prompt's responses as logits of Bradley and Terry, not in SFT units: with the members' mean spread."""
+def combined_groups(ensemble: Ensemble, groups: Sequence[Group], raw: Sequence[Sequence[float]] | None = None) -> list[list[float]]:
+    """Combined scores of each prompt's responses as logits of Bradley and Terry, not in SFT units: with the members' mean spread.
+
+    `raw` (N, M) are the members' scores of the rows, where they are known already.
+    """
     logit = ensemble.combined[ensemble.combination][1] * statistics.fmean(std for _, std in ensemble.members)
-    return grouped([score * logit for score in ensemble.unit(ensemble.raw(rows_of(groups)))], groups)
+    return grouped([score * logit for score in ensemble.unit(raw or ensemble.raw(rows_of(groups)))], groups)
 
 
 def build_ensemble(models: list[Any], raw: Sequence[Sequence[float]], *, combination: str, std_coef: float) -> Ensemble:

@@ -23,6 +23,7 @@ from reward.converters import WHO, convert
 
 Record = dict[str, Any]
 KINDS = {"annotator": str, "criterion": str, "comment": str, "time": str, "simulated": bool, "origin": dict}
+NOBODY = "unknown"  # the annotator of a ranking of which nothing says who made it
 AS_JSON = {"plumbline": "json"}  # marks a Parquet column of JSON texts
 
 
@@ -106,8 +107,15 @@ def collect(places: Iterable[tuple[str, Record]], source: str, *, skipped: bool 
 
     Raises ValueError as `read` does, and when one annotator ranked one id by one criterion twice.
     """
-    records: list[Record] = []
     counted: Counter[str] = Counter()
+    records = list(checked(places, source, counted, skipped=skipped))
+    if not records:
+        raise ValueError(f"{source} has no preferences" + "".join(f"; {why}: {n}" for why, n in counted.items() if n))
+    return records, +counted
+
+
+def checked(places: Iterable[tuple[str, Record]], source: str, counted: Counter[str], *, skipped: bool = False) -> Iterator[Record]:
+    """The records of `collect` one by one, so that a reader who has enough can stop: `counted` then tells of what was read."""
     first: dict[tuple[str, str, str], str] = {}
     for number, (where, row) in enumerate(places, start=1):
         converted = convert(row, where, counted)
@@ -115,7 +123,7 @@ def collect(places: Iterable[tuple[str, Record]], source: str, *, skipped: bool 
             continue
         record = {"id": f"{Path(source).name}:{number}", **check(converted, where)}
         record["id"] = str(record["id"])
-        key = json.dumps(record["id"]), record.get("annotator", "unknown"), record.get("criterion", "overall")
+        key = json.dumps(record["id"]), record.get("annotator", NOBODY), record.get("criterion", "overall")
         if key in first:
             raise ValueError(f"{where}: id {record['id']!r} was ranked by {key[1]!r} already ({first[key]}): give another id to a "
                              "ranking that was repeated, or delete one")
@@ -123,10 +131,7 @@ def collect(places: Iterable[tuple[str, Record]], source: str, *, skipped: bool 
         if "skipped" in record and not skipped:
             counted["skipped"] += 1
         else:
-            records.append(record)
-    if not records:
-        raise ValueError(f"{source} has no preferences" + "".join(f"; {why}: {n}" for why, n in counted.items() if n))
-    return records, +counted
+            yield record
 
 
 def existing(path: str | Path) -> Path:

@@ -97,17 +97,14 @@ def is_local(source: str) -> bool:
 def from_source(config: PreferencesConfig, source: str, local: bool, tokenizer) -> tuple[list[Record], dict, dict]:
     """Records of a file or hub dataset, with token ids. Raises ValueError naming file and line."""
     rows = preferences.rows(Path(source)) if local else hub_rows(source, None, config.hub_split)
-    records, left_out = preferences.collect(rows, source, skipped=True)
-    records = [{"annotator": "unknown", "simulated": record.get("annotator", "").startswith("simulated"), "criterion": "overall"} | record
-               for record in records]
-    metrics, repeated = compare(records)
-    if config.annotator:
-        several = len({r["annotator"] for r in records}) > 1  # one name for all would make repetitions of what several ranked
-        records = [record | {"annotator": f"{config.annotator} ({record['annotator']})" if several else config.annotator,
-                             "simulated": config.annotator.startswith("simulated")} for record in records]
+    left_out: Counter[str] = Counter()
+    seen: list[Record] = []
     kept: list[Record] = []
     ranked = learned = 0
-    for record in progress(records, f"reading {source}"):
+    for record in progress(preferences.checked(rows, source, left_out, skipped=True), f"reading {source}"):
+        record = {"annotator": preferences.NOBODY, "simulated": record.get("annotator", "").startswith("simulated"),
+                  "criterion": "overall"} | record
+        seen.append(record)
         if "skipped" in record:  # kept, so that nobody is asked again; nothing is learned from it
             left_out["skipped"] += 1
             kept.append(record)
@@ -121,14 +118,20 @@ def from_source(config: PreferencesConfig, source: str, local: bool, tokenizer) 
             continue
         ranked += len(record["ranks"])
         if full(config, ranked, learned + 1):
+            seen.pop()  # there is enough: neither this one nor what follows counts
             break
         learned += 1
         kept.append(record)
-    asked = len(records) + sum(left_out[reason] for reason in ("prompts_differ", "empty_text", "too_few_scored"))
+    asked = len(seen) + sum(left_out[reason] for reason in ("prompts_differ", "empty_text", "too_few_scored"))
     say(f"{source}: {asked:,} rows" + "".join(f", {text} {left_out[reason]}" for reason, text in LEFT_OUT.items() if left_out[reason]))
     if not learned:
         raise ValueError(f"{source}: no preference is left of {asked:,}: the line above says why; max_length is {config.max_length}")
-    if any(r["annotator"] == "unknown" for r in records):
+    metrics, repeated = compare(seen)
+    if config.annotator:
+        several = len({r["annotator"] for r in kept}) > 1  # one name for all would make repetitions of what several ranked
+        kept = [record | {"annotator": f"{config.annotator} ({record['annotator']})" if several else config.annotator,
+                          "simulated": config.annotator.startswith("simulated")} for record in kept]
+    if any(r["annotator"] == preferences.NOBODY for r in kept):
         say("nobody says who ranked some of them: set `annotator`, beginning with `simulated` unless people did")
     return kept, {"kept_share": metric(learned / asked, n=asked, ci95=wilson(learned, asked))} | metrics, {
         "asked": asked, **{reason: left_out[reason] for reason in ("all_tied", "too_long", "prompts_differ")}, **left_out, **repeated}

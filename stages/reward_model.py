@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from reward import preferences
+from reward.calibration import Bin, reliability
 from reward.model import (
     Ensemble,
     Group,
@@ -65,9 +66,13 @@ def main(config: RewardModelConfig) -> Manifest:
         f"{len(heldout):,} prompts held out; ranked by {', '.join(sorted({r['annotator'] for r in records}))[:200]}")
 
     check(config, train, heldout, AutoConfig.from_pretrained(sft.product("model")), tokenizer.pad_token_id)
-    trainers = [train_model(config, run, tokenizer, sft.product("model"), train=train, heldout=heldout, number=number)
-                for number in range(config.ensemble if config.ensemble_share == "none" else 1)]
-    models = [without_adapters(trainer, config) for trainer in trainers]
+    models: list[Any] = []
+    for number in range(config.ensemble if config.ensemble_share == "none" else 1):
+        trainer = train_model(config, run, tokenizer, sft.product("model"), train=train, heldout=heldout, number=number)
+        models.append(without_adapters(trainer, config))
+        steps = trainer.state.global_step
+        if config.ensemble > 1:
+            del trainer  # and with it the optimizer's state, twice the size of the model
     parameters = sum(p.numel() for model in models for p in model.parameters())
 
     lm, problems, groups = fresh_samples(config, run, tokenizer, heldout, models[0].device)
@@ -80,14 +85,24 @@ def main(config: RewardModelConfig) -> Manifest:
         judge = partial(shared_out, ensemble, function=combined_groups)
     ranks, keys = [r["ranks"] for r in heldout], [tuple(r["prompt_ids"]) for r in heldout]
     held = judge([(r["prompt_ids"], r["response_ids"]) for r in heldout])
-    metrics = quality(held, ranks, "heldout", keys)
-    flat = [score for group in judge(groups) for score in group]
+    fresh = combined_groups(ensemble, groups, raw) if ensemble else judge(groups)
+    metrics = quality(held, ranks, "heldout", keys, {
+        "annotator": [r["annotator"] for r in heldout], "criterion": [r.get("criterion") or "overall" for r in heldout],
+        "source": [str((r.get("origin") or {}).get("model", "unknown")) for r in heldout]})
+    flat = [score for group in fresh for score in group]
     mean, std = mean_and_std(flat)
     unit = [(score - mean) / std for score in flat]
     metrics |= {"score_mean": metric(math.fsum(unit) / len(unit), n=len(unit)),
                 "score_std": metric(math.sqrt(math.fsum(s * s for s in unit) / len(unit)), n=len(unit))}
-    metrics |= measure_fresh(judge, std, lm, tokenizer, problems, groups) if problems else shortcuts(
-        held, ranks, [r["responses"] for r in heldout], [[len(ids) for ids in r["response_ids"]] for r in heldout], keys)
+    bins = {"heldout": reliability(held, ranks)}
+    if problems:
+        measured, gold = measure_fresh(judge, fresh, std, lm, tokenizer, problems, groups)
+        bins["fresh"] = reliability(fresh, gold)
+    else:
+        lengths = [[len(ids) for ids in r["response_ids"]] for r in heldout]
+        measured = shortcuts(held, ranks, [r["responses"] for r in heldout], lengths, keys,
+                             train=([r["responses"] for r in train], [r["ranks"] for r in train]))
+    metrics |= measured
     if ensemble:
         metrics["member_disagreement"] = metric(ensemble.disagreement(raw), n=len(raw))
         if is_main():
@@ -96,18 +111,19 @@ def main(config: RewardModelConfig) -> Manifest:
     else:
         set_normalization(models[0], flat)
     if config.method == "full" and not ensemble:
-        export(trainers[0], tokenizer, run.directory / "model")
+        export(trainer, tokenizer, run.directory / "model")
     for number, model in enumerate(models if config.method != "full" or ensemble else []):
         save_model(model, tokenizer, run.directory / "model" / (f"members/{number}" if number else "."))
     barrier()
     if is_main():
-        show(run.directory)
+        show(run.directory, bins)
     for name in ("heldout_accuracy", "fresh_accuracy", "baseline_min_logprob_accuracy", "baseline_length_accuracy"):
         if name in metrics:
             low, high = metrics[name]["ci95"]
             say(f"{name}: {metrics[name]['value']:.3f} [{low:.3f}, {high:.3f}], {metrics[name]['n']:,} pairs")
-    return run.finish(metrics=metrics, products={"model": "model"}, notes={"simulated_annotator": simulated}, counts={
-        "parameters": parameters, "steps": trainers[0].state.global_step, "train_prompts": len(train),
+    return run.finish(metrics=metrics, products={"model": "model"}, notes={
+        "simulated_annotator": simulated, "reliability": {name: [b._asdict() for b in of] for name, of in bins.items()}}, counts={
+        "parameters": parameters, "steps": steps, "train_prompts": len(train),
         "train_responses": sum(len(r["ranks"]) for r in train), "heldout_prompts": len(heldout)})
 
 
@@ -158,11 +174,15 @@ def fresh_samples(config: RewardModelConfig, run: Run, tokenizer, heldout: list[
     return lm, problems, list(zip(prompts, drawn, strict=True))
 
 
-def show(directory: Path) -> None:
+def show(directory: Path, bins: dict[str, list[Bin]]) -> None:
+    """Curves of training, and how often pairs are ordered right at each confidence; on the diagonal a score can be taken at its word."""
     logged = read_metrics(directory / "metrics.jsonl")
     figures.lines(directory / "figures" / "accuracy.png", {
         label: ([r["step"] for r in logged if key in r], [r[key] for r in logged if key in r])
         for label, key in (("training", "train/accuracy"), ("held out", "heldout/accuracy"))}, x="step", y="pairwise accuracy")
+    figures.plot(directory / "figures" / "calibration.png", [
+        figures.Series(name, [b.confidence for b in of], [b.right for b in of]) for name, of in bins.items()],
+        x="confidence, sigmoid of the score difference", y="pairs ordered right", diagonal=True)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from reward.calibration import Accuracy
 from stages.evals import rewardbench
@@ -64,7 +66,7 @@ def test_whole_program(model, tmp_path, monkeypatch, capsys):
     file, out = tmp_path / "bench.jsonl", tmp_path / "out" / "result.json"
     file.write_text("".join(json.dumps(row) + "\n" for row in [BAD[0], *ROWS, BAD[1]]))
     # Scores by what the rows say: the right response of every row of `sums`, the last wrong one of every row of `more`.
-    monkeypatch.setattr(rewardbench, "score_groups", lambda m, groups, size: [[0.0] * 4 for _ in groups])
+    monkeypatch.setattr(rewardbench, "score_groups", lambda m, groups, batch_size: [[0.0] * 4 for _ in groups])
     tied = evaluate(arguments(["--model", str(model), "--data", str(file), "--out", str(out)]))
     assert {key: value["value"] for key, value in tied["metrics"].items()} == {
         "accuracy/more": 0.25, "accuracy/sums": 0.25, "mean_of_subsets": 0.25}  # a model without opinion is at chance of four
@@ -83,7 +85,7 @@ def test_whole_program(model, tmp_path, monkeypatch, capsys):
 
 
 def test_scores_are_those_of_the_chat_template(model, tmp_path):
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from reward.model import score_ids
     from stages.data.tokenizer import chat_ids
@@ -98,6 +100,29 @@ def test_scores_are_those_of_the_chat_template(model, tmp_path):
     scores = score_ids(AutoModelForSequenceClassification.from_pretrained(model), rows)
     assert result["items"][0]["scores"] == pytest.approx(scores) and result["items"][0]["right"] == float(scores[0] > scores[1])
     assert result["items"][0]["subset"] == "all"
+
+
+def test_an_ensemble_is_scored_as_it_combines_its_members(model, tmp_path):
+    """A second member whose head is the first one's turned round: their mean has no opinion, their worst case has one."""
+    folder, file = tmp_path / "ensemble", tmp_path / "pairs.jsonl"
+    shutil.copytree(model, folder)
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    other = AutoModelForSequenceClassification.from_pretrained(model)
+    other.score.weight.data.neg_()
+    other.save_pretrained(folder / "members/1")
+    facts = {"members": [(0.0, 1.0), (0.0, 1.0)], "combined": {"mean": (0.0, 1.0), "min": (0.0, 1.0), "mean_std": (0.0, 1.0)},
+             "combination": "mean", "std_coef": 1.0, "folders": ["members/1"]}
+    (folder / "ensemble.json").write_text(json.dumps(facts))
+
+    def scores(path, *more):
+        result = evaluate(arguments(["--model", str(path), "--data", str(file), "--out", str(tmp_path / "r.json"), *more]))
+        return [score for item in result["items"] for score in item["scores"]]
+
+    alone = scores(model)
+    assert scores(folder) == pytest.approx([0.0] * len(alone), abs=1e-6)
+    assert scores(folder, "--combination", "min") == pytest.approx([-abs(score) for score in alone], abs=1e-6)
+    with pytest.raises(ValueError, match="not an ensemble"):
+        scores(model, "--combination", "min")
 
 
 @pytest.mark.parametrize(("text", "message"), [

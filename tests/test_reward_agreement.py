@@ -198,3 +198,10 @@ def test_the_summary_holds_what_the_records_allow():
     found = agreement.summary([record | {"time": f"2026-01-01T10:{number:02}:00+00:00"}
                                for number, record in enumerate(panel_records(15, annotators=3))])
     assert sum(name.startswith("agreement_pairs/") for name in found) == 3 and "agreement_pairs_window_5" in found
+
+
+def test_rankings_of_nobody_known_are_neither_one_person_s_nor_two_people_s():
+    records = [{"prompt": "p", "responses": ["a", "b"], "ranks": ranks, **who} for ranks in ([1, 2], [2, 1])
+               for who in ({}, {"annotator": "unknown"})]
+    assert agreement.comparisons(records) == [] and agreement.repeats(records) == (0, 0, 0)
+    assert agreement.inconsistency(records) is None and agreement.repeats([{**r, "annotator": "eve"} for r in records]).again == 3

@@ -81,5 +81,17 @@ def test_bad_input_says_what_to_do():
         out_of_fold("size", [["a", "b"]] * 9, [[1, 2]] * 9)
     with pytest.raises(ValueError, match="3 prompts cannot be dealt into 5 folds"):
         out_of_fold("length", [["a", "b"]] * 3, [[1, 2]] * 3)
-    with pytest.raises(ValueError, match="leaves 0 pairs of different rank to fit length on"):
+    with pytest.raises(ValueError, match="0 pairs of different rank to fit length on"):
         out_of_fold("length", [["a", "b"]] * 5, [[1, 1]] * 5)
+
+
+def test_baselines_that_learn_from_other_prompts_know_what_those_tell_and_nothing_of_what_is_measured():
+    """Among the measured pairs the word is the other way round than in training: who had learned from them would be right."""
+    train = pairs_of(lambda rng: ("good pen", "poor pen"), n=40)
+    responses, ranks = pairs_of(lambda rng: ("poor pen", "good pen"), n=40, seed=1)
+    scores = [[2.0 - rank for rank in row] for row in ranks]
+    assert against_baselines(scores, ranks, responses)["baseline_tfidf_accuracy"].value == 1.0
+    figures = against_baselines(scores, ranks, responses, train=train)
+    assert figures["baseline_tfidf_accuracy"].value == 0.0 and figures["gain_over_tfidf"].value == 1.0
+    few = against_baselines(scores[:3], ranks[:3], responses[:3], train=train)  # fewer prompts than folds
+    assert few["baseline_length_accuracy"].n == 3

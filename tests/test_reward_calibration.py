@@ -91,6 +91,8 @@ def test_accuracy_by_source_and_by_which_is_longer():
     scores, ranks = [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [3.0, 2.0]], [[1, 2], [1, 2], [1, 2], [1, 1]]
     found = accuracy_by(["a", "a", "b", "c"], scores, ranks)
     assert {name: (a.value, a.n) for name, a in found.items()} == {"a": (0.5, 2), "b": (1.0, 1)}  # of c all tie
+    once = accuracy_by(["a"] * 4, scores, ranks, ["p", "p", "p", "q"])["a"]  # three rankings of one prompt
+    assert once.num_prompts == 1 and once.n == 3
     lengths = accuracy_by_length(scores, ranks, [[3, 5], [5, 3], [3, 3], [1, 2]])
     assert {name: (a.value, a.n) for name, a in lengths.items()} == {"shorter": (1.0, 1), "longer": (0.0, 1), "equal": (1.0, 1)}
 

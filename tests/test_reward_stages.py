@@ -142,6 +142,8 @@ def test_people_s_records_are_compared_and_what_teaches_nothing_is_kept_and_coun
     assert "skipped by annotators: 1" in printed and "agreement_alpha: 1.000" in printed
     assert len(preferences.read(manifest.product("preferences"), skipped=True)[0]) == 11  # kept, but not trained on
     assert len(preferences.read(manifest.product("preferences"))[0]) == 10
+    part = rank(parents, tmp_path, source=str(path), max_length=200, max_prompts=3)  # what was not looked at counts for nothing
+    assert part.counts["asked"] == 3 and part.metrics["kept_share"]["value"] == 1.0 and part.counts["rankings"] == 3
     named = rank(parents, tmp_path, source=str(path), max_length=200, annotator="simulated: a test")  # several stay several
     assert named.data["notes"]["annotators"] == ["simulated: a test (eve)", "simulated: a test (max)"]
     assert len(preferences.read(named.product("preferences"))[0]) == 10
@@ -164,6 +166,27 @@ def test_reward_model_is_measured_normalised_and_plain(parents, ranked, tmp_path
     model = AutoModelForSequenceClassification.from_pretrained(manifest.product("model"))
     assert normalize(model.config, score_ids(model, [[9, 8, 7]]))[0] != score_ids(model, [[9, 8, 7]])[0]
     assert manifest.data["notes"]["simulated_annotator"] is True
+    bins = manifest.data["notes"]["reliability"]
+    for name in ("heldout", "fresh"):
+        n = manifest.metrics[f"{name}_accuracy"]["n"]
+        assert sum(b["n"] for b in bins[name]) == n and sum(b["right"] * b["n"] for b in bins[name]) / n == pytest.approx(
+            manifest.metrics[f"{name}_accuracy"]["value"])
+        assert sum(abs(b["right"] - b["confidence"]) * b["n"] for b in bins[name]) / n == pytest.approx(
+            manifest.metrics[f"{name}_ece"]["value"])
+    assert (tmp_path / "reward_model/figures/calibration.png").is_file()
+
+
+def test_accuracy_is_told_by_annotator_and_by_source(parents, ranked, tmp_path):
+    records, _ = preferences.read(ranked[1].product("preferences"))
+    preferences.write(tmp_path / "two.jsonl", [r | {"annotator": f"simulated: {i % 2}", "origin": {"model": f"m{i % 2}"}}
+                                               for i, r in enumerate(records)])
+    rank(parents, tmp_path, source=str(tmp_path / "two.jsonl"))
+    metrics = train(parents, tmp_path, heldout_share=0.5).metrics
+    for group, kinds in (("annotator", ("simulated: 0", "simulated: 1")), ("source", ("m0", "m1"))):
+        parts = [metrics[f"heldout_accuracy/{group}={kind}"] for kind in kinds]
+        assert sum(part["n"] for part in parts) == metrics["heldout_accuracy"]["n"]
+        assert sum(part["n"] * part["value"] for part in parts) == pytest.approx(
+            metrics["heldout_accuracy"]["n"] * metrics["heldout_accuracy"]["value"])
 
 
 def test_one_criterion_a_reward_model():
@@ -198,6 +221,7 @@ def test_a_file_of_human_preferences_takes_the_place_of_samples(parents, tmp_pat
     assert manifest.counts["prompts"] == 8 and manifest.counts["too_long"] == 1 and manifest.data["notes"]["simulated"] is False
     trained = train(parents, tmp_path, batch_size=2)
     assert "fresh_accuracy" not in trained.metrics and trained.metrics["heldout_accuracy"]["n"] == 2
+    assert trained.metrics["baseline_tfidf_accuracy"]["n"] == 2  # learned from the training prompts: two would be too few to learn from
     assert trained.metrics["score_std"]["value"] == pytest.approx(1, abs=1e-5)
 
 

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from reward import preferences
 from reward.calibration import Accuracy, accuracy
 from reward.converters import from_pair
-from reward.model import ENSEMBLE, score_groups
+from reward.model import COMBINATIONS, ENSEMBLE, Group, combined_groups, load_ensemble, member_folders, score_groups
 from stages.data.corpora import hash_inputs, source_rows
 from stages.data.tokenizer import chat_ids
 from stages.run.console import progress, table
@@ -41,6 +41,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="a jsonl, json, csv, tsv or parquet file, a folder or glob of them, or a hub id")
     parser.add_argument("--hub-config", help="configuration of the hub dataset")
     parser.add_argument("--hub-split", default="test", help="split of the hub dataset (RewardBench: filtered; RewardBench 2: test)")
+    parser.add_argument("--combination", choices=COMBINATIONS, help="of an ensemble's scores (default: what it was saved with)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path(RUNS) / "rewardbench.json")
     return parser.parse_args(argv)
@@ -123,14 +124,18 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     if not (Path(given.model) / "config.json").is_file():
         raise ValueError(f"{given.model} has no config.json: give the folder of a reward model, such as runs/tiny/reward_model/model")
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    if (Path(given.model) / ENSEMBLE).is_file():
-        say(f"{given.model} holds an ensemble: its plain model alone is scored (its first member, or the mean of heads on one trunk)")
-    model = AutoModelForSequenceClassification.from_pretrained(given.model, num_labels=1, dtype=torch.float32)
-    config = model.config.get_text_config()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models: list[Any] = [AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32).to(device)
+                         for folder in member_folders(Path(given.model))]
+    judge: Callable[[list[Group]], list[list[float]]] = partial(score_groups, models[0], batch_size=given.batch_size)
+    if given.combination or (Path(given.model) / ENSEMBLE).is_file():
+        ensemble = load_ensemble(Path(given.model), models, given.combination)
+        judge = partial(combined_groups, ensemble)
+        say(f"{given.model}: an ensemble of {len(ensemble.members)}, combined as {ensemble.combination}")
+    config = models[0].config.get_text_config()
     if config.pad_token_id is None:
         raise ValueError(f"{given.model}/config.json has no pad_token_id, by which the last token of a text is found: set one that no text "
                          "holds")
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     records, bad = encoded(source_rows(given.data, given.hub_config, given.hub_split), tokenizer, config.max_position_embeddings)
     if bad:
         say(f"left out {len(bad):,} of {len(records) + len(bad):,} rows (all of them in {given.out}), the first: {bad[0]}")
@@ -138,7 +143,7 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{given.data}: no row is left to score; the first fault: {bad[0] if bad else 'it has no rows'}")
     scores: list[list[float]] = []
     for at in progress(range(0, len(records), 256), "scoring"):
-        scores += score_groups(model, [(r["prompt_ids"], r["response_ids"]) for r in records[at:at + 256]], given.batch_size)
+        scores += judge([(r["prompt_ids"], r["response_ids"]) for r in records[at:at + 256]])
     items = [{"id": str(r.get("id", r["where"])), "where": r["where"], "subset": r["subset"], "right": right(s, r["ranks"]), "scores": s,
               "ranks": r["ranks"]} for r, s in zip(records, scores, strict=True)]
     subsets = {name: accuracy([[item["right"]] for item in items if item["subset"] == name])
