@@ -479,4 +479,5 @@ def test_the_smoke_recipe_has_a_report_without_gaps(smoke):
     text = (folder / "report.md").read_text()
     assert json.loads((folder / MANIFEST).read_text())["notes"]["missing"] == []
     gaps = [line for line in text.splitlines() if "not measured" in line and "Money and energy" not in line]
-    assert all("GiB" in line for line in gaps), gaps  # tokens and FLOPs that a stage does not count, in the table of costs
+    # Tokens and FLOPs that a stage does not count, in the table of costs; kinds of pairs that do not occur, in that of the gate.
+    assert all("GiB" in line or line.endswith("| warn |") for line in gaps), gaps

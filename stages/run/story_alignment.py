@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from reward.gate import judge
 from stages.run import cited, figures
 from stages.run.checkpoint import read_metrics
 from stages.run.cited import CHANGE, GAIN, LOSS, MEASURED, MISSING, SCORE, SHARE, TITLES, Form, Stages, Told, annotator, draw, verdict
@@ -107,6 +108,8 @@ def reward_model(stages: Stages, folder: Path) -> Told:
     if s.get("gain_over_min_logprob"):
         paragraphs.append(f"Gain over the log-probability baseline on the same pairs: {s.short_form('gain_over_min_logprob', GAIN)}, "
                           f"{verdict(s.ends('gain_over_min_logprob'))}.")
+    judged = judge(s.manifest.metrics)
+    paragraphs.append(f"Held against the gate's own limits, its verdict is {judged.level}: the table of the gate says why.")
     distances = sorted({int(key.rsplit("_", 1)[1]) for key in s.manifest.metrics if "_accuracy_distance_" in key})
     sets = {name: label for name, label in (("heldout", "held-out prompts"), ("fresh", "fresh samples")) if s.get(f"{name}_accuracy")}
     drawn: list[Figure] = []
@@ -123,13 +126,23 @@ def reward_model(stages: Stages, folder: Path) -> Told:
         drawn.append(draw(figures.bars, folder, "reward-baselines", {label: {"": s.bar(key)} for label, key in judges.items()},
                           "The reward model beside judges that cost nothing, on fresh SFT samples.", [s.cite()], x="pairwise accuracy",
                           x_range=(0, 1.02), marks={"chance": 0.5}))
+    if bins := s.notes.get("reliability"):
+        drawn.append(draw(figures.plot, folder, "reward-calibration", [
+            Series(sets.get(name, name), [b["confidence"] for b in of], [b["right"] for b in of]) for name, of in bins.items()],
+            "How often pairs are ordered right at each confidence; on the diagonal a score can be taken at its word.",
+            [s.cite()], x="confidence, sigmoid of the score difference", y="pairs ordered right", diagonal=True))
     short = [s.row(f"reward model, {label}", f"{name}_accuracy", SHARE) for name, label in sets.items()]
+    short += [s.row(f"held-out prompts, {key.partition('/')[2].replace('=', ' ')}", key, SHARE) for key in s.manifest.metrics
+              if key.startswith("heldout_accuracy/")]
     short += [s.row("least log-probability, fresh samples", base, SHARE), s.row("length, fresh samples", length, SHARE)]
     rows = [s.row(f"rank distance {d}, {label}", f"{name}_accuracy_distance_{d}", SHARE)
              for name, label in sets.items() for d in distances if s.get(f"{name}_accuracy_distance_{d}")]
     rows += [s.row(f"{what}, {label}", f"{name}_{key}") for name, label in sets.items()
              for key, what in (("ece", "calibration error"), ("brier", "Brier score"))]
     tables = [Table(MEASURED, short, "Share of pairs ordered right. Intervals know that pairs of one prompt are related.", [s.cite()]),
+              Table([*MEASURED, "asked", "verdict"], [[*s.row(r.name, r.name), r.asked, r.level] for r in judged.reasons],
+                    "The gate: each figure against what is asked of it, decided by its interval (docs/reward-model.md).", [s.cite()],
+                    folded=judged.level == "pass"),
               Table(MEASURED, rows, "By rank distance, and how far scores can be read as probabilities.", [s.cite()], folded=True)]
     line = [*s.row("Reward model: pairs of fresh SFT samples ordered right", "fresh_accuracy", SHARE),
             f"log-probability baseline {s.value(base, SHARE)}; gain {s.short_form('gain_over_min_logprob', GAIN)}"]
