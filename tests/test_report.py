@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from reward.annotators import annotator_name
+from reward.gate import judge
 from stages.evals import scoring
 from stages.laws.fit import expected, fit_law, law, predict
 from stages.models import ranking
@@ -136,7 +137,9 @@ def make_runs(home: Path, stages=STAGES) -> Path:
             "gain_over_min_logprob": metric(0.11, n=3000, ci95=(0.08, 0.14)), "score_mean": metric(0.0, n=2400),
             "score_std": metric(1.0, n=2400)},
             "counts": {"parameters": 900_000, "steps": 300, "train_prompts": 1080, "train_responses": 7200, "heldout_prompts": 120},
-            "notes": {"simulated_annotator": True}, "parents": ["prepare", "sft", "preferences"],
+            "notes": {"simulated_annotator": True, "reliability": {"fresh": [
+                {"low": 0.5, "high": 0.55, "n": 1000, "confidence": 0.53, "right": 0.5},
+                {"low": 0.9, "high": 0.95, "n": 2000, "confidence": 0.93, "right": 0.97}]}}, "parents": ["prepare", "sft", "preferences"],
             "log": [*curve(0.5, 0.86, 20, "train/accuracy"), *curve(0.6, 0.83, 5, "heldout/accuracy")]},
         "ppo": {"metrics": {**{f"before/{k}": share(v, 300) for k, v in values.items()},
                             **{f"after/{k}": metric(v + gains[k], n=300, ci95=(v + gains[k] - 0.03, v + gains[k] + 0.03))
@@ -347,6 +350,15 @@ def test_a_simulated_annotator_is_called_simulated_wherever_preferences_appear(t
         section = next(s for s in told.sections if s.key == key)
         assert "simulated annotator" in " ".join(section.paragraphs), key
     assert any("simulated annotator" in warning for warning in told.warnings)
+
+
+def test_the_gate_s_reasons_stand_in_the_report(whole, told):
+    section = next(s for s in told.sections if s.key == "reward_model")
+    found = judge(json.loads((whole / "reward_model" / MANIFEST).read_text())["metrics"])
+    table = next(t for t in section.tables if t.header[-1] == "verdict")
+    assert [(row[0], row[-1]) for row in table.rows] == [(r.name, r.level) for r in found.reasons]
+    assert any(figure.file.endswith("reward-calibration.svg") for figure in section.figures)
+    assert f"its verdict is {found.level}" in " ".join(section.paragraphs)
 
 
 @pytest.mark.parametrize("present", [("pretrain",), ("prepare", "pretrain", "sft"), tuple(s for s in STAGES if s != "scaling")])
