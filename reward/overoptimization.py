@@ -12,7 +12,7 @@ start's, natural logarithm). The start's score is fitted here as well: the first
 Letters: P prompts, N samples a prompt, K points of a curve. KL is in nats a response, scores in their own units.
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -84,6 +84,12 @@ class Curve(NamedTuple):
 
         return {**self._asdict(), "peak": finite(self.peak), "peak_kl": finite(self.peak**2),
                 "intervals": {name: [finite(end) for end in ends] for name, ends in self.intervals.items()}}
+
+
+def traced(note: Mapping[str, Any], kl: Sequence[float], points: int = 40) -> tuple[list[float], list[float]]:
+    """A curve, as `as_note` gives it, over the distances sqrt(KL) that were measured: (distances, scores), for a figure."""
+    d = np.linspace(0, math.sqrt(max(0.0, *kl)), points)
+    return d.tolist(), (note["start"] + note["a"] * d - note["b"] * _bend(d, note["form"])).tolist()
 
 
 def _bend(d: np.ndarray, form: Form) -> np.ndarray:
