@@ -97,17 +97,17 @@ def test_an_alarm_is_said_once_and_stops_if_it_shall(tmp_path, capsys, action):
 
 
 def test_the_best_checkpoint_by_gold_stays_and_is_gone_back_to(tmp_path):
-    """Gold is highest in rows 3 to 5, whose mean is known with the row of step 10, sampled by the checkpoint of step 8."""
-    golds = [0.0, 0.1, 0.5, 0.6, 0.7, 0.3, 0.2, 0.1, 0.0, 0.0]
+    """Gold is highest in rows 4 to 6, the last of which is of step 12, sampled by the checkpoint of step 10; one row alone is noise."""
+    golds = [0.0, 0.8, 0.0, 0.5, 0.6, 0.7, 0.2, 0.1, 0.0, 0.0]
     t = small(tmp_path, Watch(Limits(**{**OFF, "gold_falls": 0.5}), "rollback"), golds=golds, iterations=10, reward=rising())
     fit(t)
     notes = t.watch.settle()
-    assert notes["best_step"] == notes["kept_step"] == 8 and notes["last_step"] == t.state.global_step == rows(tmp_path)[-1]["step"]
-    assert [a["name"] for a in notes["alarms"]] == ["gold_falls"] and notes["last_step"] > 12
-    assert steps_on_disk(tmp_path) == [8, notes["last_step"]]
+    assert notes["best_step"] == notes["kept_step"] == 10 and notes["last_step"] == t.state.global_step == rows(tmp_path)[-1]["step"]
+    assert [a["name"] for a in notes["alarms"]] == ["gold_falls"] and notes["last_step"] == 14
+    assert steps_on_disk(tmp_path) == [10, 14]
     best = small(tmp_path / "other", Watch())
     best.args.output_dir = t.args.output_dir
-    best.load_step(8)
+    best.load_step(10)
     assert_equal_weights(weights(t.model), weights(best.model))
     best.load_step(notes["last_step"])
     assert not torch.equal(weights(t.model)["policy.lm_head.weight"], weights(best.model)["policy.lm_head.weight"])
@@ -125,10 +125,11 @@ def test_without_a_judge_the_last_checkpoint_before_the_alarm(tmp_path, capsys):
     assert t.watch.settle()["kept_step"] == 6 and "rolled back from step 10 to the checkpoint of step 6" in capsys.readouterr().out
     t = small(tmp_path / "late", Watch(Limits(**{**OFF, "kl": -1.0}), "rollback"), save_iterations=8)
     fit(t)
+    assert steps_on_disk(tmp_path / "late") == [10], "what was trained must be there, whenever the next checkpoint was due"
     assert t.watch.settle()["kept_step"] == 10 and "set save_iterations lower" in capsys.readouterr().out
 
 
-def test_resumed_run_has_the_same_alarms_samples_and_best_checkpoint(tmp_path):
+def test_resumed_run_has_the_same_alarms_samples_and_best_checkpoint(tmp_path, capsys):
     """From a checkpoint in the middle, when the rows before it have begun the window that raises the alarm."""
     def make(name):
         made = small(tmp_path / name, Watch(Limits(**{**OFF, "kl": -1.0}), shown=prompts(2), every=2), save_iterations=2)
@@ -143,7 +144,9 @@ def test_resumed_run_has_the_same_alarms_samples_and_best_checkpoint(tmp_path):
     for step in (12, 16):
         shutil.rmtree(tmp_path / f"resumed/checkpoints/checkpoint-{step}")
     resumed = make("resumed")
+    capsys.readouterr()
     fit(resumed)
+    assert capsys.readouterr().out.count("samples at step") == 2
     assert resumed._initial_global_step == 8, "it must have resumed"
     assert rows(tmp_path / "whole") == rows(tmp_path / "resumed")
     assert (tmp_path / "whole/samples.jsonl").read_text() == (tmp_path / "resumed/samples.jsonl").read_text()
@@ -201,11 +204,12 @@ def test_last_hidden_state_is_what_the_score_is_read_from():
 
 
 def test_best_of_n_of_a_policy():
-    """The proxy is the number of tokens, the gold its negative: the best by one is the worst by the other."""
+    """The gold is the proxy's negative: the best by one is the worst by the other."""
     found = draw_best_of_n(policy(), tokenizer(), prompts(4), samples=5, **SAMPLING,
-                           reward=lambda responses: torch.tensor([float(len(r.ids)) for r in responses]),
-                           judge=lambda responses: [GoldScore(-float(len(r.ids)), False, 0.0, ()) for r in responses])
-    assert found.gold.shape == (4, 5) and (found.gold == -found.proxy).all() and (found.proxy[:, 1:] >= found.proxy[:, :-1] - 1e-9).all()
+                           reward=lambda responses: torch.tensor([float(sum(r.ids)) for r in responses]),
+                           judge=lambda responses: [GoldScore(-float(sum(r.ids)), False, 0.0, ()) for r in responses])
+    assert found.gold.shape == (4, 5) and abs(found.gold + found.proxy).max() < 1e-9
+    assert (found.proxy[:, 1:] >= found.proxy[:, :-1] - 1e-9).all()
     assert found.proxy[:, 4].max() > found.proxy[:, 0].min()
 
 
