@@ -1,5 +1,7 @@
 """Alarms on rows made by hand: what raises each, what does not, and when."""
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,3 +102,9 @@ def test_limits_are_given_by_name_and_null_turns_off():
     assert fill(Limits, {"kl": 5, "eos_lost": None}, where="alarm_limits") == {"kl": 5.0, "eos_lost": None}
     with pytest.raises(ValueError, match="did you mean 'repetition'"):
         fill(Limits, {"repetitions": 5}, where="alarm_limits")
+
+
+def test_the_page_has_the_thresholds_that_the_code_has():
+    page = (Path(__file__).parent.parent / "docs" / "reward-hacking.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d.]+) \|[^|]*\|$", page.partition("## The alarms")[2], re.MULTILINE)
+    assert {name: float(limit) for name, limit in rows} == vars(Limits())
