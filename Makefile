@@ -27,7 +27,7 @@ GROUP_ppo := rlhf
 GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
-	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh bench-sft bench-reward \
+	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms bench-sft bench-reward \
 	rewardbench clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -109,6 +109,9 @@ study-gate: setup ## does what is measured of a reward model foretell what PPO d
 
 study-hh: setup ## a reward model on HH-RLHF's pairs against TF-IDF and length, five folds (half an hour; docs/real-input.md)
 	$(PY) -m stages.evals.study_hh $(ARGS)
+
+study-alarms: setup ## alarms of reward hacking: lead before the gold peak, false alarms, and what helps (two hours; needs make prepare)
+	$(PY) -m stages.evals.study_alarms $(ARGS)
 
 bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, and TRL's own trainer (needs make prepare)
 	$(PY) -m stages.evals.bench_sft $(ARGS)

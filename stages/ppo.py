@@ -4,16 +4,19 @@
 """
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from prompts.templates import BENCHMARK_CUES
+from reward.alarms import Limits
 from stages.data.curriculum import CUES
 from stages.models.training import barrier, fit, save_model, training_arguments, world_size
+from stages.rl.alarms import Watch, build_watchers
 from stages.rl.costs import ppo_flops, price
+from stages.rl.curves import compare, draw_best_of_n
 from stages.rl.gating import pass_gate
 from stages.rl.measure import differences, measure, report, summarise
 from stages.rl.models import PolicyWithCritic
@@ -23,9 +26,12 @@ from stages.rl.rollouts import draws
 from stages.rl.trainer import PpoSettings, PPOTrainer
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
-from stages.run.config import option
+from stages.run.config import fill, option
 from stages.run.entry import launch
-from stages.run.manifest import Manifest, Run, hash_data, is_main, say
+from stages.run.manifest import Manifest, Run, hash_data, is_main, say, write_json
+
+SHOWN = 4  # questions whose answers are shown as the policy changes
+BEST_OF_PROBLEMS = 100  # of those measured, for the curve of best-of-n
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +59,18 @@ class PpoConfig(QuestionConfig):
     missing_eos_penalty: float | None = option(-1.0, "score of a response that does not end (null: keep its score)")
     value_trunk: Literal["separate", "shared"] = option("separate", "critic from the reward model, or a value head on the policy")
     save_iterations: int = option(5, "iterations between checkpoints")
+    on_alarm: Literal["warn", "stop", "rollback"] = option("warn", "signs of reward hacking: warn, stop there, or stop and go back to the "
+                                                           "best checkpoint (docs/reward-hacking.md)")
+    alarm_limits: dict[str, float | None] = option({}, "thresholds of alarms other than their own, such as {kl: 20}; null turns one off")
+    second_reward: str | None = option(None, "folder of a reward model that scores without rewarding: an alarm where its scores fall")
+    sample_iterations: int = option(10, "iterations between tables of a few fixed questions' answers (0: none)", recorded_only=True)
+    best_of: int = option(16, "samples a problem for the curve of best-of-n at equal KL, of the start (0: none)")
 
 
 def main(config: PpoConfig) -> Manifest:
-    check_questions(config, iterations=1, rollout_batch=1, epochs=1, minibatches=1, micro_batch_size=1, save_iterations=1)
+    check_questions(config, iterations=1, rollout_batch=1, epochs=1, minibatches=1, micro_batch_size=1, save_iterations=1,
+                    sample_iterations=0, best_of=0)
+    limits = Limits(**fill(Limits, config.alarm_limits, where="alarm_limits"))
     own = own_problems(config)
     run = Run(config, inputs={"problems": hash_data([own, BENCHMARK_CUES[config.style]])} if own else {})
     if run.finished:
@@ -93,18 +107,28 @@ def main(config: PpoConfig) -> Manifest:
         learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm, weight_decay=0.0))
     reward = build_reward(config.reward, model_path=scorer, vocab_size=policy.config.vocab_size, device=arguments.device,
                           tokenizer=tokenizer)
-    trainer = PPOTrainer(model, arguments, settings, prompts=prompts, reward=reward, tokenizer=tokenizer, judge=gold_scores)
+    sampling: dict[str, Any] = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "eos_ids": eos_ids,
+                                "pad_id": pad_id}
+    model.to(arguments.device)
+    watchers = build_watchers(config.reward, model_path=scorer, second=config.second_reward, reference=policy, tokenizer=tokenizer,
+                              prompts=prompts, device=arguments.device, vocab_size=policy.config.vocab_size, seed=config.seed + 2,
+                              **sampling)
+    watch = Watch(limits, config.on_alarm, watchers=watchers, shown=held_out[:SHOWN], every=config.sample_iterations)
+    trainer = PPOTrainer(model, arguments, settings, prompts=prompts, reward=reward, tokenizer=tokenizer, judge=gold_scores, watch=watch)
 
     def look() -> dict[str, list[float]]:
         return measure(model.policy, trainer.reference, tokenizer, held_out, reward=reward, samples=config.eval_samples,
-                       seed=config.seed + 1, temperature=config.temperature, max_new_tokens=config.max_new_tokens, eos_ids=eos_ids,
-                       pad_id=pad_id)
+                       seed=config.seed + 1, **sampling)
 
     before = look()
     report("before", before)
     fit(trainer)
+    notes |= watch.settle()
     after = look()
     report("after", after)
+    best = draw_best_of_n(trainer.reference, tokenizer, held_out[:BEST_OF_PROBLEMS], reward=reward, judge=gold_scores,
+                          samples=config.best_of, seed=config.seed + 3, **sampling) if config.best_of else None
+    curves, compared = compare(watch.rows(), best)
 
     if is_main():
         save_model(model.policy, tokenizer, run.directory / "model")
@@ -113,11 +137,12 @@ def main(config: PpoConfig) -> Manifest:
         elif model.value_head is not None:
             (run.directory / "critic").mkdir(exist_ok=True)
             safetensors.torch.save_file(model.value_head.state_dict(), run.directory / "critic" / "value_head.safetensors")
+        write_json(run.directory / "overoptimization.json", curves)
         show(run.directory)
     barrier()
     gains = differences(before, after)
-    metrics = summarise(before, "before") | summarise(after, "after") | summarise(gains, "gain")
-    asked_of = [prompts[i][1] for iteration in range(config.iterations) for i, _ in
+    metrics = summarise(before, "before") | summarise(after, "after") | summarise(gains, "gain") | compared
+    asked_of = [prompts[i][1] for iteration in range(trainer.state.global_step // settings.steps_per_iteration) for i, _ in
                 draws(iteration, count=config.rollout_batch, num_prompts=len(prompts), seed=config.seed)]
     tokens, judges = trainer.state.num_input_tokens_seen, [AutoConfig.from_pretrained(path) for path in scorers(config.reward, scorer)]
     counts = {"responses": len(asked_of), "tokens": tokens, "steps": trainer.state.global_step,
@@ -125,7 +150,8 @@ def main(config: PpoConfig) -> Manifest:
               "flops": ppo_flops(policy.config, critic.config if critic is not None else None, judges, responses=len(asked_of),
                                  prompt_tokens=sum(map(len, asked_of)), tokens=tokens, epochs=config.epochs)}
     say(price(metrics["gain/gold"]["value"], counts))
-    return run.finish(metrics=metrics, products={"model": "model", "critic": "critic"}, counts=counts, notes=notes)
+    return run.finish(metrics=metrics, products={"model": "model", "critic": "critic", "overoptimization":
+                      "overoptimization.json"}, counts=counts, notes=notes)
 
 
 def show(directory: Path) -> None:

@@ -12,10 +12,12 @@ import pytest
 
 from reward.annotators import annotator_name
 from reward.gate import judge
+from reward.overoptimization import best_of_n
 from stages.evals import scoring
 from stages.laws.fit import expected, fit_law, law, predict
 from stages.models import ranking
 from stages.report import ReportConfig, main
+from stages.rl.curves import compare
 from stages.run import figures, page, story
 from stages.run.cited import GAIN, SCORE, Stage
 from stages.run.config import build_config
@@ -94,6 +96,9 @@ def make_runs(home: Path, stages=STAGES) -> Path:
     gains = {"score": 0.9, "gold": 0.21, "sampled_accuracy": 0.12, "kl": 4.1, "entropy": -0.1, "length": 1.0, "eos_rate": 0.01,
              "greedy_accuracy": 0.01}
     tuned = {"worked_accuracy": (0.11, 0.64), "direct_accuracy": (0.05, 0.21), "format_rate": (0.0, 1.0), "stop_rate": (0.0, 1.0)}
+    curves, _ = compare([{"step": 4 * i, "objective/score": i / 40, "objective/kl": i / 10, "objective/gold": (i / 40) ** 0.5 - i / 50}
+                         for i in range(40)],
+                        best_of_n([[0.0, 1.0, 2.0, 3.0, 4.0]] * 2, [[0.8, 0.7, 0.9, 0.9, 0.9], [0.5, 0.6, 0.7, 0.8, 0.9]]))
     content = {
         "prepare": {"metrics": {"kept_share": metric(0.925, n=50_000)}, "notes": {
             "dropped": {"exact duplicate": 2827}, "kinds": {"worked": 17_946, "direct": 9839}, "row_length": 512}, "counts": {
@@ -144,7 +149,13 @@ def make_runs(home: Path, stages=STAGES) -> Path:
         "ppo": {"metrics": {**{f"before/{k}": share(v, 300) for k, v in values.items()},
                             **{f"after/{k}": metric(v + gains[k], n=300, ci95=(v + gains[k] - 0.03, v + gains[k] + 0.03))
                                for k, v in values.items()},
-                            **{f"gain/{k}": metric(v, n=300, ci95=(v - 0.02, v + 0.02)) for k, v in gains.items()}},
+                            **{f"gain/{k}": metric(v, n=300, ci95=(v - 0.02, v + 0.02)) for k, v in gains.items()},
+                            "best_of_n/gold": metric(0.91, n=2, ci95=(0.9, 0.92)), "best_of_n/kl": metric(0.8094, n=5)},
+                "notes": {"alarms": [{"name": "kl", "step": 120, "value": 3.25, "threshold": 3.0, "sentence": "too far"}],
+                          "kept_step": 100, "last_step": 160, "best_step": 100, "on_alarm": "rollback"},
+                "files": {"overoptimization.json": json.dumps(curves), "samples.jsonl": "".join(json.dumps({"step": step, "samples": [
+                    {"prompt": f"question {i}", "response": f"answer {i} at {step}", "score": 0.5, "gold": None if i else 0.25, "kl": 0.1}
+                    for i in range(2)]}) + "\n" for step in (0, 40, 160))},
                 "counts": {"responses": 7680, "tokens": 300_000, "steps": 160, "parameters": 1_800_000},
                 "parents": ["prepare", "sft", "reward_model"],
                 "config": {"iterations": 40, "epochs": 1, "minibatches": 4, "reward": {"model": 1.0}, "kl_coef": 0.05}, "log": [
@@ -260,7 +271,7 @@ def follow(origin: str, home: Path):
     data = json.loads(Path(file).read_text())[group]
     if group != "metrics":
         for part in key.split("/"):
-            data = data[part]
+            data = data[int(part) if isinstance(data, list) else part]
         return data
     name, _, field = key.rpartition("/")
     return data[name][field]
@@ -338,6 +349,43 @@ def test_the_summary_states_the_effects(whole, told):
     assert "8 votes over one sampled chain, word_problems" in lines and "8 votes over greedy CoT, word_problems" in lines
     assert lines["Reward model: pairs of fresh SFT samples ordered right"][:3] == ["82.0 %", "[79.0, 85.0]", "3,000"]
     assert "greedy accuracy +1.0 points [-1.0, +3.0]" in lines["PPO: accuracy of sampled answers over SFT"][3]
+
+
+def test_reward_hacking_is_told(told):
+    section = next(section for section in told.sections if section.key == "ppo")
+    text = page.plain(" ".join(section.paragraphs))
+    assert "1 alarms of reward hacking were raised" in text and "of step 100, to which the run went back from step 160" in text
+    assert "is beyond the peak of the fitted gold score" in text and "Best of 5 samples of the start" in text
+    assert "0.910 [0.900, 0.920]" in text
+    assert {"ppo/ppo-distance.svg", "ppo/ppo-best-of-n.svg"} <= {f"ppo/{figure.file.rsplit('/')[-1]}" for figure in section.figures}
+    rows = [[page.plain(cell) for cell in row] for table in section.tables for row in table.rows]
+    assert ["kl", "120", "3.25", "3", "too far"] in rows
+    assert [row for row in rows if row[1:2] == ["question 1"]] == [
+        ["0", "question 1", "answer 1 at 0", "0.500", "-", "0.100"], ["160", "question 1", "answer 1 at 160", "0.500", "-", "0.100"]]
+
+
+def test_curves_over_the_distance_have_fits_and_best_of_n(whole, tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(figures, "bars", small_figure)
+    monkeypatch.setattr(figures, "plot", lambda path, lines, **options: (shown.update({path.stem: lines}), small_figure(path)))
+    tell(whole, tmp_path)
+    assert [s.look for s in shown["ppo-distance"]] == ["points", "dashed", "points", "dashed"]
+    assert [s.label for s in shown["ppo-best-of-n"]] == ["PPO", "", "best of n, up to 5", ""]
+    points, fitted = shown["ppo-distance"][2:]
+    assert points.x[-1] == pytest.approx(3.9**0.5) and max(fitted.x) == pytest.approx(3.9**0.5)
+    assert max(abs(y - fitted.y[min(range(40), key=lambda i: abs(fitted.x[i] - x))]) for x, y in zip(points.x, points.y, strict=True)) < 0.1
+    assert shown["ppo-best-of-n"][2].y[-1] == pytest.approx(0.9)
+
+
+def test_a_run_that_did_not_look_for_reward_hacking_says_nothing_of_it(tmp_path, undrawn):
+    home = make_runs(tmp_path / "tiny")
+    data = json.loads((home / "ppo" / MANIFEST).read_text())
+    data["notes"], data["metrics"] = {}, {k: v for k, v in data["metrics"].items() if not k.startswith("best_of_n")}
+    (home / "ppo" / MANIFEST).write_text(json.dumps(data))
+    for name in ("overoptimization.json", "samples.jsonl"):
+        (home / "ppo" / name).unlink()
+    section = next(section for section in tell(home, tmp_path).sections if section.key == "ppo")
+    assert "hacking" not in str(section) and len(section.tables) == 1 and not any("distance" in f.file for f in section.figures)
 
 
 def test_sharpening_is_called_so(told):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -20,7 +21,7 @@ from tests.rl_tiny import write_parents
 
 ROOT = Path(__file__).parent.parent
 FLAGS = {"iterations": 4, "rollout-batch": 8, "minibatches": 2, "micro-batch-size": 2, "max-new-tokens": 8, "save-iterations": 1,
-         "eval-problems": 6, "eval-samples": 2}
+         "eval-problems": 6, "eval-samples": 2, "sample-iterations": 2, "best-of": 5}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,38 @@ def test_products_and_metrics(finished, parents):
     assert critic.config.score_std == 0.5
     assert (directory / "figures" / "scores.png").is_file()
     assert "before (n=6)" in output and "objective/score" in output
+
+
+def test_samples_curves_and_alarms(finished):
+    directory, output = finished
+    looks = [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
+    assert [look["step"] for look in looks] == [0, 4, 8] and all(len(look["samples"]) == 4 for look in looks)  # every 2 iterations of 4
+    assert output.count("samples at step") == 3 and all(sample["kl"] == 0 for sample in looks[0]["samples"])
+    curves, made = json.loads((directory / "overoptimization.json").read_text()), manifest(directory)
+    assert curves["ppo"]["step"] == [2, 4, 6, 8] and curves["best_of_n"]["n"] == [1, 2, 3, 4, 5] and curves["best_of_n"]["prompts"] == 6
+    assert made["metrics"]["best_of_n/score"]["value"] == curves["best_of_n"]["proxy"][-1][0] >= curves["best_of_n"]["proxy"][0][0]
+    assert made["metrics"]["best_of_n/kl"]["value"] == pytest.approx(0.8094, abs=1e-4)
+    assert made["notes"]["on_alarm"] == "warn" and made["notes"]["kept_step"] == made["notes"]["last_step"] == 8
+    logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["watch/feature_distance"] > 0 for row in logged) and made["notes"]["alarms"] == []
+
+
+def test_an_alarm_ends_the_stage_and_leaves_the_best_checkpoint(parents, tmp_path):
+    flags = {"iterations": 8, "on-alarm": "rollback", "alarm-limits": "{kl: -9}", "second-reward": parents / "reward_model" / "model",
+             "best-of": 0, "sample-iterations": 0}
+    result = run(command(parents, tmp_path / "ppo", **flags))
+    assert result.returncode == 0, result.stderr
+    made = manifest(tmp_path / "ppo")
+    notes = made["notes"]
+    assert notes["last_step"] == 10 and notes["kept_step"] == notes["best_step"] in (2, 4, 6, 8)
+    assert "kl" in {alarm["name"] for alarm in notes["alarms"]} and made["counts"]["responses"] == 5 * 8
+    assert f"rolled back from step 10 to the checkpoint of step {notes['best_step']}" in result.stdout
+    saved = safetensors.torch.load_file(tmp_path / "ppo" / "checkpoints" / f"checkpoint-{notes['best_step']}" / "model.safetensors")
+    product = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo" / "model")
+    assert torch.equal(product.lm_head.weight, saved["policy.lm_head.weight"]) and (tmp_path / "ppo/checkpoints/checkpoint-10").is_dir()
+    rows = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["watch/second"] == pytest.approx(row["objective/score"], rel=1e-4) for row in rows) and "alarm/kl" in rows[-1]
+    assert not (tmp_path / "ppo" / "samples.jsonl").exists() and "best_of_n/gold" not in made["metrics"]
 
 
 def test_second_run_does_nothing(finished, parents):
@@ -168,6 +201,9 @@ def test_killed_run_continues_to_the_same_result(finished, parents, tmp_path, mo
     assert "resuming from" in result.stdout
     assert manifest(directory)["metrics"] == manifest(finished[0])["metrics"]
     assert (directory / "metrics.jsonl").read_text() == (finished[0] / "metrics.jsonl").read_text()
+    for file in ("samples.jsonl", "overoptimization.json"):
+        assert (directory / file).read_text() == (finished[0] / file).read_text()
+    assert manifest(directory)["notes"] == manifest(finished[0])["notes"]
     assert (directory / "model" / "model.safetensors").read_bytes() == (finished[0] / "model" / "model.safetensors").read_bytes()
 
 

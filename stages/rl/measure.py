@@ -1,5 +1,6 @@
 """What a policy does on problems it did not learn from: one number a problem, so that two policies can be compared in pairs."""
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +16,16 @@ from stages.run.manifest import metric, say
 Prompts = Sequence[tuple[Row, list[int]]]
 
 
+def answers(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, samples: int, *, seed: int, temperature: float,
+            max_new_tokens: int, eos_ids: Sequence[int], pad_id: int, batch_size: int = 256) -> list[Response]:
+    """`samples` keyed draws of each prompt, a prompt's side by side; greedy at temperature 0."""
+    asked = [(row, ids, number) for row, ids in prompts for number in range(samples)]
+    drawn = sample(policy, [ids for _, ids, _ in asked], keys=[(prompt_key(row["id"]), number) for row, _, number in asked], seed=seed,
+                   temperature=temperature, max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id, batch_size=batch_size)
+    texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
+    return [Response(row, ids, each, text, each[-1] in eos_ids) for (row, ids, _), each, text in zip(asked, drawn, texts, strict=True)]
+
+
 @torch.no_grad()
 def measure(policy: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, *,
             reward: Reward, samples: int, seed: int, temperature: float, max_new_tokens: int, eos_ids: Sequence[int], pad_id: int,
@@ -25,20 +36,14 @@ def measure(policy: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreT
     Names: `score` (of `reward`), `gold`, `sampled_accuracy`, `kl` (nats a response, to the reference), `entropy` (nats a token),
     `length` (tokens), `eos_rate`, `greedy_accuracy`. Greedy accuracy and entropy tell sharpening from learning.
     """
-    def answers(problems: Prompts, heat: float, numbers: list[int]) -> list[Response]:
-        ids = sample(policy, [p for _, p in problems], keys=[(prompt_key(row["id"]), n) for (row, _), n in
-                     zip(problems, numbers, strict=True)], seed=seed, temperature=heat, max_new_tokens=max_new_tokens,
-                     eos_ids=eos_ids, pad_id=pad_id, batch_size=batch_size)
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [Response(row, prompt, each, text, each[-1] in eos_ids)
-                for (row, prompt), each, text in zip(problems, ids, texts, strict=True)]
-
+    sampling: dict[str, Any] = {"seed": seed, "max_new_tokens": max_new_tokens, "eos_ids": eos_ids, "pad_id": pad_id,
+                                "batch_size": batch_size}
     mine = list(range(rank(), len(prompts), world_size()))
     rows: list[tuple[int, dict[str, float]]] = []
     if mine:
         own = [prompts[i] for i in mine]
-        drawn = answers([p for p in own for _ in range(samples)], temperature, list(range(samples)) * len(own))
-        greedy = gold_scores(answers(own, 0.0, [0] * len(own)))
+        drawn = answers(policy, tokenizer, own, samples, temperature=temperature, **sampling)
+        greedy = gold_scores(answers(policy, tokenizer, own, 1, temperature=0.0, **sampling))
         numbers = token_numbers(policy_alone(policy, temperature), reference, drawn, temperature=temperature, pad_id=pad_id,
                                 batch_size=64, device=policy.device)
         judged = gold_scores(drawn)

@@ -2,7 +2,7 @@
 
 Letters: N responses of an iteration over all processes, R tokens of the longest.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +17,8 @@ from stages.rl.rewards import Response
 
 
 class Scored(NamedTuple):
-    """A response with its score (normalised, before any penalty), the judge's opinion if there is one, and a number for each of
-    its tokens in one-dimensional tensors on the CPU."""
+    """A response with its score (normalised, before any penalty), the judge's opinion if there is one, a number for each of its
+    tokens in one-dimensional tensors on the CPU, and what watchers say about it, for alarms alone."""
 
     response: Response
     score: float
@@ -27,6 +27,7 @@ class Scored(NamedTuple):
     ref_logprobs: Tensor
     entropy: Tensor
     values: Tensor
+    watched: Mapping[str, float] = {}
 
 
 class Experience(NamedTuple):

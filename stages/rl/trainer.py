@@ -8,6 +8,7 @@ or on anything that a checkpoint at the end of an iteration does not hold: a res
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from reward.verifiers import GoldScore
 from stages.models.sampling import prompt_key, sample
 from stages.models.training import Resumable, gather, rank, share_batch, world_size
 from stages.rl import maths
+from stages.rl.alarms import Watch
 from stages.rl.models import PolicyWithCritic, remove_dropout
 from stages.rl.rewards import Response, Reward, Row
 from stages.rl.rollouts import Experience, Scored, build_experience, draws, minibatch_rows, token_numbers
+from stages.run.manifest import is_main
 
 Judge = Callable[[Sequence[Response]], list[GoldScore]]
 CONSOLE = ("objective/score", "objective/gold", "objective/accuracy", "objective/kl", "objective/entropy", "response/length",
@@ -78,7 +81,7 @@ class PPOTrainer(Resumable, Trainer):
     """Trains `model.policy` on `prompts` (problem rows with an `id`, and their token ids) for the scores of `reward`.
 
     The reference is a frozen copy of the policy as it is when the trainer is made. `judge` sees every response too, for the
-    logs alone. Raises ValueError where `args` do not fit the settings and for engines that shard parameters.
+    logs and alarms of `watch` alone. Raises ValueError where `args` do not fit the settings and for engines that shard parameters.
     """
 
     model: Any
@@ -86,7 +89,7 @@ class PPOTrainer(Resumable, Trainer):
 
     def __init__(self, model: PolicyWithCritic, args: TrainingArguments, settings: PpoSettings, *,
                  prompts: Sequence[tuple[Row, list[int]]], reward: Reward, tokenizer: PreTrainedTokenizerBase,
-                 judge: Judge | None = None):
+                 judge: Judge | None = None, watch: Watch | None = None):
         self.settings, self.prompts, self.reward, self.judge, self.tokenizer = settings, prompts, reward, judge, tokenizer
         if not prompts:
             raise ValueError("no prompts to train on: widen tasks or difficulties")
@@ -106,6 +109,9 @@ class PPOTrainer(Resumable, Trainer):
         self.reference: Any = remove_dropout(copy.deepcopy(model.policy)).requires_grad_(False).eval().to(args.device)
         self.experience: Experience | None = None
         self.sums: dict[str, Tensor] = {}
+        self.watch = watch or Watch()
+        self.watch.trainer = self
+        self.add_callback(self.watch)
 
     # ---- data ----
 
@@ -148,11 +154,13 @@ class PPOTrainer(Resumable, Trainer):
             numbers = token_numbers(self.model, self.reference, responses, temperature=self.model.temperature, pad_id=s.pad_id,
                                     batch_size=s.micro_batch, device=self.args.device)
         judged = self.judge(responses) if self.judge else [None] * len(responses)
-        scored = gather([Scored(response, float(score), opinion, *each)
-                         for response, score, opinion, each in zip(responses, scores, judged, numbers, strict=True)])
+        watched = self.watch.opinions(responses)
+        scored = gather([Scored(response, float(score), opinion, *each, others)
+                         for response, score, opinion, each, others in zip(responses, scores, judged, numbers, watched, strict=True)])
         kl_coef = float(self.model.kl_coef)
         experience = build_experience(scored, kl_coef=kl_coef, gamma=s.gamma, lam=s.lam,
                                       missing_eos_penalty=s.missing_eos_penalty)
+        experience.metrics.update(self.watch.metrics(scored))
         if s.kl_target is not None:  # before the iteration's checkpoint, so that a resumed run goes on with the next value
             self.model.kl_coef.fill_(maths.adapt_kl_coef(kl_coef, experience.metrics["objective/kl"], target=s.kl_target,
                                                          horizon=s.kl_horizon, num_responses=s.rollout_batch))
@@ -228,8 +236,21 @@ class PPOTrainer(Resumable, Trainer):
             logs = {**logs, **self.experience.metrics, **means, "tokens": self.state.num_input_tokens_seen}
             if self.critic_grad_norm is not None:
                 logs["critic/grad_norm"] = self.critic_grad_norm
+            logs |= self.watch.look({**logs, "step": self.state.global_step})
             self.sums = {}
         super().log(logs, start_time)
+
+    def rewind(self, step: int) -> None:
+        super().rewind(step)
+        if is_main():
+            self.watch.rewind(step)
+
+    def load_step(self, step: int) -> None:
+        """Put the weights of a checkpoint of this run into policy and critic, whatever engine holds them."""
+        folder = Path(f"{self.args.output_dir}/checkpoint-{step}")
+        assert folder.is_dir(), f"{folder} is gone, and Trainer would only warn of it"
+        self.state.best_model_checkpoint = str(folder)
+        self._load_best_model()
 
     def _line(self, row: dict[str, Any], steps: int) -> str:
         return super()._line({name: row[name] for name in ("step", *CONSOLE) if name in row}, steps)

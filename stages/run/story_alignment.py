@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from reward.gate import judge
-from stages.run import cited, figures
+from stages.run import cited, figures, story_hacking
 from stages.run.checkpoint import read_metrics
 from stages.run.cited import CHANGE, GAIN, LOSS, MEASURED, MISSING, SCORE, SHARE, TITLES, Form, Stages, Told, annotator, draw, verdict
 from stages.run.figures import Series
@@ -221,13 +221,7 @@ def ppo(stages: Stages, folder: Path) -> Told:
                        "Health: answers that end, ratios clipped, variance of the returns that the critic explains.")}
     drawn = [draw(figures.plot, folder, name, series, caption, source, x="iteration", y=y)
              for name, (y, series, caption) in charts.items() if series]
-    rows = [r for r in read_metrics(s.path / "metrics.jsonl") if {"objective/kl", "objective/gold", "objective/score"} <= set(r)]
-    if rows:
-        drawn.append(draw(figures.plot, folder, "ppo-distance", [
-            Series(label, [r["objective/kl"] for r in rows], [r[key] for r in rows], look="points")
-            for label, key in (("reward (proxy)", "objective/score"), ("gold score", "objective/gold"))],
-            "The same scores against the distance travelled, where over-optimisation shows (Gao et al. 2023).", source,
-            x="KL (nats a response)", y="mean score"))
+    drawn += story_hacking.drawn(s, folder)
     table = Table(["", "before", "after", "paired gain", "95 % interval", "n"], [
         [label, s.value(f"before/{key}", form), s.value(f"after/{key}", form), *s.row("", f"gain/{key}", gain)[1:]]
         for key, label, form, gain in PPO_ROWS],
@@ -236,7 +230,7 @@ def ppo(stages: Stages, folder: Path) -> Told:
               f"{s.value('gain/score', CHANGE)}; KL {s.value('after/kl', Form(2))} nats a response"],
              [*s.row("PPO: accuracy of sampled answers over SFT", "gain/sampled_accuracy", GAIN), f"{verdict(sampled)}; greedy accuracy "
               f"{s.short_form('gain/greedy_accuracy', GAIN)}; entropy {s.value('gain/entropy', CHANGE)}"]]
-    return Section("ppo", TITLES["ppo"], paragraphs, drawn, [table]), lines
+    return Section("ppo", TITLES["ppo"], [*paragraphs, *story_hacking.paragraphs(s)], drawn, [table, *story_hacking.tables(s)]), lines
 
 
 Cells = Mapping[tuple[str, str, str], Mapping[str, Any]]  # by task, strategy, model
