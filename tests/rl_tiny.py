@@ -62,7 +62,7 @@ def early_letters(problems, texts, finished) -> list[float]:
 
 
 def trainer(directory: Path, *, iterations: int = 2, world: int = 1, reward=None, model=None, save_iterations: int = 1, seed: int = 0,
-            learning_rate: float = 3e-3, judge=None, arguments=None, **changes) -> PPOTrainer:
+            learning_rate: float = 3e-3, judge=None, arguments=None, ptx=(), ptx_collator=None, **changes) -> PPOTrainer:
     from stages.rl.rewards import function_reward
 
     settings = PpoSettings(**{"rollout_batch": 16, "epochs": 2, "minibatches": 2, "micro_batch": 8, "critic_learning_rate": 3e-3,
@@ -75,7 +75,8 @@ def trainer(directory: Path, *, iterations: int = 2, world: int = 1, reward=None
             "per_device_train_batch_size": settings.micro_batch, "gradient_accumulation_steps": settings.accumulation(world),
             "learning_rate": learning_rate, "logging_steps": steps, "save_steps": save_iterations * steps, "disable_tqdm": True,
             "remove_unused_columns": False, "dataloader_pin_memory": False, **(arguments or {})}),
-        settings, prompts=prompts(), reward=reward or function_reward("tests.rl_tiny:early_letters"), tokenizer=tokenizer(), judge=judge)
+        settings, prompts=prompts(), reward=reward or function_reward("tests.rl_tiny:early_letters"), tokenizer=tokenizer(), judge=judge,
+        ptx=ptx, ptx_collator=ptx_collator)
 
 
 def write_parents(root: Path) -> Path:
@@ -83,7 +84,9 @@ def write_parents(root: Path) -> Path:
     texts = [row["text"] for row in islice(curriculum.documents(0), 300)]
     bpe = train_tokenizer(texts, vocab_size=400)
     rows = pack([bpe(text)["input_ids"] for text in texts[:12]], 128, eos_id=bpe.eos_token_id, pad_id=bpe.pad_token_id)
-    to_dataset(rows, 128, vocab_size=len(bpe)).save_to_disk(str(root / "prepare" / "tokens" / "heldout"))
+    rows = to_dataset(rows, 128, vocab_size=len(bpe))
+    for part in ("train", "heldout"):
+        rows.save_to_disk(str(root / "prepare" / "tokens" / part))
     assert bpe.eos_token == EOS
     bpe.eos_token = TURN_END
     model = decoder_config(bpe, hidden_size=32, num_layers=2, num_heads=2, context_length=160)

@@ -9,7 +9,7 @@ from stages.models.sampling import prompt_key, sample
 from stages.models.training import gather, rank, world_size
 from stages.rl.models import policy_alone
 from stages.rl.rewards import Response, Reward, Row, gold_scores
-from stages.rl.rollouts import token_numbers
+from stages.rl.rollouts import as_responses, token_numbers
 from stages.run.manifest import metric, say
 
 Prompts = Sequence[tuple[Row, list[int]]]
@@ -18,7 +18,7 @@ Prompts = Sequence[tuple[Row, list[int]]]
 @torch.no_grad()
 def measure(policy: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, *,
             reward: Reward, samples: int, seed: int, temperature: float, max_new_tokens: int, eos_ids: Sequence[int], pad_id: int,
-            batch_size: int = 256) -> dict[str, list[float]]:
+            stop_strings: Sequence[str] = (), batch_size: int = 256) -> dict[str, list[float]]:
     """One value a prompt, in the order of `prompts`, the same on every process: means over `samples` keyed draws at `temperature`,
     and a greedy answer.
 
@@ -29,9 +29,7 @@ def measure(policy: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreT
         ids = sample(policy, [p for _, p in problems], keys=[(prompt_key(row["id"]), n) for (row, _), n in
                      zip(problems, numbers, strict=True)], seed=seed, temperature=heat, max_new_tokens=max_new_tokens,
                      eos_ids=eos_ids, pad_id=pad_id, batch_size=batch_size)
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [Response(row, prompt, each, text, each[-1] in eos_ids)
-                for (row, prompt), each, text in zip(problems, ids, texts, strict=True)]
+        return as_responses(problems, ids, tokenizer, eos_ids=eos_ids, stop_strings=stop_strings)
 
     mine = list(range(rank(), len(prompts), world_size()))
     rows: list[tuple[int, dict[str, float]]] = []
