@@ -62,7 +62,8 @@ def early_letters(problems, texts, finished) -> list[float]:
 
 
 def trainer(directory: Path, *, iterations: int = 2, world: int = 1, reward=None, model=None, save_iterations: int = 1, seed: int = 0,
-            learning_rate: float = 3e-3, judge=None, arguments=None, ptx=(), ptx_collator=None, **changes) -> PPOTrainer:
+            learning_rate: float = 3e-3, judge=None, arguments=None, ptx=(), ptx_collator=None, asked=None,
+            **changes) -> PPOTrainer:
     from stages.rl.rewards import function_reward
 
     settings = PpoSettings(**{"rollout_batch": 16, "epochs": 2, "minibatches": 2, "micro_batch": 8, "critic_learning_rate": 3e-3,
@@ -75,8 +76,8 @@ def trainer(directory: Path, *, iterations: int = 2, world: int = 1, reward=None
             "per_device_train_batch_size": settings.micro_batch, "gradient_accumulation_steps": settings.accumulation(world),
             "learning_rate": learning_rate, "logging_steps": steps, "save_steps": save_iterations * steps, "disable_tqdm": True,
             "remove_unused_columns": False, "dataloader_pin_memory": False, **(arguments or {})}),
-        settings, prompts=prompts(), reward=reward or function_reward("tests.rl_tiny:early_letters"), tokenizer=tokenizer(), judge=judge,
-        ptx=ptx, ptx_collator=ptx_collator)
+        settings, prompts=asked or prompts(), reward=reward or function_reward("tests.rl_tiny:early_letters"), tokenizer=tokenizer(),
+        judge=judge, ptx=ptx, ptx_collator=ptx_collator)
 
 
 def write_parents(root: Path) -> Path:

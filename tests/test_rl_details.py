@@ -155,6 +155,9 @@ def test_par_compares_with_other_draws_of_the_reference_for_the_same_prompts(tmp
     torch.testing.assert_close(e.returns[:, -1], torch.tensor(expected), atol=1e-5, rtol=1e-5)
     trainer(tmp_path / "again", par_samples=2, reward=reward).rollout(0)
     assert asked[3] == reference, "a resumed run hears the same of the reference"
+    trainer(tmp_path / "start", par_samples=1, reward=reward).rollout(0)
+    same = sum(a == b for (_, a), (_, b) in zip(asked[4], asked[5], strict=True))
+    assert same < 8, "with the policy's own noise the start would be compared with itself"
 
 
 def test_the_kl_price_is_frozen_over_the_epochs(tmp_path):

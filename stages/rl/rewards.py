@@ -94,15 +94,18 @@ def model_reward(path: str | Path, *, vocab_size: int, device: torch.device | st
 def own_ids(reader: Any, response: Response, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """Prompt and response as a model with the tokenizer `reader` was trained to read them: by its chat template if it has one.
 
-    The prompt is the problem's `prompt` (messages or a text), or what the policy's `tokenizer` decodes; with a chat template a text
-    is one user message.
+    The prompt is the problem's `prompt` (messages or a text), or what the policy's `tokenizer` decodes. With a chat template a text
+    is one user message; without one, messages are paragraphs and the response goes on where a text ends.
     """
     prompt = prompt_of(response, tokenizer)
     if reader.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return chat_ids(reader, [*messages, {"role": "assistant", "content": response.text}])
-    text = prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt) + "\n\n"
-    return reader(text + response.text)["input_ids"]
+    if not isinstance(prompt, str):
+        return reader("\n\n".join([*(message["content"] for message in prompt), response.text]))["input_ids"]
+    if "prompt" in response.problem or tokenizer is None:
+        return reader(prompt + response.text)["input_ids"]
+    return reader(tokenizer.decode(response.prompt_ids + response.ids, skip_special_tokens=True))["input_ids"]  # spaces as they were
 
 
 def prompt_of(response: Response, tokenizer: PreTrainedTokenizerBase | None) -> Any:
