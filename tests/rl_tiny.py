@@ -3,6 +3,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from stages.data import curriculum
-from stages.data.packing import pack, to_dataset
+from stages.data.packing import PackedCollator, pack, to_dataset
 from stages.data.tokenizer import END as TURN_END
 from stages.data.tokenizer import EOS, train_tokenizer
 from stages.models.sizes import decoder_config
@@ -25,6 +26,7 @@ from stages.run.manifest import write_json
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PAD, END = 0, 1
+LM_END = 2  # ends the documents of the corpus
 VOCAB = len(LETTERS) + 2
 
 
@@ -54,6 +56,14 @@ def classifier(seed: int = 1, **changes):
 
 def prompts(count: int = 10) -> list[tuple[dict, list[int]]]:
     return [({"id": f"p{i}", "answer": "1", "solutions": []}, [2 + (i * 7 + j) % 26 for j in range(2 + i % 4)]) for i in range(count)]
+
+
+def corpus(count: int = 12) -> dict:
+    """Packed rows of 16 tokens, documents of 3 to 7, and their collator, as arguments of a trainer."""
+    random = np.random.default_rng(0)
+    documents = [random.integers(3, VOCAB, 3 + i % 5).tolist() for i in range(3 * count)]
+    rows = [{"input_ids": row} for row in list(pack(documents, 16, eos_id=LM_END, pad_id=PAD))[:count]]
+    return {"ptx": rows, "ptx_collator": PackedCollator(eos_id=LM_END, pad_id=PAD)}
 
 
 def early_letters(problems, texts, finished) -> list[float]:

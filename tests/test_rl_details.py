@@ -1,30 +1,19 @@
 """Implementation details of PPO one by one, where they are not already invariants of the trainer or formulas: docs/ppo.md lists all."""
 import math
 
-import numpy as np
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
 from reward.model import score_ids, set_normalization
-from stages.data.packing import PackedCollator, documents_of, pack
+from stages.data.packing import documents_of
 from stages.models.training import fit
 from stages.rl import maths
 from stages.rl.models import PolicyWithCritic, pad_sequences
 from stages.rl.rewards import Response, build_reward
 from stages.rl.rollouts import Scored, as_responses, build_experience
 from stages.rl.trainer import PPOTrainer
-from tests.rl_tiny import END, PAD, VOCAB, classifier, policy, prompts, tokenizer, trainer
-
-LM_END = 2  # ends the documents of the corpus
-
-
-def corpus(count: int = 12) -> dict:
-    """Packed rows of 16 tokens, documents of 3 to 7, and their collator, as arguments of a trainer."""
-    random = np.random.default_rng(0)
-    documents = [random.integers(3, VOCAB, 3 + i % 5).tolist() for i in range(3 * count)]
-    rows = [{"input_ids": row} for row in list(pack(documents, 16, eos_id=LM_END, pad_id=PAD))[:count]]
-    return {"ptx": rows, "ptx_collator": PackedCollator(eos_id=LM_END, pad_id=PAD)}
+from tests.rl_tiny import END, LM_END, PAD, VOCAB, classifier, corpus, policy, prompts, tokenizer, trainer
 
 
 def stepped(t: PPOTrainer, number: int) -> list[dict]:

@@ -191,7 +191,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_text_in_its_own_form(tm
     own = PreTrainedTokenizerFast(tokenizer_object=foreign, pad_token="<pad>", eos_token="<end>")
     own.chat_template = template
     own.save_pretrained(tmp_path)
-    model = classifier(vocab_size=len(letters)).eval()
+    model = classifier(vocab_size=len(letters), pad_token_id=PAD if template else None).eval()  # many have none
     model.save_pretrained(tmp_path)
     given = [Response({"id": "x"}, [2, 3], [4, 5, END], "c d", True), Response({"id": "y"}, [2], [6], "e", False)]
 

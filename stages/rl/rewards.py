@@ -40,7 +40,7 @@ class Response(NamedTuple):
     finished: bool
 
 
-Reward = Callable[[Sequence[Response]], Any]  # one score a response; a tensor (B,) once built
+Reward = Callable[[Sequence[Response]], Tensor]
 VERIFIER = "stages.rl.rewards:right"
 
 
@@ -80,6 +80,9 @@ def model_reward(path: str | Path, *, vocab_size: int, device: torch.device | st
         return own_ids(reader, response, tokenizer) if text else response.prompt_ids + response.ids
 
     if text:
+        for own in (model.config.get_text_config() for model in models):
+            if own.pad_token_id is None:  # any id with which no text ends: such a model scores the last token
+                own.pad_token_id = next(i for i in (reader.pad_token_id, reader.bos_token_id, 0) if i is not None)
         say(f"reward model {path} reads text anew with its own tokenizer{' and chat template' if reader.chat_template else ''}: tokens "
             "can split in other ways than they were sampled, and a response that was cut off looks as if it had ended"
             + ("" if hasattr(models[0].config, "score_std") else "; it has no score_mean and score_std: its scores keep their own scale"))
@@ -132,7 +135,7 @@ def function_reward(path: str, tokenizer: PreTrainedTokenizerBase | None = None)
 
     TRL's signature is `f(prompts, completions, completion_ids, **columns)`: prompts and completions are messages where the problems
     have them, else texts; the columns are those of the problems' rows. Raises ValueError when there is no such function, and, naming
-    it and the response, when it raises.
+    it and the response, when it raises or its score is no finite number.
     """
     module, _, name = path.partition(":")
     try:
@@ -153,9 +156,9 @@ def function_reward(path: str, tokenizer: PreTrainedTokenizerBase | None = None)
             for r, prompt in zip(responses, prompts, strict=True)]}
         return function(**{key: values for key, values in given.items() if everything or key in accepted})
 
-    def reward(responses: Sequence[Response]) -> Any:
+    def reward(responses: Sequence[Response]) -> Tensor:
         try:
-            return call(responses)
+            given = call(responses)
         except Exception as error:
             for i, response in enumerate(responses):  # which of them it cannot judge
                 try:
@@ -165,6 +168,7 @@ def function_reward(path: str, tokenizer: PreTrainedTokenizerBase | None = None)
                                      "function, or let it return a score for such a response") from alone
             raise ValueError(f"reward {path!r} raised {_line(error)} for {len(responses)} responses, for none of them "
                              "alone: mend the function") from error
+        return as_scores(path, given, responses)
 
     return reward
 

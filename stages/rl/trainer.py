@@ -213,8 +213,8 @@ class PPOTrainer(Resumable, Trainer):
         ids = sample(self.reference, [ids for _, ids in repeated], keys=[(key, number * each + i) for key, number in keys for i in
                      range(each)], seed=s.seed + 1, temperature=self.model.temperature, max_new_tokens=s.max_new_tokens,
                      eos_ids=s.eos_ids, pad_id=s.pad_id, batch_size=s.sampling_batch)
-        scores = self.reward(as_responses(repeated, ids, self.tokenizer, eos_ids=s.eos_ids, stop_strings=s.stop_strings)).tolist()
-        return [tuple(scores[i:i + each]) for i in range(0, len(scores), each)]
+        scores = self.reward(as_responses(repeated, ids, self.tokenizer, eos_ids=s.eos_ids, stop_strings=s.stop_strings))
+        return [tuple(float(score) for score in scores[i:i + each]) for i in range(0, len(scores), each)]
 
     def _stop_for_kl(self, kl: float) -> None:
         """Save what there is, which no response of this rollout has changed, and stop. Raises ValueError with the remedy."""
