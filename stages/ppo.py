@@ -2,17 +2,20 @@
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m stages.ppo --config recipes/tiny/ppo.yaml
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from datasets import load_from_disk
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from prompts.templates import BENCHMARK_CUES
 from reward.alarms import Limits
 from stages.data.curriculum import CUES
+from stages.data.packing import PackedCollator
+from stages.data.tokenizer import EOS
 from stages.models.training import barrier, fit, save_model, training_arguments, world_size
 from stages.rl.alarms import Watch, build_watchers
 from stages.rl.costs import ppo_flops, price
@@ -39,8 +42,29 @@ class PpoConfig(QuestionConfig):
     STAGE = "ppo"
     PARENTS = ("prepare", "sft", "reward_model")
 
+    # Rollout. More under QuestionConfig: reward, temperature, max_new_tokens. docs/ppo.md has the source of each default.
     iterations: int = option(40, "rollouts; each is learned from in epochs x minibatches steps")
     rollout_batch: int = option(192, "responses an iteration, over all processes")
+    stop_strings: list[str] = option([], "texts that end a response as its end token does")
+    # Reward, in this order: score, PAR or clipping, length, missing end, and the KL a token.
+    score_clip: float | None = option(None, "scores are held within +- this")
+    par_samples: int = option(0, "above 0: PAR, the score as the chance of being preferred to so many responses of the reference")
+    length_penalty: float = option(0.0, "price of a token, in scores")
+    missing_eos_penalty: float | None = option(-1.0, "score of a response that does not end (null: keep its score)")
+    kl_coef: float = option(0.05, "price of a nat of KL to the reference (k1), in scores")
+    kl_target: float | None = option(None, "nats a response that an adaptive kl_coef aims at (default: fixed)")
+    kl_horizon: float = option(10_000, "responses in which an adaptive kl_coef changes by what its error is, 20 % at most")
+    kl_limit: float | None = option(500.0, "nats a response at which the run saves and stops (null: never)", recorded_only=True)
+    gamma: float = option(1.0, "discount a token")
+    lam: float = option(0.95, "lambda of the advantage estimates")
+    # Loss.
+    cliprange: float = option(0.2, "clipping of the probability ratio")
+    cliprange_value: float = option(0.2, "clipping of the value around the old one, in scores: how far it moves in one iteration")
+    vf_coef: float = option(0.5, "weight of the value loss")
+    kl_loss_coef: float = option(0.0, "weight of k2, the KL to the reference in the loss (with kl_coef: 0 there alone)")
+    ptx_coef: float = option(0.0, "weight of the loss on prepare's corpus, a packed row for each response (PPO-ptx)")
+    value_trunk: Literal["separate", "shared"] = option("separate", "critic from the reward model, or a value head on the policy")
+    # Optimiser.
     epochs: int = option(1, "passes over an iteration's responses")
     minibatches: int = option(4, "optimizer steps a pass")
     micro_batch_size: int = option(48, "responses a forward pass and process")
@@ -48,16 +72,7 @@ class PpoConfig(QuestionConfig):
     critic_learning_rate: float = option(3e-4, "of the critic")
     critic_warmup: int = option(0, "iterations in which the critic learns alone")
     schedule: Literal["linear", "constant"] = option("linear", "linear: both learning rates fall to zero over the run")
-    kl_coef: float = option(0.05, "price of a nat of KL to the reference, in scores")
-    kl_target: float | None = option(None, "nats a response that an adaptive kl_coef aims at (default: fixed)")
-    gamma: float = option(1.0, "discount a token")
-    lam: float = option(0.95, "lambda of the advantage estimates")
-    cliprange: float = option(0.2, "clipping of the probability ratio")
-    cliprange_value: float = option(0.2, "clipping of the value around the old one, in scores: how far it moves in one iteration")
-    vf_coef: float = option(0.5, "weight of the value loss")
     max_grad_norm: float = option(1.0, "gradient norm of each model")
-    missing_eos_penalty: float | None = option(-1.0, "score of a response that does not end (null: keep its score)")
-    value_trunk: Literal["separate", "shared"] = option("separate", "critic from the reward model, or a value head on the policy")
     save_iterations: int = option(5, "iterations between checkpoints")
     on_alarm: Literal["warn", "stop", "rollback"] = option("warn", "signs of reward hacking: warn, stop there, or stop and go back to the "
                                                            "best checkpoint (docs/reward-hacking.md)")
@@ -81,13 +96,10 @@ def main(config: PpoConfig) -> Manifest:
     policy = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     stops = policy.config.eos_token_id
     eos_ids = tuple(stops) if isinstance(stops, list) else (stops,)
-    pad_id = tokenizer.pad_token_id
-    settings = PpoSettings(
-        rollout_batch=config.rollout_batch, epochs=config.epochs, minibatches=config.minibatches, micro_batch=config.micro_batch_size,
-        critic_learning_rate=config.critic_learning_rate, critic_warmup=config.critic_warmup, linear_decay=config.schedule == "linear",
-        gamma=config.gamma, lam=config.lam, cliprange=config.cliprange, cliprange_value=config.cliprange_value, vf_coef=config.vf_coef,
-        kl_target=config.kl_target, missing_eos_penalty=config.missing_eos_penalty, max_new_tokens=config.max_new_tokens,
-        eos_ids=eos_ids, pad_id=pad_id, seed=config.seed)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]  # masks come from lengths
+    same = {field.name: getattr(config, field.name) for field in fields(PpoSettings) if hasattr(config, field.name)}
+    settings = PpoSettings(**same | {"stop_strings": tuple(config.stop_strings)}, micro_batch=config.micro_batch_size,
+                           linear_decay=config.schedule == "linear", eos_ids=eos_ids, pad_id=pad_id)
     accumulation = settings.accumulation(world_size())
     learned, measured = own or embedded_problems(config, run.parents["prepare"].product("problems"))
     cue = (BENCHMARK_CUES if own else CUES)[config.style]
@@ -107,14 +119,17 @@ def main(config: PpoConfig) -> Manifest:
         learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm, weight_decay=0.0))
     reward = build_reward(config.reward, model_path=scorer, vocab_size=policy.config.vocab_size, device=arguments.device,
                           tokenizer=tokenizer)
+    ptx: Any = load_from_disk(str(run.parents["prepare"].product("tokens") / "train")) if config.ptx_coef else ()
     sampling: dict[str, Any] = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "eos_ids": eos_ids,
-                                "pad_id": pad_id}
+                                "pad_id": pad_id, "stop_strings": config.stop_strings}
     model.to(arguments.device)
     watchers = build_watchers(config.reward, model_path=scorer, second=config.second_reward, reference=policy, tokenizer=tokenizer,
                               prompts=prompts, device=arguments.device, vocab_size=policy.config.vocab_size, seed=config.seed + 2,
                               **sampling)
     watch = Watch(limits, config.on_alarm, watchers=watchers, shown=held_out[:SHOWN], every=config.sample_iterations)
-    trainer = PPOTrainer(model, arguments, settings, prompts=prompts, reward=reward, tokenizer=tokenizer, judge=gold_scores, watch=watch)
+    trainer = PPOTrainer(model, arguments, settings, prompts=prompts, reward=reward, tokenizer=tokenizer, judge=gold_scores, watch=watch,
+                         ptx=ptx, ptx_collator=PackedCollator(eos_id=tokenizer.get_vocab().get(EOS, tokenizer.eos_token_id),
+                                                              pad_id=pad_id))
 
     def look() -> dict[str, list[float]]:
         return measure(model.policy, trainer.reference, tokenizer, held_out, reward=reward, samples=config.eval_samples,
@@ -148,7 +163,9 @@ def main(config: PpoConfig) -> Manifest:
     counts = {"responses": len(asked_of), "tokens": tokens, "steps": trainer.state.global_step,
               "parameters": sum(p.numel() for p in model.parameters()),
               "flops": ppo_flops(policy.config, critic.config if critic is not None else None, judges, responses=len(asked_of),
-                                 prompt_tokens=sum(map(len, asked_of)), tokens=tokens, epochs=config.epochs)}
+                                 prompt_tokens=sum(map(len, asked_of)), tokens=tokens, epochs=config.epochs,
+                                 par_samples=config.par_samples, ptx_row=(row := len(ptx[0]["input_ids"]) if len(ptx) else 1),
+                                 ptx_tokens=len(asked_of) * config.epochs * row if len(ptx) else 0)}
     say(price(metrics["gain/gold"]["value"], counts))
     return run.finish(metrics=metrics, products={"model": "model", "critic": "critic", "overoptimization":
                       "overoptimization.json"}, counts=counts, notes=notes)

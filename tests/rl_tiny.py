@@ -3,6 +3,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from stages.data import curriculum
-from stages.data.packing import pack, to_dataset
+from stages.data.packing import PackedCollator, pack, to_dataset
 from stages.data.tokenizer import END as TURN_END
 from stages.data.tokenizer import EOS, train_tokenizer
 from stages.models.sizes import decoder_config
@@ -25,6 +26,7 @@ from stages.run.manifest import write_json
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PAD, END = 0, 1
+LM_END = 2  # ends the documents of the corpus
 VOCAB = len(LETTERS) + 2
 
 
@@ -56,13 +58,22 @@ def prompts(count: int = 10) -> list[tuple[dict, list[int]]]:
     return [({"id": f"p{i}", "answer": "1", "solutions": []}, [2 + (i * 7 + j) % 26 for j in range(2 + i % 4)]) for i in range(count)]
 
 
+def corpus(count: int = 12) -> dict:
+    """Packed rows of 16 tokens, documents of 3 to 7, and their collator, as arguments of a trainer."""
+    random = np.random.default_rng(0)
+    documents = [random.integers(3, VOCAB, 3 + i % 5).tolist() for i in range(3 * count)]
+    rows = [{"input_ids": row} for row in list(pack(documents, 16, eos_id=LM_END, pad_id=PAD))[:count]]
+    return {"ptx": rows, "ptx_collator": PackedCollator(eos_id=LM_END, pad_id=PAD)}
+
+
 def early_letters(problems, texts, finished) -> list[float]:
     """Share of letters before m: a reward that a policy can raise quickly."""
     return [sum(letter < "m" for letter in text.split()) / max(1, len(text.split())) for text in texts]
 
 
 def trainer(directory: Path, *, iterations: int = 2, world: int = 1, reward=None, model=None, save_iterations: int = 1, seed: int = 0,
-            learning_rate: float = 3e-3, judge=None, watch=None, arguments=None, **changes) -> PPOTrainer:
+            learning_rate: float = 3e-3, judge=None, watch=None, arguments=None, ptx=(), ptx_collator=None, asked=None,
+            **changes) -> PPOTrainer:
     from stages.rl.rewards import function_reward
 
     settings = PpoSettings(**{"rollout_batch": 16, "epochs": 2, "minibatches": 2, "micro_batch": 8, "critic_learning_rate": 3e-3,
@@ -75,8 +86,8 @@ def trainer(directory: Path, *, iterations: int = 2, world: int = 1, reward=None
             "per_device_train_batch_size": settings.micro_batch, "gradient_accumulation_steps": settings.accumulation(world),
             "learning_rate": learning_rate, "logging_steps": steps, "save_steps": save_iterations * steps, "disable_tqdm": True,
             "remove_unused_columns": False, "dataloader_pin_memory": False, **(arguments or {})}),
-        settings, prompts=prompts(), reward=reward or function_reward("tests.rl_tiny:early_letters"), tokenizer=tokenizer(), judge=judge,
-        watch=watch)
+        settings, prompts=asked or prompts(), reward=reward or function_reward("tests.rl_tiny:early_letters"), tokenizer=tokenizer(),
+        judge=judge, watch=watch, ptx=ptx, ptx_collator=ptx_collator)
 
 
 def write_parents(root: Path) -> Path:
@@ -84,7 +95,9 @@ def write_parents(root: Path) -> Path:
     texts = [row["text"] for row in islice(curriculum.documents(0), 300)]
     bpe = train_tokenizer(texts, vocab_size=400)
     rows = pack([bpe(text)["input_ids"] for text in texts[:12]], 128, eos_id=bpe.eos_token_id, pad_id=bpe.pad_token_id)
-    to_dataset(rows, 128, vocab_size=len(bpe)).save_to_disk(str(root / "prepare" / "tokens" / "heldout"))
+    rows = to_dataset(rows, 128, vocab_size=len(bpe))
+    for part in ("train", "heldout"):
+        rows.save_to_disk(str(root / "prepare" / "tokens" / part))
     assert bpe.eos_token == EOS
     bpe.eos_token = TURN_END
     model = decoder_config(bpe, hidden_size=32, num_layers=2, num_heads=2, context_length=160)

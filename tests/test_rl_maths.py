@@ -8,11 +8,15 @@ from stages.rl.maths import (
     adapt_kl_coef,
     advantages_and_returns,
     approx_kl,
+    clip_scores,
     explained_variance,
     final_scores,
+    k2,
     masked_mean,
     masked_var,
+    penalise_length,
     policy_loss,
+    preference_as_reward,
     token_rewards,
     value_loss,
     whiten,
@@ -67,6 +71,36 @@ def test_k1_in_the_reward_has_the_gradient_of_the_kl_and_k3_does_not():
     assert not torch.allclose(other, true, atol=1e-2)
 
 
+def test_k2_in_the_loss_has_the_gradient_of_the_kl_and_k1_and_k3_do_not():
+    """Exact on a three-way choice, over the policy's own draws: E[grad k2] against the gradient of KL(p || q) by autograd."""
+    logits, q = torch.tensor([0.3, -0.4, 1.1], requires_grad=True), torch.tensor([0.2, 0.5, 0.3])
+    p = logits.softmax(0)
+    (true,) = torch.autograd.grad((p * (p / q).log()).sum(), logits, retain_graph=True)
+
+    def mean_gradient(loss):
+        return torch.autograd.grad((p.detach() * loss).sum(), logits, retain_graph=True)[0]
+
+    close(mean_gradient(k2(p.log(), q.log())), true)
+    close(mean_gradient(p.log() - q.log()), [0.0, 0.0, 0.0], atol=1e-6, rtol=0)
+    assert not torch.allclose(mean_gradient(approx_kl(q.log(), p.log())), true, atol=1e-2)
+
+
+def test_scores_are_clipped():
+    close(clip_scores(torch.tensor([-3.0, 0.5, 9.0]), 2.0), [-2.0, 0.5, 2.0])
+    close(clip_scores(torch.tensor([-3.0, 9.0]), None), [-3.0, 9.0])
+
+
+def test_length_has_its_price():
+    close(penalise_length(torch.tensor([1.0, 1.0]), torch.tensor([10.0, 0.0]), 0.05), [0.5, 1.0])
+
+
+def test_par_is_the_mean_chance_of_being_preferred():
+    third = math.log(0.5)  # sigmoid of it is 1/3
+    scores = torch.tensor([2.0, 1.0, 50.0])
+    reference = torch.tensor([[2.0, 2.0], [1.0, 1.0 - third], [0.0, 0.0]])
+    close(preference_as_reward(scores, reference), [0.5, (1 / 2 + 1 / 3) / 2, 1.0])
+
+
 def test_gae_by_hand():
     rewards = torch.tensor([[1.0, 0.0, 2.0], [3.0, 7.0, 7.0], [7.0, 1.0, 1.0]])
     values = torch.tensor([[0.5, 1.0, 1.5], [1.0, 9.0, 9.0], [9.0, 2.0, 4.0]])
@@ -75,6 +109,28 @@ def test_gae_by_hand():
     # row 2: deltas 1 + 2 - 2 = 1, 1 - 4 = -3; then 1 + .25 x -3 = .25
     close(advantages, [[0.96875, -0.125, 0.5], [2.0, 0.0, 0.0], [0.0, 0.25, -3.0]])
     close(returns, [[1.46875, 0.875, 2.0], [3.0, 0.0, 0.0], [0.0, 2.25, 1.0]])
+
+
+def slow_gae(rewards, values, gamma, lam):
+    """Equation 16 of Schulman et al. 2016 as it is written: each advantage is its own sum over all later errors, O(T^2)."""
+    following = [*values[1:], 0.0]
+    deltas = [r + gamma * f - v for r, v, f in zip(rewards, values, following, strict=True)]
+    return [sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, len(deltas))) for t in range(len(deltas))]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gae_equals_its_definition_and_ignores_padding(side):
+    generator = torch.Generator().manual_seed(0)
+    lengths, width = [1, 4, 9], 12  # three columns more than the longest
+    rewards, values = (torch.randn(3, width, generator=generator, dtype=torch.float64) for _ in range(2))
+    columns, counts = torch.arange(width), torch.tensor(lengths)[:, None]
+    mask = columns >= width - counts if side == "left" else columns < counts
+    advantages, returns = advantages_and_returns(rewards, values, mask, gamma=0.97, lam=0.9)
+    for i in range(3):
+        expected = torch.tensor(slow_gae(rewards[i, mask[i]].tolist(), values[i, mask[i]].tolist(), 0.97, 0.9))
+        close(advantages[i, mask[i]], expected)
+        close(returns[i, mask[i]], expected + values[i, mask[i]])
+    assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
 
 
 def test_gae_with_lambda_one_is_the_discounted_return_whatever_the_critic():

@@ -1,10 +1,12 @@
 """Policy and critic: windows, padding, temperature, dropout; and the sources of scores."""
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from stages.rl.models import PolicyWithCritic, align_right, pad_sequences, policy_stats, remove_dropout
 from stages.rl.rewards import Response, build_reward
-from tests.rl_tiny import END, PAD, VOCAB, classifier, early_letters, policy
+from tests.rl_tiny import END, LETTERS, PAD, VOCAB, classifier, early_letters, policy, tokenizer
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 RESPONSES = [[3, END], [4, 5, 6, 7, END], [12]]
@@ -51,13 +53,14 @@ def test_stats_equal_those_without_padding(architecture, temperature):
         assert (policy_stats(model, wrong, temperature)[0] - expected_logprobs).abs().max() > 1e-2
 
 
-def test_values_stand_before_each_response_token():
-    critic = classifier().eval()
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gpt2"])
+def test_values_stand_before_each_response_token(architecture):
+    critic = classifier(architecture=architecture).eval()
     critic.config.score_mean, critic.config.score_std = 0.5, 2.0
     values = PolicyWithCritic(policy(), critic)(**pad_sequences(PROMPTS, RESPONSES, PAD)).values
     rows = []
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
-        hidden = critic.model(torch.tensor([prompt + response])).last_hidden_state
+        hidden = critic.base_model(torch.tensor([prompt + response])).last_hidden_state
         rows.append((critic.score(hidden)[0, len(prompt) - 1:-1, 0] - 0.5) / 2)
     torch.testing.assert_close(values, align_right(rows), atol=1e-5, rtol=1e-4)
 
@@ -148,3 +151,65 @@ def test_reward_model_of_another_vocabulary(tmp_path):
     classifier(vocab_size=50).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="50 tokens"):
         build_reward({"model": 1.0}, model_path=tmp_path, vocab_size=VOCAB)
+
+
+def trl_style(prompts, completions, answer, completion_ids, **kwargs):
+    """A function as TRL's trainers take them: columns by name, messages where the prompts are messages."""
+    said = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    asked = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
+    assert set(kwargs) == {"id", "solutions"} and all(isinstance(ids, list) for ids in completion_ids)
+    return [float(a in text) + len(question) for a, text, question in zip(answer, said, asked, strict=True)]
+
+
+def trl_style_without_more(completions, answer):
+    return [float(a in text) for a, text in zip(answer, completions, strict=True)]
+
+
+def test_functions_with_trls_signature():
+    name = "tests.test_rl_models:trl_style"
+    problem = {"id": "x", "answer": "7", "solutions": []}
+    plain = [Response(problem, [2, 3], [4, END], "7", True), Response(problem, [2, 3, 4], [4, END], "8", True)]
+    reward = build_reward({name: 1.0}, model_path=None, vocab_size=VOCAB, tokenizer=tokenizer())
+    assert reward(plain).tolist() == [1.0 + len("a b"), len("a b c")]
+    messages = [r._replace(problem=problem | {"prompt": [{"role": "user", "content": "?"}]}) for r in plain]
+    assert build_reward({name: 1.0}, model_path=None, vocab_size=VOCAB)(messages).tolist() == [2.0, 1.0]
+    fewer = build_reward({"tests.test_rl_models:trl_style_without_more": 2.0}, model_path=None, vocab_size=VOCAB, tokenizer=tokenizer())
+    assert fewer(plain).tolist() == [2.0, 0.0]
+    with pytest.raises(ValueError, match="problem 'x' has no prompt in words"):
+        build_reward({name: 1.0}, model_path=None, vocab_size=VOCAB)(plain)
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} <end> {% endfor %}"
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_a_reward_model_with_another_tokenizer_reads_the_text_in_its_own_form(tmp_path, capsys, template):
+    """Its ids are those of its own tokenizer on prompt and response, by its chat template where it has one."""
+    letters = ["<pad>", "<end>", *reversed(LETTERS), "more"]
+    foreign = Tokenizer(models.WordLevel({token: i for i, token in enumerate(letters)}, unk_token="<pad>"))
+    foreign.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    own = PreTrainedTokenizerFast(tokenizer_object=foreign, pad_token="<pad>", eos_token="<end>")
+    own.chat_template = template
+    own.save_pretrained(tmp_path)
+    model = classifier(vocab_size=len(letters), pad_token_id=PAD if template else None).eval()  # many have none
+    model.save_pretrained(tmp_path)
+    given = [Response({"id": "x"}, [2, 3], [4, 5, END], "c d", True), Response({"id": "y"}, [2], [6], "e", False)]
+
+    def build(name):
+        return build_reward({name: 1.0}, model_path=tmp_path, vocab_size=VOCAB, tokenizer=tokenizer())
+
+    with pytest.raises(ValueError, match=r"has 29 tokens, the policy 28: .*@text"):
+        build("model")
+    assert "reads text anew" not in capsys.readouterr().out
+    scores = build("model@text")(given)
+    printed = capsys.readouterr().out
+    assert "reads text anew with its own tokenizer" in printed and ("chat template" in printed) == bool(template)
+    assert "its scores keep their own scale" in printed
+    rows = [own(text, add_special_tokens=False)["input_ids"] for text in (
+        ["u a b <end> a c d <end>", "u a <end> a e <end>"] if template else ["a b c d", "a e"])]
+    with torch.no_grad():
+        expected = torch.stack([model(torch.tensor([row])).logits[0, 0] for row in rows])
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(build(f"{tmp_path}@text")(given), scores)
+    asked_by = [r._replace(problem=r.problem | {"prompt": [{"role": "user", "content": "z"}]}) for r in given]
+    assert not torch.allclose(build("model@text")(asked_by), scores)

@@ -22,11 +22,14 @@ def right(rows, pad):
     return torch.tensor([list(r) + [pad] * (width - len(r)) for r in rows])
 
 
-def test_policy_loss_and_gradient_equal_trls(tmp_path):
+@pytest.mark.parametrize(("loss_type", "accumulation"), [("bnpo", 1), ("dapo", 1), ("dapo", 2)])
+def test_policy_loss_and_gradient_equal_trls(tmp_path, loss_type, accumulation):
+    """`bnpo` divides by the tokens of a micro-batch and so agrees at accumulation 1 alone; `dapo` by those of the whole batch."""
     model = PolicyWithCritic(policy(), classifier(), temperature=0.8)
     t: PPOTrainer = trainer(tmp_path / "ppo", model=model, vf_coef=0.0)
     e = t.rollout(0)
     rows = [0, 3, 5, 9]
+    parts = [rows[i::accumulation] for i in range(accumulation)]
     torch.manual_seed(0)
     with torch.no_grad():  # a few updates later: some ratios lie outside the clipping range
         for p in t.model.policy.parameters():
@@ -35,25 +38,26 @@ def test_policy_loss_and_gradient_equal_trls(tmp_path):
     grpo = GRPOTrainer(
         model=copy.deepcopy(t.model.policy), reward_funcs=lambda **_: [0.0], processing_class=tokenizer(),
         train_dataset=datasets.Dataset.from_list([{"prompt": "a"}] * 4),
-        args=GRPOConfig(output_dir=str(tmp_path / "grpo"), use_cpu=True, bf16=False, loss_type="bnpo", beta=0.0,
-                        temperature=0.8, epsilon=0.2, per_device_train_batch_size=4, num_generations=4,
-                        gradient_accumulation_steps=1, report_to="none"))
+        args=GRPOConfig(output_dir=str(tmp_path / "grpo"), use_cpu=True, bf16=False, loss_type=loss_type, beta=0.0,
+                        temperature=0.8, epsilon=0.2, per_device_train_batch_size=4 // accumulation, num_generations=4,
+                        gradient_accumulation_steps=accumulation, report_to="none"))
     grpo.model.train()
-    grpo.current_gradient_accumulation_steps = 1
-    lengths = [len(e.responses[i].ids) for i in rows]
-    assert len(set(lengths)) > 1 and len({len(e.responses[i].prompt_ids) for i in rows}) > 1, "the case needs padding on both sides"
-    prompts, responses = [e.responses[i].prompt_ids for i in rows], [e.responses[i].ids for i in rows]
-    tokens = {"prompt_ids": left(prompts, PAD), "prompt_mask": left([[1] * len(p) for p in prompts], 0),
-              "completion_ids": right(responses, PAD), "completion_mask": right([[1] * n for n in lengths], 0)}
-    numbers = {key: right([values[i, -n:].tolist() for i, n in zip(rows, lengths, strict=True)], 0.0)
-               for key, values in (("advantages", e.advantages), ("old_per_token_logps", e.logprobs))}
-    theirs = grpo._compute_loss(grpo.model, tokens | numbers)
-    theirs.backward()
-
-    t.current_gradient_accumulation_steps = 1
-    ours = t.compute_loss(t.model, {**e.inputs(rows, PAD), "num_tokens": torch.tensor(sum(lengths))})
-    ours.backward()
+    grpo.current_gradient_accumulation_steps = t.current_gradient_accumulation_steps = accumulation
+    assert len({len(e.responses[i].ids) for i in rows}) > 1 and len({len(e.responses[i].prompt_ids) for i in rows}) > 1, "needs padding"
+    num_tokens = sum(len(e.responses[i].ids) for i in rows)
+    sums = [0.0, 0.0]
+    for part in parts:
+        prompts, responses = [e.responses[i].prompt_ids for i in part], [e.responses[i].ids for i in part]
+        tokens = {"prompt_ids": left(prompts, PAD), "prompt_mask": left([[1] * len(p) for p in prompts], 0),
+                  "completion_ids": right(responses, PAD), "completion_mask": right([[1] * len(r) for r in responses], 0)}
+        numbers = {key: right([values[i, -len(r):].tolist() for i, r in zip(part, responses, strict=True)], 0.0)
+                   for key, values in (("advantages", e.advantages), ("old_per_token_logps", e.logprobs))}
+        theirs = grpo._compute_loss(grpo.model, tokens | numbers | {"num_items_in_batch": torch.tensor(float(num_tokens))})
+        theirs.backward()
+        ours = t.compute_loss(t.model, {**e.inputs(part, PAD), "num_tokens": torch.tensor(num_tokens)}) / accumulation  # as Trainer does
+        ours.backward()
+        sums = [sums[0] + ours.item(), sums[1] + theirs.item()]
     assert float(t.sums["policy/clip_fraction"]) > 0.02, "the case needs clipped tokens"
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+    assert sums[0] == pytest.approx(sums[1], rel=1e-4)
     for (name, a), b in zip(t.model.policy.named_parameters(), grpo.model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")

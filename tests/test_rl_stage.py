@@ -122,6 +122,18 @@ def test_shared_trunk_with_a_function_as_reward(parents, tmp_path):
     assert metrics["after/score"]["value"] == pytest.approx(metrics["after/gold"]["value"])
 
 
+def test_every_option_of_the_reward_and_the_loss_together(parents, tmp_path):
+    """PAR, length penalty, stop strings, k2 in the loss and PPO-ptx through the whole stage; their price is in the FLOPs."""
+    flags = {"iterations": 1, "epochs": 2, "reward": "{verifier: 1.0}", "save-iterations": 1}
+    plain = main(configured(parents, tmp_path / "plain", **flags))
+    made = main(configured(parents, tmp_path / "ppo", **flags, **{
+        "par-samples": 2, "length-penalty": 0.01, "stop-strings": '["1", "a"]', "kl-loss-coef": 0.1, "ptx-coef": 0.5}))
+    (row,) = map(json.loads, (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines())
+    assert row["loss/ptx"] > 0 and row["objective/shaped_score"] < row["objective/rlhf_reward"] + 1e-3
+    assert made.metrics["before/eos_rate"]["value"] > plain.metrics["before/eos_rate"]["value"]  # measured with the same stops
+    assert made.data["counts"]["flops"] > plain.data["counts"]["flops"]
+
+
 def test_bad_input_gives_one_line(parents, tmp_path):
     result = run(command(parents, tmp_path / "ppo", tasks="[no_such_task]"))
     assert result.returncode == 2 and result.stderr.count("error:") == 1 and "choose from tasks ['" in result.stderr

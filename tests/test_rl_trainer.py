@@ -17,7 +17,7 @@ from stages.rl.models import PolicyWithCritic
 from stages.rl.rewards import Response
 from stages.rl.rollouts import Scored, build_experience, draws, minibatch_rows
 from stages.rl.trainer import PpoSettings
-from tests.rl_tiny import END, classifier, early_letters, policy, trainer
+from tests.rl_tiny import END, classifier, corpus, early_letters, policy, trainer
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -113,11 +113,11 @@ def test_accumulation_does_not_change_the_step(tmp_path):
             assert logged[0][key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
 
 
-@pytest.mark.parametrize("kl_target", [None, 0.05])
-def test_resumed_equals_uninterrupted(tmp_path, kl_target):
+@pytest.mark.parametrize(("kl_target", "changes"), [(None, {}), (0.05, {}), (0.05, {"par_samples": 1, "ptx_coef": 0.5, **corpus()})])
+def test_resumed_equals_uninterrupted(tmp_path, kl_target, changes):
     """Weights, optimizer, metrics and the adaptive KL coefficient, bit for bit, from the checkpoint in the middle."""
     def make(name):
-        return trainer(tmp_path / name, iterations=3, kl_target=kl_target, kl_horizon=100, critic_warmup=1)
+        return trainer(tmp_path / name, iterations=3, kl_target=kl_target, kl_horizon=100, critic_warmup=1, **changes)
 
     whole = make("whole")
     fit(whole)
@@ -228,8 +228,9 @@ from accelerate import PartialState
 PartialState(cpu=True, **({"backend": "gloo"} if len(sys.argv) > 2 else {}))
 from stages.models.training import fit, world_size
 from stages.run.entry import stop_processes
-from tests.rl_tiny import trainer
-t = trainer(Path(sys.argv[1]), world=world_size(), micro_batch=4, kl_target=0.05, kl_horizon=100)
+from tests.rl_tiny import corpus, trainer
+t = trainer(Path(sys.argv[1]), world=world_size(), micro_batch=4, kl_target=0.05, kl_horizon=100, par_samples=1, ptx_coef=0.5,
+            kl_loss_coef=0.1, **corpus())
 fit(t)
 assert world_size() == (2 if len(sys.argv) > 2 else 1)
 stop_processes()

@@ -122,7 +122,8 @@ class Watch(TrainerCallback):
         t, s = self.trainer, self.trainer.settings
         with t.accelerator.autocast():
             found = samples.look(t.model.policy, t.reference, t.tokenizer, self.shown, reward=t.reward, judge=t.judge, seed=s.seed,
-                                 temperature=t.model.temperature, max_new_tokens=s.max_new_tokens, eos_ids=s.eos_ids, pad_id=s.pad_id)
+                                 temperature=t.model.temperature, max_new_tokens=s.max_new_tokens, eos_ids=s.eos_ids, pad_id=s.pad_id,
+                                 stop_strings=s.stop_strings)
         samples.record(Path(t.args.output_dir).parent, t.state.global_step, found)
 
     def rewind(self, step: int) -> None:

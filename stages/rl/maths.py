@@ -6,7 +6,8 @@ the caller divides their sum by the tokens of the global minibatch, so that neit
 changes the gradient.
 
 Sources: Schulman et al. 2016 (GAE); Schulman et al. 2017 (PPO); Ziegler et al. 2019 (KL in the reward, adaptive coefficient);
-Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"; Schulman 2020, "Approximating KL Divergence" (a blog note).
+Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"; Schulman 2020, "Approximating KL Divergence" (a blog note);
+Fu et al. 2025, "Reward Shaping to Mitigate Reward Hacking in RLHF" (PAR).
 """
 import torch
 from torch import Tensor
@@ -39,6 +40,26 @@ def final_scores(scores: Tensor, finished: Tensor, missing_eos_penalty: float | 
     if missing_eos_penalty is None:
         return scores
     return torch.where(finished, scores, torch.full_like(scores, missing_eos_penalty))
+
+
+def clip_scores(scores: Tensor, limit: float | None) -> Tensor:
+    """(B,) scores held within +-`limit`; None leaves them. What a score beyond those of its training samples says is not known."""
+    return scores if limit is None else scores.clamp(-limit, limit)
+
+
+def preference_as_reward(scores: Tensor, reference_scores: Tensor) -> Tensor:
+    """PAR: (B,) from scores (B,) and those of M responses of the reference to the same prompts (B, M): mean of sigmoid(difference).
+
+    The probability, by Bradley and Terry, of being preferred to what the reference says: bounded in (0, 1), steepest where the
+    policy starts and flat where only a mistaken reward model sees progress (Fu et al. 2025). It is that probability for scores
+    that are logits; for normalised ones the curve is the same and its steepness one a standard deviation of SFT samples.
+    """
+    return torch.sigmoid(scores[:, None] - reference_scores).mean(dim=1)
+
+
+def penalise_length(scores: Tensor, lengths: Tensor, coef: float) -> Tensor:
+    """(B,) scores less `coef` for each token; `lengths` (B,) in tokens, the end token counted (Singhal et al. 2023)."""
+    return scores - coef * lengths
 
 
 def token_rewards(logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
@@ -87,6 +108,16 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange
     held = old_values + (values - old_values).clamp(-cliprange, cliprange)
     free, clipped = (values - returns) ** 2, (held - returns) ** 2
     return 0.5 * torch.maximum(free, clipped), clipped > free
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Schulman's k2 of each token, (log pi - log pi_ref)^2 / 2, for the *loss*.
+
+    Its derivative is (log pi - log pi_ref) x grad log pi, whose mean over the policy's own tokens is the gradient of their KL
+    divergence; k1 in the loss has the mean gradient zero, and k3 that of the other direction (Tang & Munos 2025). It sees each
+    token's own divergence; in the reward k1 also sees where a token leads to.
+    """
+    return 0.5 * (logprobs - ref_logprobs) ** 2
 
 
 def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:

@@ -10,26 +10,27 @@ from stages.models.sampling import prompt_key, sample
 from stages.models.training import gather, rank, world_size
 from stages.rl.models import policy_alone
 from stages.rl.rewards import Response, Reward, Row, gold_scores
-from stages.rl.rollouts import token_numbers
+from stages.rl.rollouts import as_responses, token_numbers
 from stages.run.manifest import metric, say
 
 Prompts = Sequence[tuple[Row, list[int]]]
 
 
 def answers(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, samples: int, *, seed: int, temperature: float,
-            max_new_tokens: int, eos_ids: Sequence[int], pad_id: int, batch_size: int = 256) -> list[Response]:
+            max_new_tokens: int, eos_ids: Sequence[int], pad_id: int, stop_strings: Sequence[str] = (),
+            batch_size: int = 256) -> list[Response]:
     """`samples` keyed draws of each prompt, a prompt's side by side; greedy at temperature 0."""
-    asked = [(row, ids, number) for row, ids in prompts for number in range(samples)]
-    drawn = sample(policy, [ids for _, ids, _ in asked], keys=[(prompt_key(row["id"]), number) for row, _, number in asked], seed=seed,
-                   temperature=temperature, max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id, batch_size=batch_size)
-    texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
-    return [Response(row, ids, each, text, each[-1] in eos_ids) for (row, ids, _), each, text in zip(asked, drawn, texts, strict=True)]
+    asked = [each for each in prompts for _ in range(samples)]
+    keys = [(prompt_key(row["id"]), number) for row, _ in prompts for number in range(samples)]
+    drawn = sample(policy, [ids for _, ids in asked], keys=keys, seed=seed, temperature=temperature, max_new_tokens=max_new_tokens,
+                   eos_ids=eos_ids, pad_id=pad_id, batch_size=batch_size)
+    return as_responses(asked, drawn, tokenizer, eos_ids=eos_ids, stop_strings=stop_strings)
 
 
 @torch.no_grad()
 def measure(policy: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, *,
             reward: Reward, samples: int, seed: int, temperature: float, max_new_tokens: int, eos_ids: Sequence[int], pad_id: int,
-            batch_size: int = 256) -> dict[str, list[float]]:
+            stop_strings: Sequence[str] = (), batch_size: int = 256) -> dict[str, list[float]]:
     """One value a prompt, in the order of `prompts`, the same on every process: means over `samples` keyed draws at `temperature`,
     and a greedy answer.
 
@@ -37,7 +38,7 @@ def measure(policy: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreT
     `length` (tokens), `eos_rate`, `greedy_accuracy`. Greedy accuracy and entropy tell sharpening from learning.
     """
     sampling: dict[str, Any] = {"seed": seed, "max_new_tokens": max_new_tokens, "eos_ids": eos_ids, "pad_id": pad_id,
-                                "batch_size": batch_size}
+                                "stop_strings": stop_strings, "batch_size": batch_size}
     mine = list(range(rank(), len(prompts), world_size()))
     rows: list[tuple[int, dict[str, float]]] = []
     if mine:

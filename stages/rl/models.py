@@ -16,11 +16,15 @@ from transformers import PreTrainedModel
 
 
 class TokenStats(NamedTuple):
-    """What the models say about each response token; (B, R) float32 in the response window, 0 at padding."""
+    """What the models say about each response token; (B, R) float32 in the response window, 0 at padding.
+
+    `ptx_loss`: negative log-likelihoods of packed corpus rows, one a predicted token in one dimension, where there were any.
+    """
 
     logprobs: Tensor
     entropy: Tensor
     values: Tensor
+    ptx_loss: Tensor | None = None
 
 
 def pad_sequences(prompts: Sequence[list[int]], responses: Sequence[list[int]], pad_id: int) -> dict[str, Tensor]:
@@ -113,7 +117,9 @@ class PolicyWithCritic(nn.Module):
         self.kl_coef: Tensor
         self.register_buffer("kl_coef", torch.tensor(kl_coef))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, response_mask: Tensor) -> TokenStats:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, response_mask: Tensor,
+                ptx: dict[str, Tensor] | None = None) -> TokenStats:
+        """`ptx` has packed corpus rows as PackedCollator makes them. In the same call, so that DDP sees one forward a backward."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
                   "response_mask": response_mask}
         logprobs, entropy, hidden = policy_stats(self.policy, inputs, self.temperature, hidden=self.value_head is not None)
@@ -122,7 +128,18 @@ class PolicyWithCritic(nn.Module):
         else:
             assert self.value_head is not None and hidden is not None
             values = self.value_head(hidden).squeeze(-1)
-        return TokenStats(logprobs, entropy, torch.where(response_mask, values.float(), 0.0))
+        return TokenStats(logprobs, entropy, torch.where(response_mask, values.float(), 0.0),
+                          language_losses(self.policy, **ptx) if ptx else None)
+
+
+def language_losses(policy: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of each label but those of -100, in one dimension, float32, at temperature 1.
+
+    Position ids that begin anew at each document, and no mask: transformers then keeps the documents of a row apart.
+    """
+    logits = policy(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[:, :-1]
+    keep = labels[:, 1:] != -100
+    return nn.functional.cross_entropy(logits[keep].float(), labels[:, 1:][keep], reduction="none")
 
 
 def classifier_outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

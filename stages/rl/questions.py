@@ -68,8 +68,11 @@ def embedded_problems(config: QuestionConfig, folder: Path) -> tuple[list[dict],
 
 
 def asked(rows: list[dict], cue: str, tokenizer) -> list[tuple[dict, list[int]]]:
-    """The rows with the token ids of their prompts."""
-    return [(r, chat_ids(tokenizer, [{"role": "user", "content": f"{r['question']} {cue}"}], ask=True)) for r in rows]
+    """The rows, with the messages they are asked by as `prompt`, and the token ids of these. Raises ValueError for an empty question."""
+    if empty := [r["id"] for r in rows if not r["question"].strip()]:
+        raise ValueError(f"problem {empty[0]!r} has an empty question ({len(empty)} of {len(rows)} have one): leave them out")
+    prompts = [[{"role": "user", "content": f"{r['question']} {cue}"}] for r in rows]
+    return [(r | {"prompt": prompt}, chat_ids(tokenizer, prompt, ask=True)) for r, prompt in zip(rows, prompts, strict=True)]
 
 
 def fitting(prompts: list[tuple[dict, list[int]]], config: QuestionConfig, policy, max_length: int) -> list[tuple[dict, list[int]]]:

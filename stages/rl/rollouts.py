@@ -8,17 +8,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward.verifiers import GoldScore
 from stages.rl import maths
 from stages.rl.models import TokenStats, align_right, pad_sequences, policy_stats
-from stages.rl.rewards import Response
+from stages.rl.rewards import Response, Row
 
 
 class Scored(NamedTuple):
-    """A response with its score (normalised, before any penalty), the judge's opinion if there is one, a number for each of its
-    tokens in one-dimensional tensors on the CPU, and what watchers say about it, for alarms alone."""
+    """A response with its score (normalised, before any shaping), the judge's opinion if there is one, a number for each of its
+    tokens in one-dimensional tensors on the CPU, what watchers say about it, for alarms alone, and the scores of what the reference
+    says to the same prompt, if PAR needs them."""
 
     response: Response
     score: float
@@ -28,6 +29,7 @@ class Scored(NamedTuple):
     entropy: Tensor
     values: Tensor
     watched: Mapping[str, float] = {}
+    reference_scores: tuple[float, ...] = ()
 
 
 class Experience(NamedTuple):
@@ -36,6 +38,7 @@ class Experience(NamedTuple):
     responses: list[Response]
     mask: Tensor
     logprobs: Tensor
+    ref_logprobs: Tensor
     values: Tensor
     advantages: Tensor
     returns: Tensor
@@ -45,8 +48,9 @@ class Experience(NamedTuple):
         """What the loss needs of some rows, in a response window as wide as their longest response."""
         inputs = pad_sequences([self.responses[i].prompt_ids for i in rows], [self.responses[i].ids for i in rows], pad_id)
         window = inputs["response_mask"].size(1)
-        return inputs | {"old_logprobs": self.logprobs[rows, -window:], "old_values": self.values[rows, -window:],
-                         "advantages": self.advantages[rows, -window:], "returns": self.returns[rows, -window:]}
+        return inputs | {"old_logprobs": self.logprobs[rows, -window:], "ref_logprobs": self.ref_logprobs[rows, -window:],
+                         "old_values": self.values[rows, -window:], "advantages": self.advantages[rows, -window:],
+                         "returns": self.returns[rows, -window:]}
 
 
 def draws(iteration: int, *, count: int, num_prompts: int, seed: int) -> list[tuple[int, int]]:
@@ -69,6 +73,26 @@ def minibatch_rows(iteration: int, epoch: int, minibatch: int, *, count: int, mi
     size = count // minibatches
     order = np.random.default_rng([seed, iteration, epoch]).permutation(count)
     return order[minibatch * size:(minibatch + 1) * size].tolist()
+
+
+def as_responses(prompts: Sequence[tuple[Row, list[int]]], sampled: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, *,
+                 eos_ids: Sequence[int], stop_strings: Sequence[str] = ()) -> list[Response]:
+    """What was sampled, cut after the token that completes the first stop string; the score is read at the token that then is last.
+
+    A response is finished when it ends with a token of `eos_ids` or a stop string. Stop strings are looked for in the text without
+    special tokens; what the last token has beyond the stop string stays.
+    """
+    cut = []
+    for ids in sampled:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if stopped := any(stop in text for stop in stop_strings):
+            length = next(n for n in range(1, len(ids) + 1) if any(
+                stop in tokenizer.decode(ids[:n], skip_special_tokens=True) for stop in stop_strings))
+            ids = ids[:length]
+        cut.append((ids, stopped or ids[-1] in eos_ids))
+    texts = tokenizer.batch_decode([ids for ids, _ in cut], skip_special_tokens=True)
+    return [Response(row, prompt, ids, text, finished)
+            for (row, prompt), (ids, finished), text in zip(prompts, cut, texts, strict=True)]
 
 
 @torch.no_grad()
@@ -95,19 +119,28 @@ def token_numbers(stats_of: Callable[..., TokenStats], reference: PreTrainedMode
 
 
 def build_experience(scored: Sequence[Scored], *, kl_coef: float, gamma: float, lam: float, missing_eos_penalty: float | None,
-                     ) -> Experience:
-    """Rewards, advantages and returns of the whole rollout batch. Whitening sees all of it, never one process's share."""
+                     score_clip: float | None = None, length_penalty: float = 0.0) -> Experience:
+    """Rewards, advantages and returns of the whole rollout batch. Whitening sees all of it, never one process's share.
+
+    Scores are shaped in this order: PAR where there are reference scores, else clipping; the length's price; and last what
+    replaces the score of a response that did not end.
+    """
     mask = align_right([torch.ones(len(s.response.ids), dtype=torch.bool) for s in scored])
     logprobs, ref_logprobs = align_right([s.logprobs for s in scored]), align_right([s.ref_logprobs for s in scored])
     entropy, values = align_right([s.entropy for s in scored]), align_right([s.values for s in scored])
     scores = torch.tensor([s.score for s in scored])
     finished = torch.tensor([s.response.finished for s in scored])
     lengths = mask.sum(dim=1).float()
-    penalised = maths.final_scores(scores, finished, missing_eos_penalty)
-    rewards = maths.token_rewards(logprobs, ref_logprobs, penalised, mask, kl_coef=kl_coef)
+    shaped = maths.clip_scores(scores, score_clip)
+    if scored[0].reference_scores:
+        shaped = maths.preference_as_reward(scores, torch.tensor([s.reference_scores for s in scored]))
+    shaped = maths.penalise_length(shaped, lengths, length_penalty)
+    shaped = maths.final_scores(shaped, finished, missing_eos_penalty)
+    rewards = maths.token_rewards(logprobs, ref_logprobs, shaped, mask, kl_coef=kl_coef)
     advantages, returns = maths.advantages_and_returns(rewards, values, mask, gamma=gamma, lam=lam)
     metrics = {
-        "objective/score": scores.mean(), "objective/rlhf_reward": rewards.sum(dim=1).mean(),
+        "objective/score": scores.mean(), "objective/shaped_score": shaped.mean(), "objective/rlhf_reward": rewards.sum(dim=1).mean(),
+        "reward/zero_variance": shaped.max() == shaped.min(),
         "objective/kl": (logprobs - ref_logprobs).sum(dim=1).mean(), "objective/entropy": maths.masked_mean(entropy, mask),
         "response/length": lengths.mean(), "response/eos_rate": finished.float().mean(),
         "value/explained_variance": maths.explained_variance(values, returns, mask)}
@@ -115,5 +148,5 @@ def build_experience(scored: Sequence[Scored], *, kl_coef: float, gamma: float, 
     if judged:
         metrics |= {"objective/gold": torch.tensor([g.score for g in judged]).mean(),
                     "objective/accuracy": torch.tensor([float(g.correct) for g in judged]).mean()}
-    return Experience([s.response for s in scored], mask, logprobs, values, maths.whiten(advantages, mask), returns,
+    return Experience([s.response for s in scored], mask, logprobs, ref_logprobs, values, maths.whiten(advantages, mask), returns,
                       {name: float(value) for name, value in metrics.items()} | {"objective/kl_coef": kl_coef})

@@ -22,10 +22,12 @@ from stages.models.sampling import prompt_key, sample
 from stages.models.training import Resumable, gather, rank, share_batch, world_size
 from stages.rl import maths
 from stages.rl.alarms import Watch
+from stages.rl.checks import warn_once
 from stages.rl.models import PolicyWithCritic, remove_dropout
 from stages.rl.rewards import Response, Reward, Row
-from stages.rl.rollouts import Experience, Scored, build_experience, draws, minibatch_rows, token_numbers
-from stages.run.manifest import is_main
+from stages.rl.rollouts import Experience, Scored, as_responses, build_experience, draws, minibatch_rows, token_numbers
+from stages.run.checkpoint import is_complete
+from stages.run.manifest import is_main, say
 
 Judge = Callable[[Sequence[Response]], list[GoldScore]]
 CONSOLE = ("objective/score", "objective/gold", "objective/accuracy", "objective/kl", "objective/entropy", "response/length",
@@ -39,6 +41,9 @@ class PpoSettings:
     An iteration samples `rollout_batch` responses and learns from them in `epochs` x `minibatches` optimizer steps. The critic
     has its own learning rate and for the first `critic_warmup` iterations learns alone. With `kl_target` (nats a response) the
     KL coefficient adapts. `missing_eos_penalty` replaces the score of a response that did not end; None leaves the score.
+    `kl_loss_coef` weighs k2 in the loss, beside or in place of k1 in the reward (the model's `kl_coef`), and `ptx_coef` the loss on
+    corpus rows, as many a step as there are responses. `par_samples` above 0 turns scores into PAR against so many responses of the
+    reference. A KL above `kl_limit` nats a response saves a checkpoint and stops.
     """
 
     rollout_batch: int
@@ -56,11 +61,26 @@ class PpoSettings:
     kl_target: float | None = None
     kl_horizon: float = 10_000
     missing_eos_penalty: float | None = -1.0
+    kl_loss_coef: float = 0.0
+    kl_limit: float | None = None
+    score_clip: float | None = None
+    length_penalty: float = 0.0
+    par_samples: int = 0
+    ptx_coef: float = 0.0
+    stop_strings: tuple[str, ...] = ()
     max_new_tokens: int = 96
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
     sampling_batch: int = 256
     seed: int = 0
+
+    def __post_init__(self):
+        for name in ("kl_loss_coef", "ptx_coef", "length_penalty", "par_samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: set it to 0 (off) or above")
+        if self.score_clip is not None and (self.score_clip <= 0 or self.par_samples):
+            raise ValueError(f"score_clip is {self.score_clip} and par_samples {self.par_samples}: clip above 0, or leave it out with PAR, "
+                             "which bounds the scores itself")
 
     @property
     def steps_per_iteration(self) -> int:
@@ -81,7 +101,8 @@ class PPOTrainer(Resumable, Trainer):
     """Trains `model.policy` on `prompts` (problem rows with an `id`, and their token ids) for the scores of `reward`.
 
     The reference is a frozen copy of the policy as it is when the trainer is made. `judge` sees every response too, for the
-    logs and alarms of `watch` alone. Raises ValueError where `args` do not fit the settings and for engines that shard parameters.
+    logs and alarms of `watch` alone. `ptx` are packed rows of the base corpus (`input_ids`) and `ptx_collator` their PackedCollator,
+    for `ptx_coef`. Raises ValueError where `args` do not fit the settings, for empty prompts and for engines that shard parameters.
     """
 
     model: Any
@@ -89,10 +110,17 @@ class PPOTrainer(Resumable, Trainer):
 
     def __init__(self, model: PolicyWithCritic, args: TrainingArguments, settings: PpoSettings, *,
                  prompts: Sequence[tuple[Row, list[int]]], reward: Reward, tokenizer: PreTrainedTokenizerBase,
-                 judge: Judge | None = None, watch: Watch | None = None):
+                 judge: Judge | None = None, watch: Watch | None = None, ptx: Sequence[dict] = (),
+                 ptx_collator: Callable[[list[dict]], dict[str, Tensor]] | None = None):
         self.settings, self.prompts, self.reward, self.judge, self.tokenizer = settings, prompts, reward, judge, tokenizer
+        self.ptx, self.ptx_collator = ptx, ptx_collator
         if not prompts:
             raise ValueError("no prompts to train on: widen tasks or difficulties")
+        if empty := [row["id"] for row, ids in prompts if not ids]:
+            raise ValueError(f"prompt {empty[0]!r} has no tokens ({len(empty)} of {len(prompts)} have none): leave empty prompts out")
+        if settings.ptx_coef and not (len(ptx) and ptx_collator):
+            raise ValueError(f"ptx_coef is {settings.ptx_coef} but there are no rows to learn from: give packed rows and their collator, "
+                             "or set ptx_coef to 0")
         if args.max_steps <= 0 or args.max_steps % settings.steps_per_iteration or args.save_steps % settings.steps_per_iteration:
             raise ValueError(f"max_steps {args.max_steps} and save_steps {args.save_steps} must be multiples of the "
                              f"{settings.steps_per_iteration} steps of an iteration: rollouts are not saved")
@@ -108,6 +136,7 @@ class PPOTrainer(Resumable, Trainer):
             raise ValueError("PPO samples from whole parameters: launch it with DDP or DeepSpeed ZeRO-2, not with FSDP or ZeRO-3")
         self.reference: Any = remove_dropout(copy.deepcopy(model.policy)).requires_grad_(False).eval().to(args.device)
         self.experience: Experience | None = None
+        self.warned: set[str] = set()
         self.sums: dict[str, Tensor] = {}
         self.watch = watch or Watch()
         self.watch.trainer = self
@@ -134,7 +163,19 @@ class PPOTrainer(Resumable, Trainer):
         chosen.sort(key=lambda i: len(responses[i].prompt_ids) + len(responses[i].ids))
         mine = chosen[rank()::world_size()]
         micro = [mine[i:i + s.micro_batch] for i in range(0, len(mine), s.micro_batch)]
-        return [{**self.experience.inputs(rows, s.pad_id), "num_tokens": num_tokens} for rows in micro], None
+        batches = [{**self.experience.inputs(rows, s.pad_id), "num_tokens": num_tokens} for rows in micro]
+        return self._with_ptx(batches) if s.ptx_coef else batches, None
+
+    def _with_ptx(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The micro-batches with as many corpus rows as they have responses, each row once before any comes again."""
+        assert self.ptx_collator is not None
+        s, width = self.settings, self.settings.rollout_batch // self.settings.minibatches
+        chosen = [row for row, _ in draws(self.state.global_step, count=width, num_prompts=len(self.ptx), seed=s.seed)]
+        rows = self.ptx_collator([self.ptx[row] for row in chosen])
+        num_tokens = (rows["labels"][:, 1:] != -100).sum()
+        mine = {name: tensor[rank()::world_size()].split(s.micro_batch) for name, tensor in rows.items()}
+        return [{**batch, "ptx": {name: parts[i] for name, parts in mine.items()}, "num_ptx_tokens": num_tokens}
+                for i, batch in enumerate(batches)]
 
     def rollout(self, iteration: int) -> Experience:
         """Sample, score, and gather the iteration's experience on every process."""
@@ -147,40 +188,70 @@ class PPOTrainer(Resumable, Trainer):
         with self.accelerator.autocast():  # the reference and the sampler must round as the wrapped policy does
             ids = sample(self.model.policy, list(prompts), keys=keys, seed=s.seed, temperature=self.model.temperature,
                          max_new_tokens=s.max_new_tokens, eos_ids=s.eos_ids, pad_id=s.pad_id, batch_size=s.sampling_batch)
-            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            responses = [Response(problem, prompt, response, text, response[-1] in s.eos_ids)
-                         for problem, prompt, response, text in zip(problems, prompts, ids, texts, strict=True)]
+            asked = list(zip(problems, prompts, strict=True))
+            responses = as_responses(asked, ids, self.tokenizer, eos_ids=s.eos_ids, stop_strings=s.stop_strings)
             scores = self.reward(responses)
+            reference_scores = self._reference_scores(asked, keys) if s.par_samples else [()] * len(asked)
             numbers = token_numbers(self.model, self.reference, responses, temperature=self.model.temperature, pad_id=s.pad_id,
                                     batch_size=s.micro_batch, device=self.args.device)
         judged = self.judge(responses) if self.judge else [None] * len(responses)
         watched = self.watch.opinions(responses)
-        scored = gather([Scored(response, float(score), opinion, *each, others)
-                         for response, score, opinion, each, others in zip(responses, scores, judged, numbers, watched, strict=True)])
+        scored = gather([Scored(response, float(score), opinion, *each, *more)
+                         for response, score, opinion, each, more in
+                         zip(responses, scores, judged, numbers, zip(watched, reference_scores, strict=True), strict=True)])
         kl_coef = float(self.model.kl_coef)
         experience = build_experience(scored, kl_coef=kl_coef, gamma=s.gamma, lam=s.lam,
-                                      missing_eos_penalty=s.missing_eos_penalty)
+                                      missing_eos_penalty=s.missing_eos_penalty, score_clip=s.score_clip,
+                                      length_penalty=s.length_penalty)
         experience.metrics.update(self.watch.metrics(scored))
+        warn_once(experience, s.missing_eos_penalty, self.warned)
+        if s.kl_limit is not None and not experience.metrics["objective/kl"] <= s.kl_limit:
+            self._stop_for_kl(experience.metrics["objective/kl"])
         if s.kl_target is not None:  # before the iteration's checkpoint, so that a resumed run goes on with the next value
             self.model.kl_coef.fill_(maths.adapt_kl_coef(kl_coef, experience.metrics["objective/kl"], target=s.kl_target,
                                                          horizon=s.kl_horizon, num_responses=s.rollout_batch))
         self.state.num_input_tokens_seen += int(experience.mask.sum())  # kept in trainer_state.json, so it survives a resume
         return experience
 
+    def _reference_scores(self, asked: list[tuple[Row, list[int]]], keys: list[tuple[int, int]]) -> list[tuple[float, ...]]:
+        """Scores of `par_samples` responses of the reference to each prompt, other draws than the policy's."""
+        s, each = self.settings, self.settings.par_samples
+        repeated = [prompt for prompt in asked for _ in range(each)]
+        ids = sample(self.reference, [ids for _, ids in repeated], keys=[(key, number * each + i) for key, number in keys for i in
+                     range(each)], seed=s.seed + 1, temperature=self.model.temperature, max_new_tokens=s.max_new_tokens,
+                     eos_ids=s.eos_ids, pad_id=s.pad_id, batch_size=s.sampling_batch)
+        scores = self.reward(as_responses(repeated, ids, self.tokenizer, eos_ids=s.eos_ids, stop_strings=s.stop_strings))
+        return [tuple(float(score) for score in scores[i:i + each]) for i in range(0, len(scores), each)]
+
+    def _stop_for_kl(self, kl: float) -> None:
+        """Save what there is, which no response of this rollout has changed, and stop. Raises ValueError with the remedy."""
+        step = self.state.global_step
+        if step and not is_complete(Path(str(self.args.output_dir)) / f"checkpoint-{step}"):
+            self._save_checkpoint(self.model, trial=None)
+        raise ValueError(f"the KL to the reference is {kl:.4g} nats a response after step {step}, above kl_limit "
+                         f"{self.settings.kl_limit:g}: raise kl_coef or lower learning_rate and start anew, or raise kl_limit to go on "
+                         "from that step's checkpoint")
+
     # ---- loss and optimizer ----
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         s, mask = self.settings, inputs["response_mask"]
-        stats = model(**{name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids", "response_mask")})
+        stats = model(**{name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids", "response_mask", "ptx")
+                         if name in inputs})
         old_logprobs = inputs["old_logprobs"]
         policy, policy_clipped = maths.policy_loss(stats.logprobs, old_logprobs, inputs["advantages"], cliprange=s.cliprange)
         value, value_clipped = maths.value_loss(stats.values, inputs["old_values"], inputs["returns"],
                                                 cliprange=s.cliprange_value)
+        kl = maths.k2(stats.logprobs, inputs["ref_logprobs"])
         with torch.no_grad():
             self.note({"loss/policy": policy, "loss/value": value, "policy/clip_fraction": policy_clipped,
                        "policy/approx_kl": maths.approx_kl(stats.logprobs, old_logprobs), "value/clip_fraction": value_clipped},
                       mask, inputs["num_tokens"])
-        loss = torch.where(mask, policy + s.vf_coef * value, 0.0).sum() / inputs["num_tokens"]
+        loss = torch.where(mask, policy + s.vf_coef * value + s.kl_loss_coef * kl, 0.0).sum() / inputs["num_tokens"]
+        if stats.ptx_loss is not None:
+            ptx = stats.ptx_loss.sum() / inputs["num_ptx_tokens"]
+            self.sums["loss/ptx"] = self.sums.get("loss/ptx", 0.0) + ptx.detach()
+            loss = loss + s.ptx_coef * ptx
         # Divided by the tokens of the global minibatch, the micro-batches of all processes add up to its mean. What comes later is
         # undone here: Trainer divides by the accumulation steps (no labels, no num_items_in_batch), DDP by the processes.
         loss = loss * self.current_gradient_accumulation_steps * world_size()
@@ -217,8 +288,11 @@ class PPOTrainer(Resumable, Trainer):
         return self.lr_scheduler
 
     def _clip_grad_norm(self, model):
-        """Clip each model by its own norm: one norm over both would let a bad critic silence the policy."""
+        """Clip each model by its own norm: one norm over both would let a bad critic silence the policy. DeepSpeed knows one only."""
         if self.is_deepspeed_enabled:
+            if "clipping" not in self.warned:
+                self.warned.add("clipping")
+                say(f"ppo: DeepSpeed clips one norm over policy and critic together to {self.args.max_grad_norm:g}, not each model's own")
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         groups = [group["params"] for group in self.optimizer.param_groups]
