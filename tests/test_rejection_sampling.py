@@ -107,6 +107,8 @@ def test_flops_by_hand():
     assert ppo_flops(small, small, [small], responses=2, prompt_tokens=6, tokens=4, epochs=2) == (
         (1 + 1 + 1 + 2 * 3) * policy + (1 + 2 * 3) * reader + reader)
     assert ppo_flops(small, None, [], responses=2, prompt_tokens=6, tokens=4, epochs=1) == 6 * policy
+    more = ppo_flops(small, None, [small], responses=2, prompt_tokens=6, tokens=4, epochs=1, par_samples=2, ptx_tokens=10, ptx_row=5)
+    assert more == (6 + 2) * policy + (1 + 2) * reader + 3 * (each * 10 + 2 * head * 10)
 
 
 TRAINED = {"dialogues": 1, "trained_tokens": 4, "steps": 1, "training_s": 2.0, "training_flops": 1000}
