@@ -21,7 +21,7 @@ from stages.rl.alarms import Watch, build_watchers
 from stages.rl.costs import ppo_flops, price
 from stages.rl.curves import compare, draw_best_of_n
 from stages.rl.gating import pass_gate
-from stages.rl.measure import differences, measure, report, summarise
+from stages.rl.measure import differences, measure, report, reward_drift, summarise
 from stages.rl.models import PolicyWithCritic
 from stages.rl.questions import QuestionConfig, asked, check_lengths, check_questions, embedded_problems, own_problems
 from stages.rl.rewards import build_reward, gold_scores, scorers
@@ -156,7 +156,7 @@ def main(config: PpoConfig) -> Manifest:
         show(run.directory)
     barrier()
     gains = differences(before, after)
-    metrics = summarise(before, "before") | summarise(after, "after") | summarise(gains, "gain") | compared
+    metrics = summarise(before, "before") | summarise(after, "after") | summarise(gains, "gain") | reward_drift(before, after) | compared
     asked_of = [prompts[i][1] for iteration in range(trainer.state.global_step // settings.steps_per_iteration) for i, _ in
                 draws(iteration, count=config.rollout_batch, num_prompts=len(prompts), seed=config.seed)]
     tokens, judges = trainer.state.num_input_tokens_seen, [AutoConfig.from_pretrained(path) for path in scorers(config.reward, scorer)]

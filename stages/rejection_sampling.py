@@ -29,7 +29,7 @@ from stages.models.training import barrier, export, gather, save_model
 from stages.models.verdict import forgotten
 from stages.rl.costs import cost_table, price, score_table, spent, totals
 from stages.rl.gating import pass_gate
-from stages.rl.measure import differences, measure, report, summarise
+from stages.rl.measure import differences, measure, report, reward_drift, summarise
 from stages.rl.models import remove_dropout
 from stages.rl.questions import QuestionConfig, asked, check_lengths, check_questions, embedded_problems, fitting, own_problems
 from stages.rl.rewards import Reward, build_reward, needs_model, scorers
@@ -121,7 +121,7 @@ def main(config: RejectionSamplingConfig) -> Manifest:
     after = look(product)
     report("after", after)
     gains = differences(before, after)
-    metrics |= summarise(before, "before") | summarise(after, "after") | summarise(gains, "gain")
+    metrics |= summarise(before, "before") | summarise(after, "after") | summarise(gains, "gain") | reward_drift(before, after)
     if neutral:
         metrics |= forgotten(neutral.before, neutral.look(product))
     say(cost_table(rounds))

@@ -110,7 +110,7 @@ def test_normalised_scores_of_the_reference_samples_have_mean_zero_and_variance_
 def one(ids, score, finished=True, reference=(), entropy=1.0):
     n = len(ids)
     return Scored(Response({"id": "x"}, [5, 6], ids, "", finished), score, None, torch.zeros(n), torch.zeros(n), torch.full((n,), entropy),
-                  torch.zeros(n), reference)
+                  torch.zeros(n), {}, reference)
 
 
 def shaped(*scored, **changes):

@@ -21,6 +21,7 @@ from stages.rl.maths import (
     value_loss,
     whiten,
 )
+from stages.rl.measure import reward_drift, summarise
 
 MASK = torch.tensor([[True, True, True], [True, False, False], [False, True, True]])  # padding right, and left
 
@@ -178,9 +179,16 @@ def test_adaptive_kl_coefficient(kl, expected):
 
 
 def test_a_column_without_spread_gets_no_interval_of_zero_width():
-    from stages.rl.measure import summarise
-
     metrics = summarise({"greedy_accuracy": [1.0] * 10, "length": [5.0] * 10, "gold": [1.0, 2.0, 3.0]}, "after")
     assert metrics["after/greedy_accuracy"]["ci95"] == pytest.approx([0.7225, 1.0], abs=1e-3)  # Wilson, 10 of 10
     assert "ci95" not in metrics["after/length"]
     assert metrics["after/gold"]["ci95"] == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5], abs=1e-3)  # t, 2 degrees
+
+
+def test_how_well_the_reward_orders_samples_before_and_after_by_hand():
+    before = {"pairs_right": [3.0, 0.5, 0.0], "pairs": [4.0, 1.0, 0.0]}  # the third problem's samples are all alike
+    after = {"pairs_right": [0.0, 0.0, 0.0], "pairs": [0.0, 0.0, 0.0]}
+    found = reward_drift(before, after)
+    assert set(found) == {"before/reward_accuracy"} and found["before/reward_accuracy"]["value"] == 3.5 / 5
+    assert found["before/reward_accuracy"]["n"] == 5
+    assert set(summarise({"score": [1.0, 2.0], **{name: values[:2] for name, values in before.items()}}, "before")) == {"before/score"}

@@ -1,4 +1,5 @@
 """What a policy does on problems it did not learn from: one number a problem, so that two policies can be compared in pairs."""
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -6,6 +7,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prompts.intervals import mean_interval, share_interval
+from reward.calibration import accuracy
+from reward.calibration import judged as judged_pairs
+from reward.verifiers import dense_ranks
 from stages.models.sampling import prompt_key, sample
 from stages.models.training import gather, rank, world_size
 from stages.rl.models import policy_alone
@@ -14,6 +18,7 @@ from stages.rl.rollouts import as_responses, token_numbers
 from stages.run.manifest import metric, say
 
 Prompts = Sequence[tuple[Row, list[int]]]
+PAIRS = ("pairs_right", "pairs")
 
 
 def answers(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, samples: int, *, seed: int, temperature: float,
@@ -35,7 +40,8 @@ def measure(policy: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreT
     and a greedy answer.
 
     Names: `score` (of `reward`), `gold`, `sampled_accuracy`, `kl` (nats a response, to the reference), `entropy` (nats a token),
-    `length` (tokens), `eos_rate`, `greedy_accuracy`. Greedy accuracy and entropy tell sharpening from learning.
+    `length` (tokens), `eos_rate`, `greedy_accuracy`. Greedy accuracy and entropy tell sharpening from learning. `pairs_right` and `pairs`
+    count what `reward_drift` reads: pairs of a problem's samples of unlike gold, and those of them that the reward orders likewise.
     """
     sampling: dict[str, Any] = {"seed": seed, "max_new_tokens": max_new_tokens, "eos_ids": eos_ids, "pad_id": pad_id,
                                 "stop_strings": stop_strings, "batch_size": batch_size}
@@ -54,8 +60,11 @@ def measure(policy: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreT
                    "entropy": [float(entropy.mean()) for _, _, entropy, _ in numbers],
                    "length": [float(len(r.ids)) for r in drawn], "eos_rate": [float(r.finished) for r in drawn]}
         for place, i in enumerate(mine):
-            means = {name: sum(values[place * samples:(place + 1) * samples]) / samples for name, values in columns.items()}
-            rows.append((i, {**means, "greedy_accuracy": float(greedy[place].correct)}))
+            own_samples = slice(place * samples, (place + 1) * samples)
+            means = {name: sum(values[own_samples]) / samples for name, values in columns.items()}
+            (outcomes,) = judged_pairs([columns["score"][own_samples]], [dense_ranks(columns["gold"][own_samples])])
+            rows.append((i, {**means, "greedy_accuracy": float(greedy[place].correct), "pairs_right": math.fsum(outcomes),
+                             "pairs": float(len(outcomes))}))
     ordered = [values for _, values in sorted(gather(rows), key=lambda row: row[0])]
     return {name: [values[name] for values in ordered] for name in ordered[0]}
 
@@ -67,15 +76,30 @@ def summarise(values: Mapping[str, Sequence[float]], group: str) -> dict[str, di
     """
     metrics = {}
     for name, column in values.items():
+        if name in PAIRS:
+            continue
         rate = name.endswith(("accuracy", "rate")) and group != "gain"
         mean, low, high = (share_interval if rate else mean_interval)(column)
         metrics[f"{group}/{name}"] = metric(mean, n=len(column), ci95=(low, high) if low < high else None)
     return metrics
 
 
+def reward_drift(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> dict[str, dict]:
+    """How good the reward is as a judge of the policy's own samples, at the start and at the end: `<when>/reward_accuracy`, the share of
+    pairs of a problem's samples that it orders as the gold score does. Falling, it has been learned around. Left out where no problem
+    has samples of unlike gold."""
+    metrics = {}
+    for when, values in (("before", before), ("after", after)):
+        groups = list(zip(values["pairs_right"], values["pairs"], strict=True))
+        if any(n for _, n in groups):
+            found = accuracy([[right / n] * int(n) for right, n in groups if n])
+            metrics[f"{when}/reward_accuracy"] = metric(found.value, n=found.n, ci95=(found.low, found.high))
+    return metrics
+
+
 def differences(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     """After minus before, prompt by prompt: prompts differ far more among themselves than a policy from its beginning."""
-    return {name: [b - a for a, b in zip(before[name], after[name], strict=True)] for name in before}
+    return {name: [b - a for a, b in zip(before[name], after[name], strict=True)] for name in before if name not in PAIRS}
 
 
 def report(group: str, values: Mapping[str, Sequence[float]]) -> None:
