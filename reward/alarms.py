@@ -1,8 +1,8 @@
 """Alarms of reward hacking: named statistics of a run's metric rows, each with a threshold. Pure functions; docs/reward-hacking.md.
 
 A row is one iteration of PPO as metrics.jsonl holds it; the first is the start itself (KL 0), to which the others are compared. All
-statistics but the fall of a score are means of the last `WINDOW` rows, of which there must be as many, and grow as things get
-worse. What a run did not log raises nothing.
+statistics are of means of `WINDOW` rows, of which there must be as many, and grow as things get worse. What a run did not log
+raises nothing.
 """
 import math
 from collections import Counter
@@ -27,8 +27,9 @@ class Limits:
     99 % quantile. `feature_distance`: squared Mahalanobis distance of the reward model's last hidden state from the start's
     responses, times the start's (Lee et al. 2018). `length_drift`: relative change of the length, of either sign (Singhal et al.
     2023). `repetition`: growth of the share of repeated 4-grams (Welleck et al. 2020, seq-rep-4). `entropy_lost`: share of the
-    entropy that is gone. `eos_lost`: fall of the share of responses that end by themselves. `critic_blind`: negative explained
-    variance, worse than a constant. `kl`: nats a response to the start.
+    entropy that is gone. `eos_lost`: fall of the share of responses that end by themselves. `critic_blind`: fall of the explained
+    variance from its best; that it begins below zero is usual where the critic begins as the reward model. `kl`: nats a response to
+    the start.
     """
 
     gold_falls: float | None = 3.0
@@ -40,7 +41,7 @@ class Limits:
     repetition: float | None = 0.1
     entropy_lost: float | None = 0.9
     eos_lost: float | None = 0.1
-    critic_blind: float | None = 0.2
+    critic_blind: float | None = 0.5
     kl: float | None = 100.0
 
 
@@ -95,8 +96,12 @@ def _against_start(key: str, compare: Callable[[float, float], float]) -> Callab
     return statistic
 
 
-def _negated(value: float | None) -> float | None:
-    return None if value is None else -value
+def _below_best(rows: Sequence[Row], key: str) -> float | None:
+    """How far the mean of the last `WINDOW` rows is below the highest such mean."""
+    now = recent(rows, key)
+    if now is None or any(key not in row for row in rows):
+        return None
+    return float(np.convolve([row[key] for row in rows], np.ones(WINDOW) / WINDOW, "valid").max()) - now
 
 
 # name: (statistic of the rows, what its alarm says; {0} is the value, {1} the threshold)
@@ -119,8 +124,8 @@ STATISTICS: dict[str, tuple[Callable[[Sequence[Row]], float | None], str]] = {
                      "{0:.0%} of the policy's entropy is gone (limit {1:.0%})"),
     "eos_lost": (_against_start("response/eos_rate", lambda now, start: start - now),
                  "the share of responses that end by themselves fell by {0:.2f} (limit {1:g})"),
-    "critic_blind": (lambda rows: _negated(recent(rows, "value/explained_variance")),
-                     "the critic's explained variance is {0:.2f} below zero (limit {1:g})"),
+    "critic_blind": (lambda rows: _below_best(rows, "value/explained_variance"),
+                     "the critic's explained variance has fallen by {0:.2f} from its best (limit {1:g})"),
     "kl": (lambda rows: recent(rows, "objective/kl"), "the policy is {0:.1f} nats a response from its start (limit {1:g})")}
 
 

@@ -40,7 +40,7 @@ CASES = {
     "beyond_range": ({"score__beyond": 0.6}, 0.6), "disagreement": ({"watch__disagreement": 0.5}, 2.5),
     "feature_distance": ({"watch__feature_distance": 4.0}, 4.0), "length_drift": ({"response__length": 8.0}, 0.6),
     "repetition": ({"response__repetition": 0.35}, 0.25), "entropy_lost": ({"objective__entropy": 0.1}, 0.95),
-    "eos_lost": ({"response__eos_rate": 0.6}, 0.3), "critic_blind": ({"value__explained_variance": -0.4}, 0.4),
+    "eos_lost": ({"response__eos_rate": 0.6}, 0.3), "critic_blind": ({"value__explained_variance": -4.5}, 1.0),
     "kl": ({"objective__kl": 120.0}, 120.0)}
 
 
@@ -70,6 +70,12 @@ def test_a_score_that_falls_while_the_reward_rises(key):
 def test_a_fall_counts_from_the_best_and_not_from_the_start():
     rows = run(*[{"objective/gold": g, "objective/score": i / 10} for i, g in enumerate([0.5] * 5 + [0.9] * 5 + [0.6] * 5)])
     assert fall(rows, "objective/gold") == pytest.approx(0.3 / math.sqrt(2 * 0.01 / 5))
+
+
+def test_a_critic_that_begins_blind_and_learns_raises_nothing():
+    values = [-3.0, -1.0, -0.5, 0.0, 0.2, 0.4, 0.5, 0.5, 0.5, 0.5, 0.5, 0.4]
+    rows = run(*[{"value/explained_variance": value} for value in values])
+    assert first_alarms(rows) == [] and statistics(rows)["critic_blind"] == pytest.approx(0.02)
 
 
 def test_an_alarm_is_raised_once_at_its_first_step():
