@@ -16,7 +16,8 @@ from stages.run.config import load_config
 
 COMPARED = {"preferences": (PreferencesConfig, {"max_responses", "error_rate", "run_dir", "seed"}),
             "reward_model": (RewardModelConfig, {"method", "lora_rank", "lora_alpha", "optimizer", "run_dir", "parents", "seed"}),
-            "ppo": (PpoConfig, {"run_dir", "parents", "kl_coef", "reward", "on_alarm", "alarm_limits", "seed"})}
+            "ppo": (PpoConfig, {"run_dir", "parents", "kl_coef", "reward", "on_alarm", "alarm_limits", "score_clip", "length_penalty",
+                                "par_samples", "seed"})}
 
 
 def logged(golds: list[float]) -> list[dict]:
@@ -51,11 +52,12 @@ def test_runs_differ_in_what_is_compared_alone(monkeypatch, tmp_path, capsys):
     # the second reward model never gives the reward, and the remedies are for the worst of the weak models
     assert all(Path(flags["--second_reward"]).parent.name != Path(flags["--parents.reward_model"]).name for flags in runs)
     assert {Path(flags["--parents.reward_model"]).name for flags in runs[len(WEAK) + len(SOUND):]} == {"reward-250-0.4-full"}
-    assert [flags["--kl_coef"] for flags in runs[len(WEAK) + len(SOUND)::2]] == ["0.0", "0.01", "0.05", "0.2", *["0.0"] * 4]
+    priced = [flags["--kl_coef"] for flags in runs[len(WEAK) + len(SOUND)::2]]
+    assert priced == ["0.0", "0.01", "0.05", "0.2", *["0.0"] * (len(study_alarms.REMEDIES) - 4)]
     lines = [json.loads(line) for line in (tmp_path / "study_alarms.jsonl").read_text().splitlines()]
     assert len(lines) == len(runs) and all(line["overoptimised"] for line in lines if "made_to_be" in line)
     out = capsys.readouterr().out
-    assert "budget: a base, 17 reward models, 24 runs of PPO and 16 with remedies" in out and "| early stop, without one |" in out
+    assert "budget: a base, 17 reward models, 24 runs of PPO and 22 with remedies" in out and "| early stop, without one |" in out
 
 
 def test_what_is_told_of_a_run():

@@ -47,6 +47,19 @@ def test_a_table_by_hand():
     assert report(lines[:3]).splitlines()[2].endswith("| - |")  # a seed is missing: nothing is compared
 
 
+def test_prompts_saved_by_hand():
+    """Seed 0: at K = 8 .7 is reached halfway between 100 and 400 in their logarithm, at 200; seed 1 reaches .6 with the fewest already."""
+    lines = [{"seed": seed, "k": k, "prompts": n, "pairs": n, "fresh_accuracy": value} for seed, k, n, value in (
+        (0, 2, 100, 0.5), (0, 2, 400, 0.7), (0, 8, 100, 0.6), (0, 8, 400, 0.8),
+        (1, 2, 100, 0.5), (1, 2, 400, 0.6), (1, 8, 100, 0.65), (1, 8, 400, 0.7))]
+    assert study_ranked.prompts_for(study_ranked.by_size(lines)[8], 0, 0.7) == pytest.approx(200)
+    assert study_ranked.prompts_for(study_ranked.by_size(lines)[8], 1, 0.6) == 100
+    assert study_ranked.prompts_for(study_ranked.by_size(lines)[8], 1, 0.9) is None
+    told = study_ranked.saved(lines)
+    assert "seed 0: 200 (0.700); seed 1: at most 100 (0.600)" in told and "400 prompts with K = 2" in told
+    assert "K = 8 less K = 2 over all numbers of prompts, a mean a seed: 0.113 [" in told
+
+
 def test_the_arguments_name_what_is_compared():
     with pytest.raises(SystemExit):
         arguments(["--prompts", "few"])

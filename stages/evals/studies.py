@@ -9,6 +9,12 @@ from typing import Any
 from prompts.intervals import mean_interval
 from stages.run.manifest import Manifest
 
+# Problems for studies of PPO at width 64: easy ones, of which such a base gets most right when it decodes greedily and half when it
+# samples, so that PPO has much to win and much to lose. At the tiny recipe's 3 to 5 steps it solves an eighth, and nothing that PPO
+# did could be told from nothing (LOG.md).
+EASY: dict[str, Any] = {"difficulties": [1, 2]}
+EASY_RANKED: dict[str, Any] = EASY | {"responses_per_prompt": 8, "temperature": 1.0}
+
 
 def stage(name: str, folder: Path, **settings: Any) -> Manifest:
     """A finished run of a stage with the tiny recipe's settings but those given. Raises ValueError when it stops."""

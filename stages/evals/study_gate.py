@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 from reward.gate import judge
 from stages.evals.scoring import write_records
-from stages.evals.studies import markdown, stage
+from stages.evals.studies import EASY, EASY_RANKED, markdown, stage
 from stages.run import figures
 from stages.run.console import clock
 from stages.run.entry import run_program
@@ -28,9 +28,6 @@ from stages.run.manifest import say
 
 RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 SIZES, ERRORS = (250, 1000, 4000, 12_000), (0.0, 0.2, 0.4)
-# Easy problems, of which a base of this size gets most right when it decodes greedily and half when it samples: PPO has much to win
-# there and much to lose. At the recipe's 3 to 5 steps it solves an eighth, and nothing that PPO did could be told from nothing (LOG.md).
-DIFFICULTIES, RESPONSES, TEMPERATURE = [1, 2], 8, 1.0
 CAPACITIES: dict[str, dict[str, Any]] = {"full": {}, "rank 1": {
     "method": "lora", "lora_rank": 1, "lora_alpha": 2, "optimizer": "adamw", "learning_rate": 1e-3}}
 FIGURES = ("heldout_accuracy", "fresh_accuracy", "gain_over_min_logprob", "gain_over_features", "fresh_ece", "fresh_ece_fitted",
@@ -71,11 +68,10 @@ def study(given: argparse.Namespace) -> None:
     lines: list[dict[str, Any]] = []
     for size, error, capacity in cells:
         ranked, name = f"preferences-{size}-{error:g}", f"{size}-{error:g}-{capacity.replace(' ', '')}"
-        made("preferences", ranked, max_responses=size, error_rate=error, difficulties=DIFFICULTIES, responses_per_prompt=RESPONSES,
-             temperature=TEMPERATURE)
+        made("preferences", ranked, max_responses=size, error_rate=error, **EASY_RANKED)
         model = made("reward_model", f"reward-{name}", fresh_problems=300, **CAPACITIES[capacity],
                      **{"parents.preferences": str(given.runs / ranked)})
-        tuned = made("ppo", f"ppo-{name}", iterations=given.iterations, gate="off", difficulties=DIFFICULTIES,
+        tuned = made("ppo", f"ppo-{name}", iterations=given.iterations, gate="off", **EASY,
                      **{"parents.reward_model": str(given.runs / f"reward-{name}")})
         lines.append({"responses": size, "error_rate": error, "capacity": capacity, "verdict": judge(model.metrics).level,
                       "figures": {key: model.metrics[key]["value"] for key in FIGURES if key in model.metrics},

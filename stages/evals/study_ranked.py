@@ -62,7 +62,7 @@ def study(given: argparse.Namespace) -> None:
                               "wall_s": model.data["provenance"]["wall_s"]})
                 write_records(given.out or given.runs / "study_ranked.jsonl", lines)
                 say(f"{len(lines)} of {models} reward models")
-    say("\n" + report(lines))
+    say("\n" + report(lines) + "\n\n" + saved(lines))
     draw(given.runs / "ranked.svg", lines)
 
 
@@ -88,6 +88,32 @@ def report(lines: Sequence[Mapping[str, Any]]) -> str:
             row.append(mean([a["fresh_accuracy"] - b["fresh_accuracy"] for a, b in zip(many[n], few[n], strict=True)]) if both else "-")
         header.append(f"K = {max(found)} less K = {min(found)}, seed by seed")
     return markdown(header, rows)
+
+
+def prompts_for(of: Mapping[int, Sequence[Mapping[str, Any]]], seed: int, accuracy: float) -> float | None:
+    """Prompts with which a seed's curve first reaches an accuracy, linear between points in the logarithm of the prompts; None if never."""
+    points = [(n, line["fresh_accuracy"]) for n, lines in of.items() for line in lines if line["seed"] == seed]
+    for (n, low), (more, high) in zip([(points[0][0], points[0][1]), *points], points, strict=False):
+        if high >= accuracy:
+            return more if high == low or low >= accuracy else float(n * (more / n) ** ((accuracy - low) / (high - low)))
+    return None
+
+
+def saved(lines: Sequence[Mapping[str, Any]]) -> str:
+    """How many prompts the largest K needs for what the smallest reaches with most prompts, by seed; and the mean difference a seed."""
+    found = by_size(lines)
+    few, many = found[min(found)], found[max(found)]
+    most, parts, means = max(few), [], []
+    for line in few[most]:
+        seed, accuracy = line["seed"], line["fresh_accuracy"]
+        needed = prompts_for(many, seed, accuracy)
+        parts.append(f"seed {seed}: " + ("more than there are" if needed is None else
+                                         f"{'at most ' if needed <= min(many) else ''}{needed:.0f}") + f" ({accuracy:.3f})")
+        both = [(a["fresh_accuracy"], b["fresh_accuracy"]) for n in many for a in many[n] for b in few.get(n, ())
+                if a["seed"] == b["seed"] == seed]
+        means.append(sum(a - b for a, b in both) / len(both))
+    return (f"Prompts that K = {max(found)} needs for the accuracy of {most:,} prompts with K = {min(found)}: {'; '.join(parts)}.\n"
+            f"K = {max(found)} less K = {min(found)} over all numbers of prompts, a mean a seed: {mean(means)}")
 
 
 def draw(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
