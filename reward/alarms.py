@@ -24,19 +24,19 @@ class Limits:
     `gold_falls`, `second_falls`: standard errors that the judge's or a second reward model's score has lost since its best while the
     reward rose (Gao et al. 2023: what over-optimisation is). Three, because the best of many windows is best by chance, too.
     `disagreement`: of an ensemble's members, times the start's (Coste et al. 2023). `beyond_range`: share of scores above the start's
-    99 % quantile. `feature_distance`: squared Mahalanobis distance of the reward model's last hidden state from the start's
-    responses, times the start's (Lee et al. 2018). `length_drift`: relative change of the length, of either sign (Singhal et al.
-    2023). `repetition`: growth of the share of repeated 4-grams (Welleck et al. 2020, seq-rep-4). `entropy_lost`: share of the
-    entropy that is gone. `eos_lost`: fall of the share of responses that end by themselves. `critic_blind`: fall of the explained
-    variance from its best; that it begins below zero is usual where the critic begins as the reward model. `kl`: nats a response to
-    the start.
+    99 % quantile. `feature_distance`: squared Mahalanobis distance of the reward model's last hidden state from the start's responses,
+    times the start's (Lee et al. 2018); off, because it reads every response a second time: set 3. `length_drift`: relative change of
+    the length, of either sign (Singhal et al. 2023). `repetition`: growth of the share of repeated 4-grams (Welleck et al. 2020,
+    seq-rep-4). `entropy_lost`: share of the entropy that is gone. `eos_lost`: fall of the share of responses that end by themselves.
+    `critic_blind`: fall of the explained variance from its best; that it begins below zero is usual where the critic begins as the
+    reward model. `kl`: nats a response to the start.
     """
 
     gold_falls: float | None = 3.0
     second_falls: float | None = 3.0
     disagreement: float | None = 2.0
     beyond_range: float | None = 0.5
-    feature_distance: float | None = 3.0
+    feature_distance: float | None = None
     length_drift: float | None = 0.5
     repetition: float | None = 0.1
     entropy_lost: float | None = 0.9
@@ -77,9 +77,8 @@ def fall(rows: Sequence[Row], key: str, proxy: str = "objective/score") -> float
     best = int(np.argmax(means[key]))
     if means[proxy][-1] <= means[proxy][best]:
         return 0.0
-    error = math.hypot(errors[best], errors[-1])
-    lost = float(means[key][best] - means[key][-1])
-    return lost / error if error > 0 else math.inf if lost > 0 else 0.0
+    error = max(math.hypot(errors[best], errors[-1]), 1e-6)  # 0 where all responses score the same, as after a collapse
+    return float(means[key][best] - means[key][-1]) / error
 
 
 def _against_start(key: str, compare: Callable[[float, float], float]) -> Callable[[Sequence[Row]], float | None]:

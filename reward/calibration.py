@@ -1,4 +1,4 @@
-"""How good a judge is: pairwise accuracy with an interval that knows pairs of one prompt are related, calibration, shortcuts, drift.
+"""How good a judge is: pairwise accuracy with an interval that knows pairs of one prompt are related, calibration, shortcuts.
 
 Scores come as one list a prompt, in the order of its ranks. `ranks`: 1 is best, equal numbers tie; tied pairs are not judged. `keys` name
 the prompts where one may come several times, ranked by several people: it then counts once in every interval.
@@ -254,7 +254,7 @@ def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], n: int, *, resample
     return float(statistic(np.ones(n))), (float(low), float(high))
 
 
-# ---- what the scores follow, and whether they stay ----
+# ---- what the scores follow ----
 
 
 def length_correlation(scores: Scores, lengths: Scores, keys: Sequence[Hashable] | None = None) -> Figure:
@@ -278,38 +278,3 @@ def length_correlation(scores: Scores, lengths: Scores, keys: Sequence[Hashable]
 
     value, interval = bootstrap(correlation, len(products))
     return Figure(value, sum(map(len, scores)), *interval)
-
-
-def drift(before: Scores, after: Scores) -> dict[str, Figure]:
-    """How scores of one set of prompts' responses lie to another's: `shift` of the mean, in standard deviations of the first set,
-    and `spread`, the second standard deviation over the first. n counts the second set's responses; the prompts of both are drawn anew.
-
-    Raises ValueError when a set has no spread.
-    """
-    def moments(scores: Scores) -> np.ndarray:
-        return np.array([[len(row), math.fsum(row), math.fsum(s * s for s in row)] for row in scores])
-
-    first, second = moments(before), moments(after)
-
-    def means_and_stds(weights: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        found = []
-        for total in (weights[..., :len(first)] @ first, weights[..., len(first):] @ second):
-            mean = total[..., 1] / total[..., 0]
-            found.append((mean, np.sqrt(np.maximum(total[..., 2] / total[..., 0] - mean * mean, 0))))
-        return found
-
-    def shift(weights: np.ndarray) -> np.ndarray:
-        (a, std), (b, _) = means_and_stds(weights)
-        return (b - a) / std
-
-    def spread(weights: np.ndarray) -> np.ndarray:
-        (_, a), (_, b) = means_and_stds(weights)
-        return b / a
-
-    if any(std < 1e-9 for _, std in means_and_stds(np.ones(len(first) + len(second)))):
-        raise ValueError("a set of scores without spread cannot be compared with another: all its scores are equal")
-    found = {}
-    for name, statistic in (("shift", shift), ("spread", spread)):
-        value, interval = bootstrap(statistic, len(first) + len(second))
-        found[name] = Figure(value, sum(map(len, after)), *interval)
-    return found

@@ -98,10 +98,13 @@ def _bend(d: np.ndarray, form: Form) -> np.ndarray:
 
 
 def peak_distance(a: float, b: float, form: Form) -> float:
-    """Where the curve is highest: a / 2b of best-of-n, exp(a / b - 1) of RL; inf for b <= 0, and 0 where best-of-n only falls."""
+    """Where the curve is highest: a / 2b of best-of-n, exp(a / b - 1) of RL; inf for b <= 0, and 0 where best-of-n only falls.
+
+    Of nearly straight curves it is held below 1e150, so that its square, a KL, is still a number.
+    """
     if b <= 0:
         return math.inf
-    return max(0.0, a / (2 * b)) if form == "bon" else math.exp(min(a / b - 1, 700.0))
+    return min(1e150, max(0.0, a / (2 * b))) if form == "bon" else math.exp(min(a / b - 1, 345.0))
 
 
 def _solve(d: np.ndarray, scores: np.ndarray, form: Form) -> tuple[float, float, float]:
@@ -155,8 +158,9 @@ def standing(curve: Curve, kl: float) -> tuple[Place, str]:
     """Where a run at this KL (nats) stands relative to the gold curve's peak, by the peak's interval, and a sentence that says so."""
     here, (low, high) = math.sqrt(max(kl, 0.0)), curve.intervals["peak"]
     if low > 2 * max(here, 1e-12):  # far outside what was measured, where the form alone speaks
-        return "no peak within reach", (f"at KL {kl:.2f} the gold score has not bent: a peak, if any, lies beyond KL {low**2:.1f}, more "
-                                        "than twice the distance travelled")
+        where = "no peak is in sight" if low > 1e3 else (
+            f"a peak, if any, lies beyond KL {low**2:.1f}, more than twice the distance travelled")
+        return "no peak within reach", f"at KL {kl:.2f} the gold score has not bent: {where}"
     place: Place = "before the peak" if here < low else "beyond the peak" if here > high else "at the peak"
     ends = f"[{low**2:.2f}, {f'{high**2:.2f}' if math.isfinite(high) and high < 1e6 else 'no end'}]"
     peak = f"{curve.peak**2:.2f}" if math.isfinite(curve.peak) and curve.peak < 1e6 else "no end"

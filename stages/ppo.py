@@ -9,13 +9,13 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 from datasets import load_from_disk
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from prompts.templates import BENCHMARK_CUES
 from reward.alarms import Limits
 from stages.data.curriculum import CUES
 from stages.data.packing import PackedCollator
-from stages.data.tokenizer import EOS
+from stages.data.tokenizer import document_end
 from stages.models.training import barrier, fit, save_model, training_arguments, world_size
 from stages.rl.alarms import Watch, build_watchers
 from stages.rl.costs import ppo_flops, price
@@ -24,14 +24,14 @@ from stages.rl.gating import pass_gate
 from stages.rl.measure import differences, measure, report, reward_drift, summarise
 from stages.rl.models import PolicyWithCritic
 from stages.rl.questions import QuestionConfig, asked, check_lengths, check_questions, embedded_problems, own_problems
-from stages.rl.rewards import build_reward, gold_scores, scorers
+from stages.rl.rewards import build_reward, gold_scores, load_critic, scorers
 from stages.rl.rollouts import draws
 from stages.rl.trainer import PpoSettings, PPOTrainer
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.config import fill, option
 from stages.run.entry import launch
-from stages.run.manifest import Manifest, Run, hash_data, is_main, say, write_json
+from stages.run.manifest import Manifest, Run, hash_data, hash_path, is_main, say, write_json
 
 SHOWN = 4  # questions whose answers are shown as the policy changes
 BEST_OF_PROBLEMS = 100  # of those measured, for the curve of best-of-n
@@ -77,9 +77,10 @@ class PpoConfig(QuestionConfig):
     on_alarm: Literal["warn", "stop", "rollback"] = option("warn", "signs of reward hacking: warn, stop there, or stop and go back to the "
                                                            "best checkpoint (docs/reward-hacking.md)")
     alarm_limits: dict[str, float | None] = option({}, "thresholds of alarms other than their own, such as {kl: 20}; null turns one off")
-    second_reward: str | None = option(None, "folder of a reward model that scores without rewarding: an alarm where its scores fall")
+    second_reward: str | None = option(None, "folder of a reward model that scores without rewarding: an alarm where its scores fall",
+                                       recorded_only=True)
     sample_iterations: int = option(10, "iterations between tables of a few fixed questions' answers (0: none)", recorded_only=True)
-    best_of: int = option(16, "samples a problem for the curve of best-of-n at equal KL, of the start (0: none)")
+    best_of: int = option(8, "samples a problem for the curve of best-of-n at equal KL, of the start (0: none)")
 
 
 def main(config: PpoConfig) -> Manifest:
@@ -87,7 +88,8 @@ def main(config: PpoConfig) -> Manifest:
                     sample_iterations=0, best_of=0)
     limits = Limits(**fill(Limits, config.alarm_limits, where="alarm_limits"))
     own = own_problems(config)
-    run = Run(config, inputs={"problems": hash_data([own, BENCHMARK_CUES[config.style]])} if own else {})
+    run = Run(config, inputs=({"problems": hash_data([own, BENCHMARK_CUES[config.style]])} if own else {}) | (
+        {"second_reward": hash_path(Path(config.second_reward))} if config.second_reward else {}))
     if run.finished:
         return run.manifest
     source, scorer = run.parents["sft"].product("model"), run.parents["reward_model"].product("model")
@@ -110,26 +112,26 @@ def main(config: PpoConfig) -> Manifest:
 
     critic = None
     if config.value_trunk == "separate":
-        critic = AutoModelForSequenceClassification.from_pretrained(scorer, num_labels=1, dtype=torch.float32)
+        critic = load_critic(scorer, vocab_size=policy.config.vocab_size, tokenizer=tokenizer)
     model = PolicyWithCritic(policy, critic, temperature=config.temperature, kl_coef=config.kl_coef)
     arguments = TrainingArguments(**training_arguments(
         run, seed=config.seed, report_to=config.report_to, logging_steps=settings.steps_per_iteration, logging_first_step=False,
         save_steps=config.save_iterations * settings.steps_per_iteration, max_steps=config.iterations * settings.steps_per_iteration,
         per_device_train_batch_size=config.micro_batch_size, gradient_accumulation_steps=accumulation,
-        learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm, weight_decay=0.0))
+        learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm, weight_decay=0.0,
+        save_total_limit=3))  # the best, the last, and the one before it, until the last is known to be complete
     reward = build_reward(config.reward, model_path=scorer, vocab_size=policy.config.vocab_size, device=arguments.device,
                           tokenizer=tokenizer)
     ptx: Any = load_from_disk(str(run.parents["prepare"].product("tokens") / "train")) if config.ptx_coef else ()
     sampling: dict[str, Any] = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "eos_ids": eos_ids,
                                 "pad_id": pad_id, "stop_strings": config.stop_strings}
     model.to(arguments.device)
-    watchers = build_watchers(config.reward, model_path=scorer, second=config.second_reward, reference=policy, tokenizer=tokenizer,
+    watchers = build_watchers(config.reward, limits, model_path=scorer, second=config.second_reward, reference=policy, tokenizer=tokenizer,
                               prompts=prompts, device=arguments.device, vocab_size=policy.config.vocab_size, seed=config.seed + 2,
                               **sampling)
     watch = Watch(limits, config.on_alarm, watchers=watchers, shown=held_out[:SHOWN], every=config.sample_iterations)
     trainer = PPOTrainer(model, arguments, settings, prompts=prompts, reward=reward, tokenizer=tokenizer, judge=gold_scores, watch=watch,
-                         ptx=ptx, ptx_collator=PackedCollator(eos_id=tokenizer.get_vocab().get(EOS, tokenizer.eos_token_id),
-                                                              pad_id=pad_id))
+                         ptx=ptx, ptx_collator=PackedCollator(eos_id=document_end(tokenizer), pad_id=pad_id))
 
     def look() -> dict[str, list[float]]:
         return measure(model.policy, trainer.reference, tokenizer, held_out, reward=reward, samples=config.eval_samples,
@@ -143,7 +145,7 @@ def main(config: PpoConfig) -> Manifest:
     report("after", after)
     best = draw_best_of_n(trainer.reference, tokenizer, held_out[:BEST_OF_PROBLEMS], reward=reward, judge=gold_scores,
                           samples=config.best_of, seed=config.seed + 3, **sampling) if config.best_of else None
-    curves, compared = compare(watch.rows(), best)
+    curves, compared = compare(watch.rows(), best, notes["kept_step"] + settings.steps_per_iteration)
 
     if is_main():
         save_model(model.policy, tokenizer, run.directory / "model")

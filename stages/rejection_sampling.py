@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from prompts.templates import BENCHMARK_CUES
 from stages.data.curriculum import CUES
 from stages.data.packing import PackedCollator
-from stages.data.tokenizer import EOS
+from stages.data.tokenizer import document_end
 from stages.models import adapters
 from stages.models.counts import count_parameters, train_flops_per_token
 from stages.models.finetuning import DialogueCollator, TuningConfig, tune
@@ -94,7 +94,7 @@ def main(config: RejectionSamplingConfig) -> Manifest:
     if config.forgetting_rows and "tokens" in prepared.data["products"]:
         rows = datasets.load_from_disk(str(prepared.product("tokens") / "heldout"))
         neutral = Neutral(policy, rows.select(range(min(config.forgetting_rows, len(rows)))), PackedCollator(
-            eos_id=tokenizer.get_vocab().get(EOS, tokenizer.eos_token_id), pad_id=pad_id))
+            eos_id=document_end(tokenizer), pad_id=pad_id))
 
     def look(model: PreTrainedModel) -> dict[str, list[float]]:
         return measure(model, policy, tokenizer, held_out, reward=reward, samples=config.eval_samples, seed=config.seed + 1,

@@ -19,7 +19,7 @@ from stages.data.instructions import instructions
 from stages.data.overlap import screened
 from stages.data.packing import PackedCollator, replayed
 from stages.data.problems import read_problems
-from stages.data.tokenizer import ASSISTANT, END, EOS, SYSTEM, USER
+from stages.data.tokenizer import ASSISTANT, END, SYSTEM, USER, document_end
 from stages.evals.battery import changes, exam, summary
 from stages.evals.scoring import write_records
 from stages.evals.tasks import load_task
@@ -89,7 +89,7 @@ def main(config: SftConfig) -> Manifest:
         return run.manifest
     prepared, parent = run.parents["prepare"], run.parents["pretrain"]
     tokenizer: Any = AutoTokenizer.from_pretrained(parent.product("model"))
-    end, end_of_text = turns.end_of_turn(tokenizer), tokenizer.get_vocab().get(EOS, tokenizer.eos_token_id)
+    end, end_of_text = turns.end_of_turn(tokenizer), document_end(tokenizer)
     model: Any = adapters.load_base(parent.product("model"), config)
     finetuning.check_fit(tokenizer, model, config)
 

@@ -150,9 +150,9 @@ def make_runs(home: Path, stages=STAGES) -> Path:
                             **{f"after/{k}": metric(v + gains[k], n=300, ci95=(v + gains[k] - 0.03, v + gains[k] + 0.03))
                                for k, v in values.items()},
                             **{f"gain/{k}": metric(v, n=300, ci95=(v - 0.02, v + 0.02)) for k, v in gains.items()},
-                            "best_of_n/gold": metric(0.91, n=2, ci95=(0.9, 0.92)), "best_of_n/kl": metric(0.8094, n=5)},
+                            "best_of_n/gold": metric(0.91, n=2, ci95=(0.9, 0.92))},
                 "notes": {"alarms": [{"name": "kl", "step": 120, "value": 3.25, "threshold": 3.0, "sentence": "too far"}],
-                          "kept_step": 100, "last_step": 160, "best_step": 100, "on_alarm": "rollback"},
+                          "kept_step": 100, "last_step": 160, "best_step": 100, "on_alarm": "rollback", "watched_iterations": 40},
                 "files": {"overoptimization.json": json.dumps(curves), "samples.jsonl": "".join(json.dumps({"step": step, "samples": [
                     {"prompt": f"question {i}", "response": f"answer {i} at {step}", "score": 0.5, "gold": None if i else 0.25, "kl": 0.1}
                     for i in range(2)]}) + "\n" for step in (0, 40, 160))},
@@ -354,7 +354,7 @@ def test_the_summary_states_the_effects(whole, told):
 def test_reward_hacking_is_told(told):
     section = next(section for section in told.sections if section.key == "ppo")
     text = page.plain(" ".join(section.paragraphs))
-    assert "1 alarms of reward hacking were raised" in text and "of step 100, to which the run went back from step 160" in text
+    assert "1 alarm of reward hacking was raised" in text and "of step 100, to which the run went back from step 160" in text
     assert "is beyond the peak of the fitted gold score" in text and "Best of 5 samples of the start" in text
     assert "0.910 [0.900, 0.920]" in text
     assert {"ppo/ppo-distance.svg", "ppo/ppo-best-of-n.svg"} <= {f"ppo/{figure.file.rsplit('/')[-1]}" for figure in section.figures}
@@ -375,6 +375,16 @@ def test_curves_over_the_distance_have_fits_and_best_of_n(whole, tmp_path, monke
     assert points.x[-1] == pytest.approx(3.9**0.5) and max(fitted.x) == pytest.approx(3.9**0.5)
     assert max(abs(y - fitted.y[min(range(40), key=lambda i: abs(fitted.x[i] - x))]) for x, y in zip(points.x, points.y, strict=True)) < 0.1
     assert shown["ppo-best-of-n"][2].y[-1] == pytest.approx(0.9)
+
+
+def test_no_alarm_in_too_few_iterations_is_no_good_news(tmp_path, undrawn):
+    home = make_runs(tmp_path / "tiny")
+    data = json.loads((home / "ppo" / MANIFEST).read_text())
+    for rows, said in ((4, "could be raised: they need 5 iterations"), (5, "No alarm of reward hacking was raised.")):
+        data["notes"] |= {"alarms": [], "watched_iterations": rows}
+        (home / "ppo" / MANIFEST).write_text(json.dumps(data))
+        section = next(section for section in tell(home, tmp_path).sections if section.key == "ppo")
+        assert said in " ".join(section.paragraphs)
 
 
 def test_a_run_that_did_not_look_for_reward_hacking_says_nothing_of_it(tmp_path, undrawn):

@@ -47,9 +47,10 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_each_alarm_by_hand(name):
     changed, value = CASES[name]
-    alarms = raised(constant(**changed))
+    limits = Limits(feature_distance=3.0)  # off by default
+    alarms = raised(constant(**changed), limits)
     assert [a.name for a in alarms] == [name]
-    assert alarms[0].value == pytest.approx(value) and alarms[0].step == 24 and alarms[0].threshold == getattr(Limits(), name)
+    assert alarms[0].value == pytest.approx(value) and alarms[0].step == 24 and alarms[0].threshold == getattr(limits, name)
     assert raised(constant(**changed), Limits(**{name: value + 0.01})) == [] == raised(constant(**changed), Limits(**{name: None}))
     assert str(round(100 * value)) in alarms[0].sentence or f"{value:.1f}" in alarms[0].sentence or f"{value:.2f}" in alarms[0].sentence
 
@@ -64,7 +65,7 @@ def test_a_score_that_falls_while_the_reward_rises(key):
     assert [(a.name, a.step) for a in alarms] == [(name, 40)] and "3.2 standard errors below its best" in alarms[0].sentence
     assert fall([{**row, "objective/score": -row["objective/score"]} for row in rows], key) == 0  # both fell: no hacking
     assert fall([{k: v for k, v in row.items() if k != f"{key}_se"} for row in rows], key) is None
-    assert fall([{**row, f"{key}_se": 0.0} for row in rows], key) == math.inf
+    assert 1e3 < fall([{**row, f"{key}_se": 0.0} for row in rows], key) < math.inf  # a number, because it is written down
 
 
 def test_a_fall_counts_from_the_best_and_not_from_the_start():
@@ -112,5 +113,5 @@ def test_limits_are_given_by_name_and_null_turns_off():
 
 def test_the_page_has_the_thresholds_that_the_code_has():
     page = (Path(__file__).parent.parent / "docs" / "reward-hacking.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d.]+) \|[^|]*\|$", page.partition("## The alarms")[2], re.MULTILINE)
-    assert {name: float(limit) for name, limit in rows} == vars(Limits())
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d.]+|off) \|[^|]*\|$", page.partition("## The alarms")[2], re.MULTILINE)
+    assert {name: None if limit == "off" else float(limit) for name, limit in rows} == vars(Limits())

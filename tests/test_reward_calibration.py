@@ -12,7 +12,6 @@ from reward.calibration import (
     accuracy_difference,
     calibration,
     deal,
-    drift,
     fit_temperature,
     fitted,
     judged,
@@ -161,17 +160,6 @@ def test_length_correlation_within_prompts():
     assert sum(f.low < 0 < f.high for f in none) >= 53 and none[0].high - none[0].low < 0.4
     with pytest.raises(ValueError, match="no correlation"):
         length_correlation([[1.0, 1.0]], [[3, 4]])
-
-
-def test_drift_by_hand():
-    # Means 0 and 3, standard deviations 1 and 2.
-    found = drift([[-1.0, 1.0]] * 50, [[1.0, 5.0]] * 50)
-    assert found["shift"][:2] == (pytest.approx(3), 100) and found["spread"].value == pytest.approx(2)
-    noise = random.Random(0)
-    same = drift(*([[noise.gauss(0, 1) for _ in range(4)] for _ in range(100)] for _ in "xy"))
-    assert same["shift"].low < 0 < same["shift"].high and same["spread"].low < 1 < same["spread"].high
-    with pytest.raises(ValueError, match="without spread"):
-        drift([[1.0, 1.0]], [[1.0, 2.0]])
 
 
 def test_rankings_of_one_prompt_are_one_prompt_in_every_interval():

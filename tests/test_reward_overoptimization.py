@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from reward import overoptimization
 from reward.overoptimization import best_of_n, best_of_n_kl, fit_points, fit_prompts, peak_distance, standing
 
 
@@ -102,3 +103,12 @@ def test_where_a_run_stands():
     assert standing(rises, 16.0)[0] == "no peak within reach"
     note = rises.as_note()
     assert note["peak"] is None and json.loads(json.dumps(note, allow_nan=False))["intervals"]["peak"] == [None, None]
+
+
+@pytest.mark.parametrize("form", ["rl", "bon"])
+def test_a_nearly_straight_rise_has_a_peak_that_can_be_written_down(form):
+    """a / b far above what exp or a square can hold: a run that never bends must not fail after its training."""
+    curve = overoptimization._curve(form, (0.0, 1.0, 1e-200), [(0.0, 1.0, 1e-200)] * 40, 40)
+    json.dumps(curve.as_note(), allow_nan=False)
+    place, sentence = standing(curve, 2.0)
+    assert place == "no peak within reach" and "no peak is in sight" in sentence and "inf" not in sentence

@@ -129,6 +129,22 @@ def test_without_a_judge_the_last_checkpoint_before_the_alarm(tmp_path, capsys):
     assert t.watch.settle()["kept_step"] == 10 and "set save_iterations lower" in capsys.readouterr().out
 
 
+def test_a_judge_that_is_only_looked_at_does_not_choose_the_checkpoint(tmp_path):
+    """The same run as above: the gold score has its peak at step 10, the alarm of the KL comes at step 10, so 8 is the last before it."""
+    golds = [0.0, 0.8, 0.0, 0.5, 0.6, 0.7, 0.2, 0.1, 0.0, 0.0]
+    t = small(tmp_path, Watch(Limits(**{**OFF, "kl": -1.0}), "rollback"), golds=golds, iterations=10, reward=rising())
+    fit(t)
+    assert t.watch.settle()["kept_step"] == 6
+
+
+def test_going_back_to_less_than_the_start_is_said(tmp_path, capsys):
+    golds = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
+    t = small(tmp_path, Watch(Limits(**{**OFF, "gold_falls": 0.5}), "rollback"), golds=golds, iterations=10, reward=rising())
+    fit(t)
+    t.watch.settle()
+    assert "the start itself had the higher gold score" in capsys.readouterr().out
+
+
 def test_resumed_run_has_the_same_alarms_samples_and_best_checkpoint(tmp_path, capsys):
     """From a checkpoint in the middle, when the rows before it have begun the window that raises the alarm."""
     def make(name):
@@ -181,7 +197,8 @@ def test_watchers_of_an_ensemble_and_a_second_model(tmp_path):
     write_ensemble(ensemble, tmp_path / "rm")
     plain_model(ensemble, raw).save_pretrained(tmp_path / "rm")
     classifier().save_pretrained(tmp_path / "second")
-    watchers = build_watchers({"model": 1.0}, model_path=tmp_path / "rm", second=str(tmp_path / "second"), reference=start,
+    limits = Limits(feature_distance=3.0)
+    watchers = build_watchers({"model": 1.0}, limits, model_path=tmp_path / "rm", second=str(tmp_path / "second"), reference=start,
                               tokenizer=tokenizer(), prompts=prompts(), device=torch.device("cpu"), vocab_size=VOCAB, **SAMPLING)
     assert set(watchers) == {"second", "disagreement", "feature_distance"}
     assert watchers["disagreement"](responses) == pytest.approx(expected, rel=1e-4)
@@ -191,8 +208,15 @@ def test_watchers_of_an_ensemble_and_a_second_model(tmp_path):
     cloud = fit_cloud(last_hidden(scorer, own))
     assert watchers["feature_distance"](responses) == pytest.approx(
         cloud.distances(last_hidden(scorer, [r.prompt_ids + r.ids for r in responses])).tolist(), rel=1e-4)
-    assert build_watchers({"verifier": 1.0}, model_path=None, second=None, reference=start, tokenizer=tokenizer(), prompts=prompts(),
-                          device=torch.device("cpu"), vocab_size=VOCAB, **SAMPLING) == {}
+
+    def watched(source, limits, second=None):
+        return set(build_watchers({source: 1.0}, limits, model_path=tmp_path / "rm", second=second, reference=start, tokenizer=tokenizer(),
+                                  prompts=prompts(), device=torch.device("cpu"), vocab_size=VOCAB, **SAMPLING))
+
+    assert watched("verifier", limits) == watched("model@text", limits) == set()  # the policy's ids mean nothing to a reader of texts
+    assert watched("model", Limits()) == {"disagreement"} and watched("model", Limits(disagreement=None)) == set()
+    with pytest.raises(ValueError, match=r"second_reward 'verifier' has no config\.json"):
+        watched("model", limits, second="verifier")
 
 
 def test_last_hidden_state_is_what_the_score_is_read_from():

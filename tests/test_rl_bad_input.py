@@ -54,7 +54,7 @@ def fails_in_the_third_rollout(problems, texts, finished):
     ("raises_at_q", r"raised KeyError: 'q' at response 2 of 3 \(problem 'b', text 'x q'\): mend the function"),
     ("raises_in_company", r"raised AssertionError: .*for 3 responses, for none of them alone"),
     ("nan_at_q", r"returned nan for response 2 of 3 \(problem 'b', text 'x q'\): a score is a finite number"),
-    ("none_at_q", r"returned None for response 2 of 3 \(problem 'b'.*return 0 for a response that it does not judge"),
+    ("none_at_q", r"returned None for response 2 of 3 \(problem 'b'.*returns 0 for a response that it does not judge"),
     ("infinite_at_q", r"returned inf for response 2 of 3"), ("too_many", r"returned 4 scores for 3 responses: return one each"),
     ("nothing", r"returned None for 3 responses: return one each")])
 def test_a_reward_function_that_fails_is_named_with_the_response(function, message):

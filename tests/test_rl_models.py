@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from stages.rl.models import PolicyWithCritic, align_right, pad_sequences, policy_stats, remove_dropout
-from stages.rl.rewards import Response, build_reward
+from stages.rl.rewards import Response, build_reward, load_critic
 from tests.rl_tiny import END, LETTERS, PAD, VOCAB, classifier, early_letters, policy, tokenizer
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
@@ -151,6 +151,12 @@ def test_reward_model_of_another_vocabulary(tmp_path):
     classifier(vocab_size=50).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="50 tokens"):
         build_reward({"model": 1.0}, model_path=tmp_path, vocab_size=VOCAB)
+
+
+def test_a_critic_of_another_vocabulary_is_refused(tmp_path):
+    classifier(vocab_size=50).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot be the critic: it has 50 tokens, the policy 28; set value_trunk to shared"):
+        load_critic(tmp_path, vocab_size=VOCAB, tokenizer=tokenizer())
 
 
 def trl_style(prompts, completions, answer, completion_ids, **kwargs):

@@ -262,6 +262,14 @@ def test_two_processes_equal_one(tmp_path):
             assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-4), key
 
 
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"stop_strings": ("a", "")}, "holds an empty text"), ({"kl_target": 0.0}, "kl_target is 0.0: set it above 0, or to null"),
+    ({"kl_horizon": -1.0}, r"kl_horizon is -1\.0: set it above 0$"), ({"kl_limit": 0.0}, "kl_limit is 0.0")])
+def test_settings_that_divide_by_zero_or_end_everything(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PpoSettings(rollout_batch=8, **changes)
+
+
 def test_settings_count_steps():
     settings = PpoSettings(rollout_batch=48, epochs=2, minibatches=3, micro_batch=4)
     assert settings.steps_per_iteration == 6 and settings.accumulation(2) == 2

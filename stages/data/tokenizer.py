@@ -49,6 +49,11 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, numbers: str = "wh
         additional_special_tokens=[SYSTEM, USER, ASSISTANT, END])
 
 
+def document_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends a document of the base corpus; a foreign tokenizer's end token."""
+    return tokenizer.get_vocab().get(EOS, tokenizer.eos_token_id)
+
+
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], *, ask: bool = False) -> list[int]:
     """Token ids of a dialogue; `ask` ends it where the assistant is to speak."""
     return tokenizer(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask),

@@ -14,6 +14,9 @@ from stages.run.manifest import Manifest
 # did could be told from nothing (LOG.md).
 EASY: dict[str, Any] = {"difficulties": [1, 2]}
 EASY_RANKED: dict[str, Any] = EASY | {"responses_per_prompt": 8, "temperature": 1.0}
+# Reward models made good and bad on purpose: what of a model is trained.
+CAPACITIES: dict[str, dict[str, Any]] = {"full": {}, "rank 1": {
+    "method": "lora", "lora_rank": 1, "lora_alpha": 2, "optimizer": "adamw", "learning_rate": 1e-3}}
 
 
 def stage(name: str, folder: Path, **settings: Any) -> Manifest:

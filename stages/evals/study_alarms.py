@@ -22,15 +22,13 @@ import numpy as np
 from prompts.intervals import wilson
 from reward.alarms import STATISTICS, WINDOW, Limits, fall, statistics
 from stages.evals.scoring import write_records
-from stages.evals.studies import EASY, EASY_RANKED, markdown, mean, stage
+from stages.evals.studies import CAPACITIES, EASY, EASY_RANKED, markdown, mean, stage
 from stages.run.checkpoint import read_metrics
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.manifest import say
 
 RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
-RANK_1: dict[str, Any] = {"method": "lora", "lora_rank": 1, "lora_alpha": 2, "optimizer": "adamw", "learning_rate": 1e-3}
-CAPACITIES: dict[str, dict[str, Any]] = {"full": {}, "rank 1": RANK_1}
 # responses, share of wrong labels, capacity of the reward model, price of a nat of KL
 WEAK = [(size, error, capacity, kl) for size in (250, 1000) for error in (0.2, 0.4)
         for capacity, kl in (("full", 0.0), ("full", 0.01), ("rank 1", 0.0))]
@@ -44,7 +42,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "worst of the ensemble": {"reward": {"model@min": 1.0}}, "ensemble's mean less its spread": {"reward": {"model@mean_std": 1.0}},
     "score clipped at 1": {"score_clip": 1.0}, "length penalty .01": {"length_penalty": 0.01}, "bounded shaping (PAR)": {"par_samples": 1},
     "early stop, with a judge": {"on_alarm": "rollback"},
-    "early stop, without one": {"on_alarm": "rollback", "alarm_limits": {"gold_falls": None}}}
+    "early stop, without one": {"on_alarm": "rollback", "alarm_limits": {"gold_falls": None, "feature_distance": 3.0}}}
 ASSUMED_BASE_S, ASSUMED_MODEL_S, ASSUMED_ITERATION_S = 300, 45, 2.5  # on one CPU core, for the budget alone
 
 
@@ -92,6 +90,7 @@ def study(given: argparse.Namespace) -> None:
     second = reward_model(*SECOND, "full", given.seed + 1) / "model"
 
     def ppo(folder: str, model: Path, seed: int, **settings: Any) -> dict[str, Any]:
+        settings = {"alarm_limits": {"feature_distance": 3.0}} | settings  # all that can be watched
         made = stage("ppo", given.runs / folder, seed=seed, iterations=given.iterations, learning_rate=given.learning_rate, gate="off",
                      second_reward=str(second), best_of=0, sample_iterations=0, save_iterations=5, eval_problems=given.eval_problems,
                      **EASY, **settings, **base, **{"parents.reward_model": str(model)})
@@ -184,9 +183,11 @@ def report(lines: Runs) -> str:
         thresholds, defaults = calibrated(learned), vars(Limits())
         blind = [name for name in STATISTICS if name != "gold_falls"]
         rows = []
-        for label, names in [*((name, [name]) for name in STATISTICS), ("any without a judge", blind)]:
+        labels = [f"{name}, the definition" if name == "gold_falls" else name for name in STATISTICS]
+        for label, names in [*zip(labels, ([name] for name in STATISTICS), strict=True), ("any without a judge", blind)]:
             if any(name in thresholds for name in names):
-                limit = [f"{thresholds[names[0]]:.3g}", f"{defaults[names[0]]:g}"] if len(names) == 1 else ["", ""]
+                usual = defaults[names[0]]
+                limit = [f"{thresholds[names[0]]:.3g}", "off" if usual is None else f"{usual:g}"] if len(names) == 1 else ["", ""]
                 rows.append([label, limit[0], *judged(tested, thresholds, names), limit[1], *judged(runs, defaults, names)])
         tables.append(markdown(["alarm", "calibrated", "raised when over-optimised", "false", "lead (iterations)", "default",
                                 "raised when over-optimised, all runs", "false, all runs", "lead (iterations), all runs"], rows))

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 from reward.gate import judge
 from stages.evals.scoring import write_records
-from stages.evals.studies import EASY, EASY_RANKED, markdown, stage
+from stages.evals.studies import CAPACITIES, EASY, EASY_RANKED, markdown, stage
 from stages.run import figures
 from stages.run.console import clock
 from stages.run.entry import run_program
@@ -28,8 +28,6 @@ from stages.run.manifest import say
 
 RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 SIZES, ERRORS = (250, 1000, 4000, 12_000), (0.0, 0.2, 0.4)
-CAPACITIES: dict[str, dict[str, Any]] = {"full": {}, "rank 1": {
-    "method": "lora", "lora_rank": 1, "lora_alpha": 2, "optimizer": "adamw", "learning_rate": 1e-3}}
 FIGURES = ("heldout_accuracy", "fresh_accuracy", "gain_over_min_logprob", "gain_over_features", "fresh_ece", "fresh_ece_fitted",
            "fresh_brier", "length_correlation", "flip_rate_whitespace")
 VERDICTS = {"fail": 0, "warn": 1, "pass": 2}

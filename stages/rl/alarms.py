@@ -19,7 +19,7 @@ from stages.models.training import gather, rank, world_size
 from stages.rl import samples
 from stages.rl.measure import Prompts, answers
 from stages.rl.models import remove_dropout
-from stages.rl.rewards import Response, build_reward, reward_models
+from stages.rl.rewards import Response, build_reward, reads_text, reward_models
 from stages.rl.rollouts import Scored
 from stages.run.checkpoint import MetricsLog
 from stages.run.manifest import is_main, say
@@ -91,7 +91,8 @@ class Watch(TrainerCallback):
         sampled_by = int(rows[-1]["step"]) - self.trainer.settings.steps_per_iteration
         if sampled_by <= 0 or sampled_by % self.trainer.args.save_steps:
             return
-        golds = [row["objective/gold"] for row in rows[-SMOOTHED:] if "objective/gold" in row]
+        judged = self.limits.gold_falls is not None  # else the gold score is looked at by people alone
+        golds = [row["objective/gold"] for row in rows[-SMOOTHED:] if judged and "objective/gold" in row]
         if golds:
             gold = math.fsum(golds) / len(golds)
             if state.best_global_step is None or gold > state.best_metric:
@@ -143,36 +144,44 @@ class Watch(TrainerCallback):
                 t.load_step(best)
                 kept = best
                 say(f"rolled back from step {last} to the checkpoint of step {best}")
+                start = self.rows()[0].get("objective/gold")
+                if t.state.best_metric is not None and start is not None and start > t.state.best_metric:
+                    say(f"warning: the start itself had the higher gold score, {start:.3f} against {t.state.best_metric:.3f}: nothing was "
+                        "gained; keep the SFT model")
             else:
                 say(f"no checkpoint is older than the alarm of step {alarms[0].step}, which keeps that of step {last}: set save_iterations "
                     "lower")
         return {"alarms": [alarm._asdict() for alarm in alarms], "on_alarm": self.action, "kept_step": kept, "last_step": last,
-                "best_step": best}
+                "best_step": best, "watched_iterations": len(self.rows())}
 
 
-def build_watchers(spec: Mapping[str, float], *, model_path: Path | None, second: str | None, reference: PreTrainedModel,
+def build_watchers(spec: Mapping[str, float], limits: Limits, *, model_path: Path | None, second: str | None, reference: PreTrainedModel,
                    tokenizer: PreTrainedTokenizerBase, prompts: Prompts, device: torch.device, vocab_size: int,
                    **sampling: Any) -> dict[str, Watcher]:
     """What can be watched beside the reward `spec`: `second` reward model, an ensemble's `disagreement`, `feature_distance`.
 
-    The last two are those of the first reward model that fits among the reward's sources. Models are loaded beside the reward's own,
-    for inference alone. The features' reference are responses of `reference` to the first prompts, drawn again by each attempt of a
-    run, the same ones by their keys; call on every process. Raises ValueError as `build_reward` does.
+    The last two, as far as they have a limit, are those of the first reward model among the reward's sources that fits and reads the
+    policy's token ids. Models are loaded beside the reward's own, for inference alone. The features' reference are responses of
+    `reference` to the first prompts, drawn again by each attempt of a run, the same ones by their keys; call on every process. Raises
+    ValueError as `build_reward` does.
     """
     found: dict[str, Watcher] = {}
     if second is not None:
+        if not (Path(second) / "config.json").is_file():
+            raise ValueError(f"second_reward {second!r} has no config.json: give the folder of a reward model, such as "
+                             "runs/other/reward_model/model")
         found["second"] = build_reward({second: 1.0}, model_path=None, vocab_size=vocab_size, device=device, tokenizer=tokenizer)
-    folders = reward_models(spec, model_path)
+    folders = reward_models({name: weight for name, weight in spec.items() if not reads_text(name)}, model_path)
 
     def load(folder: Path) -> PreTrainedModel:
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).to(device).eval()
         return remove_dropout(model).requires_grad_(False)
 
-    if ensembles := [folder for folder in folders if (folder / ENSEMBLE).is_file()]:
+    if limits.disagreement is not None and (ensembles := [folder for folder in folders if (folder / ENSEMBLE).is_file()]):
         ensemble = load_ensemble(ensembles[0], [load(folder) for folder in member_folders(ensembles[0])], None)
         found["disagreement"] = lambda responses: [ensemble.disagreement([of]) for of in
                                                    ensemble.raw([r.prompt_ids + r.ids for r in responses])]
-    if folders:
+    if limits.feature_distance is not None and folders:
         model, asked = load(folders[0]), prompts[:REFERENCE_RESPONSES]
         mine = asked[rank()::world_size()]
         drawn = answers(reference, tokenizer, mine, 1, **sampling) if mine else []

@@ -16,7 +16,8 @@ def warn_once(experience: Experience, missing_eos_penalty: float | None, warned:
                               "raise max_new_tokens, or tune the start until it ends what it says")
     if metrics["reward/zero_variance"]:
         kinds["variance"] = (f"all {count} responses of a rollout have the score {metrics['objective/shaped_score']:.4g}: nothing tells "
-                             "them apart, so only the KL to the reference is learned from; look at the reward, or at score_clip")
+                             "them apart, and what is learned from is the KL and the critic's own errors; look at the reward, or at "
+                             "score_clip")
     for kind, text in kinds.items():
         if kind not in warned:
             warned.add(kind)

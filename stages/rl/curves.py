@@ -41,21 +41,23 @@ def of_best_of_n(found: BestOfN) -> dict[str, Any]:
                      for name, scores in (("proxy", found.proxy), ("gold", found.gold))}}
 
 
-def of_run(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """As JSON: KL and both scores of each iteration's own samples, their fits, and where the last iteration stands."""
+def of_run(rows: Sequence[Mapping[str, float]], sampled_at: int | None = None) -> dict[str, Any]:
+    """As JSON: KL and both scores of each iteration's own samples, their fits, and where the policy stands that was sampled in the row
+    of step `sampled_at` (default, or where there is no such row: in the last)."""
     rows = [row for row in rows if {"objective/kl", "objective/score", "objective/gold"} <= row.keys()]
     kl, proxy, gold = ([row[key] for row in rows] for key in ("objective/kl", "objective/score", "objective/gold"))
     made: dict[str, Any] = {"step": [row["step"] for row in rows], "kl": kl, "proxy": proxy, "gold": gold, "fits": None, "standing": None}
     if len({max(0.0, k) for k in kl}) < LEAST_POINTS:
         return made
     curves = {"proxy": fit_points(kl, proxy), "gold": fit_points(kl, gold)}
-    place, sentence = standing(curves["gold"], kl[-1])
+    place, sentence = standing(curves["gold"], next((row["objective/kl"] for row in rows if row["step"] == sampled_at), kl[-1]))
     return made | {"fits": {name: curve.as_note() for name, curve in curves.items()}, "standing": {"place": place, "sentence": sentence}}
 
 
-def compare(rows: Sequence[Mapping[str, float]], found: BestOfN | None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def compare(rows: Sequence[Mapping[str, float]], found: BestOfN | None, sampled_at: int | None = None,
+            ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """What `overoptimization.json` holds, and the manifest's metrics of the best of all samples; says where the run stands."""
-    run, best = of_run(rows), of_best_of_n(found) if found else None
+    run, best = of_run(rows, sampled_at), of_best_of_n(found) if found else None
     curves = {"ppo": run, "best_of_n": best}
     if run["standing"]:
         say(f"over-optimisation: {run['standing']['sentence']}")
@@ -65,6 +67,4 @@ def compare(rows: Sequence[Mapping[str, float]], found: BestOfN | None) -> tuple
     say(f"best of {n} by the reward: gold score {best['gold'][-1][0]:.3f}, reward {best['proxy'][-1][0]:.3f} at KL {best['kl'][-1]:.2f} "
         f"(n={prompts})")
     return curves, {f"best_of_n/{key}": metric(best[name][-1][0], n=prompts, ci95=ends if ends[0] < ends[1] else None)
-                    for key, name in (("gold", "gold"), ("score", "proxy")) for ends in [best[name][-1][1:]]} | {
-        "best_of_n/kl": metric(best["kl"][-1], n=n)}
-
+                    for key, name in (("gold", "gold"), ("score", "proxy")) for ends in [best[name][-1][1:]]}

@@ -79,19 +79,24 @@ def model_reward(path: str | Path, *, vocab_size: int, device: torch.device | st
     def ids_of(response: Response) -> list[int]:
         return own_ids(reader, response, tokenizer) if text else response.prompt_ids + response.ids
 
+    padless = [own for own in (model.config.get_text_config() for model in models) if own.pad_token_id is None] if text else []
+
+    def rows_of(responses: Sequence[Response]) -> list[list[int]]:
+        rows = [ids_of(r) for r in responses]
+        for own in padless:  # such a model scores the last token, so the padding is any id with which no row ends
+            own.pad_token_id = min(set(range(len(rows) + 1)) - {row[-1] for row in rows})
+        return rows
+
     if text:
-        for own in (model.config.get_text_config() for model in models):
-            if own.pad_token_id is None:  # any id with which no text ends: such a model scores the last token
-                own.pad_token_id = next(i for i in (reader.pad_token_id, reader.bos_token_id, 0) if i is not None)
         say(f"reward model {path} reads text anew with its own tokenizer{' and chat template' if reader.chat_template else ''}: tokens "
             "can split in other ways than they were sampled, and a response that was cut off looks as if it had ended"
             + ("" if hasattr(models[0].config, "score_std") else "; it has no score_mean and score_std: its scores keep their own scale"))
     elif tokenizer is not None and (path / "tokenizer_config.json").is_file():
         check_tokens(path, tokenizer)
     if combination is None and not (path / ENSEMBLE).is_file():
-        return lambda responses: torch.tensor(normalize(models[0].config, score_ids(models[0], [ids_of(r) for r in responses])))
+        return lambda responses: torch.tensor(normalize(models[0].config, score_ids(models[0], rows_of(responses))))
     ensemble = load_ensemble(path, models, combination)
-    return lambda responses: torch.tensor(ensemble.unit(ensemble.raw([ids_of(r) for r in responses])))
+    return lambda responses: torch.tensor(ensemble.unit(ensemble.raw(rows_of(responses))))
 
 
 def own_ids(reader: Any, response: Response, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
@@ -185,8 +190,8 @@ def as_scores(name: str, given: Any, responses: Sequence[Response]) -> Tensor:
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise ValueError(f"reward {name!r} returned {score} for {_which(responses, i)}: a score is a finite number; return 0 for a "
-                             "response that it does not judge")
+            raise ValueError(f"reward {name!r} returned {score} for {_which(responses, i)}: a score is a finite number; a "
+                             "function returns 0 for a response that it does not judge")
         scores.append(number)
     return torch.tensor(scores)
 
@@ -235,6 +240,24 @@ def scorers(spec: Mapping[str, float], model_path: Path | None) -> list[Path]:
 def needs_model(spec: Mapping[str, float]) -> bool:
     """Whether the run's own reward model is among the sources."""
     return any(_parts(name)[0] == "model" for name in spec)
+
+
+def reads_text(name: str) -> bool:
+    """Whether a source reads text with a tokenizer of its own, so that the policy's ids mean nothing to it."""
+    return _parts(name)[2]
+
+
+def load_critic(path: Path, *, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The reward model as the start of a critic, which reads the policy's ids. Raises ValueError where they mean something else to it."""
+    critic = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
+    try:
+        if critic.config.vocab_size != vocab_size:
+            raise ValueError(f"it has {critic.config.vocab_size} tokens, the policy {vocab_size}")
+        if (path / "tokenizer_config.json").is_file():
+            check_tokens(path, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"the reward model {path} cannot be the critic: {error}; set value_trunk to shared") from None
+    return critic
 
 
 def _parts(name: str) -> tuple[str, str | None, bool]:

@@ -78,6 +78,11 @@ class PpoSettings:
         for name in ("kl_loss_coef", "ptx_coef", "length_penalty", "par_samples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: set it to 0 (off) or above")
+        for name in ("kl_target", "kl_horizon", "kl_limit"):
+            if (number := getattr(self, name)) is not None and number <= 0:
+                raise ValueError(f"{name} is {number}: set it above 0" + ("" if name == "kl_horizon" else ", or to null to leave it out"))
+        if not all(self.stop_strings):
+            raise ValueError("stop_strings holds an empty text, which every response contains: leave it out")
         if self.score_clip is not None and (self.score_clip <= 0 or self.par_samples):
             raise ValueError(f"score_clip is {self.score_clip} and par_samples {self.par_samples}: clip above 0, or leave it out with PAR, "
                              "which bounds the scores itself")

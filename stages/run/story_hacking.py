@@ -4,10 +4,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from reward.alarms import WINDOW
 from reward.overoptimization import traced
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
-from stages.run.cited import SCORE, Form, Stage, draw
+from stages.run.cited import SCORE, Stage, draw
 from stages.run.figures import Series
 from stages.run.page import Figure, Table, number
 
@@ -25,17 +26,21 @@ def paragraphs(s: Stage) -> list[str]:
     """Alarms, where the run stands by the fit, and best-of-n; nothing of a run that did not look."""
     told = []
     if "alarms" in s.notes:
-        told.append(f"{len(s.notes['alarms'])} alarms of reward hacking were raised (the table below)." if s.notes["alarms"] else
-                    "No alarm of reward hacking was raised.")
+        count, rows = len(s.notes["alarms"]), s.notes["watched_iterations"]
+        told.append(f"{count} alarm{'s' if count > 1 else ''} of reward hacking {'were' if count > 1 else 'was'} raised (the table below)."
+                    if count else "No alarm of reward hacking was raised." if rows >= WINDOW else
+                    f"No alarm of reward hacking could be raised: they need {WINDOW} iterations.")
         if s.notes["kept_step"] != s.notes["last_step"]:
             told[-1] += (f" The product is the checkpoint of step {s.note(s.notes['kept_step'], 'kept_step')}, to which the run went back "
                          f"from step {s.note(s.notes['last_step'], 'last_step')}.")
     found = curves(s)
     if found and (place := found["ppo"]["standing"]):
         told.append(number(place["sentence"][0].upper() + place["sentence"][1:], f"{s.path / CURVES}#ppo/standing") + ".")
-    if s.get("best_of_n/gold"):
-        told.append(f"Best of {s.n('best_of_n/kl')} samples of the start by the same reward: gold score {s.full('best_of_n/gold')} "
-                    f"problems, at a KL of {s.value('best_of_n/kl', Form(2))} nats a response.")
+    if found and s.get("best_of_n/gold"):
+        samples, kl = (number(text, f"{s.path / CURVES}#best_of_n/{key}") for text, key in (
+            (str(found["best_of_n"]["n"][-1]), "n"), (f"{found['best_of_n']['kl'][-1]:.2f}", "kl")))
+        told.append(f"Best of {samples} samples of the start by the same reward: gold score {s.full('best_of_n/gold')} "
+                    f"problems, at a KL of {kl} nats a response.")
     return told
 
 
@@ -63,8 +68,9 @@ def drawn(s: Stage, folder: Path) -> list[Figure]:
             Series("PPO", distances(run["kl"]), run["gold"], look="points", color=0), *fit(run, "gold", 0),
             Series(f"best of n, up to {best['n'][-1]}", distances(best["kl"]), mean, low, high, look="squares", color=1),
             *fit(best, "gold", 1)],
-            f"Gold score of PPO's iterations and of best-of-n by the same reward at equal KL, with 95 % intervals over {best['prompts']} "
-            "problems. Dashed: the fits, d (a - b log d) and d (a - b d).", source, x="sqrt(KL), KL in nats a response",
+            f"Gold score of PPO's iterations, on training problems, and of best-of-n by the same reward, on {best['prompts']} held-out "
+            "ones (95 % intervals over them): compare how both rise with KL, not their levels. Dashed: the fits, d (a - b log d) and "
+            "d (a - b d).", source, x="sqrt(KL), KL in nats a response",
             y="mean gold score"))
     return made
 
