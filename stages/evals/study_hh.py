@@ -38,6 +38,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--train-tokens", type=int, default=1_500_000, help="tokens that the base is pretrained on")
+    parser.add_argument("--epochs", type=float, default=1.0, help="passes over the pairs; one, because more learn them by heart (Ouyang et "
+                        "al. 2022, appendix C.2)")
     parser.add_argument("--max-length", type=int, default=512,
                         help="tokens of prompt and response; longer pairs are left out, for every judge")
     parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_hh", help="a folder a run in here")
@@ -86,7 +88,7 @@ def study(given: argparse.Namespace) -> None:
             for row, at in zip(kept, place, strict=True) if at != fold])
         ranked = stage("preferences", given.runs / f"preferences-{fold}", seed=given.seed, source=learned, max_responses=0,
                        max_length=given.max_length, **parents)
-        made = stage("reward_model", given.runs / f"reward-{fold}", seed=given.seed, fresh_problems=20, **parents,
+        made = stage("reward_model", given.runs / f"reward-{fold}", seed=given.seed, fresh_problems=20, epochs=given.epochs, **parents,
                      **{"parents.preferences": str(ranked.path)})
         model = AutoModelForSequenceClassification.from_pretrained(made.product("model"), dtype=torch.float32)
         held = [i for i, at in enumerate(place) if at == fold]
