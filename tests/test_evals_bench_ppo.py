@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from stages.evals import bench_ppo
 from stages.evals.bench_ppo import PEER, PHASES, VARIANTS, arguments, bench, summary, work
@@ -51,6 +52,22 @@ def test_a_variant_that_does_other_work_is_no_result(monkeypatch):
     monkeypatch.setattr(module, "sample", lambda *args, **kwargs: [ids[:4] for ids in sample(*args, **kwargs)])
     with pytest.raises(ValueError, match=r"critic did other work: responses of \[4\] tokens"):
         one("critic", "32x1", TINY)
+
+
+def test_peers_generate_with_a_cache(tmp_path):
+    """This project's decoders say `use_cache` false, and generation without one made TRL ten times slower than it is."""
+    from transformers import GenerationConfig
+
+    from stages.data.tokenizer import train_tokenizer
+    from stages.models.sizes import build_decoder, decoder_config
+
+    bpe = train_tokenizer(["How many pens does Tom have?"], vocab_size=300)
+    build_decoder(decoder_config(bpe, hidden_size=32, num_layers=1), seed=0).save_pretrained(tmp_path / "lm")
+    policy = timed.Bench(TINY, str(tmp_path), bpe, [], Phases(), {}).policy()
+    policy.generation_config.eos_token_id, read = None, []
+    policy.get_input_embeddings().register_forward_hook(lambda _, given, __: read.append(given[0].numel()))
+    policy.generate(torch.tensor([[5, 6, 7]]), generation_config=GenerationConfig(max_new_tokens=4, do_sample=True))
+    assert read == [3, 1, 1, 1]
 
 
 def test_questions_are_the_same_as_text_and_as_ids():

@@ -121,7 +121,10 @@ class Bench(NamedTuple):
     common: dict[str, Any]
 
     def policy(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(f"{self.folder}/lm")
+        """The decoder, whose config says no cache, for training; `generate` would otherwise read all of the text for each token."""
+        policy: Any = AutoModelForCausalLM.from_pretrained(f"{self.folder}/lm")
+        policy.generation_config.use_cache = True
+        return policy
 
     def classifier(self) -> Any:
         return AutoModelForSequenceClassification.from_pretrained(f"{self.folder}/reward", num_labels=1)
