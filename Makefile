@@ -28,7 +28,7 @@ GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms bench-sft bench-reward \
-	rewardbench clean
+	bench-ppo rewardbench clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -118,6 +118,16 @@ bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, an
 
 bench-reward: setup ## comparisons/s and memory of reward training on rankings of 8, beside TRL's RewardTrainer
 	$(PY) -m stages.evals.bench_reward $(ARGS)
+
+# The peer of bench-ppo: all packages of requirements.lock but trl.
+.venv-trl112/.installed: requirements.lock requirements-trl112.lock
+	$(PYTHON) -m venv .venv-trl112
+	grep -v '^trl==' requirements.lock | cat - requirements-trl112.lock > .venv-trl112/requirements.txt
+	.venv-trl112/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -r .venv-trl112/requirements.txt
+	@touch $@
+
+bench-ppo: setup .venv-trl112/.installed ## samples/s, split of the time and memory of PPO, beside TRL 1.12's PPO and TRL's GRPO (20 minutes)
+	$(PY) -m stages.evals.bench_ppo $(ARGS)
 
 test: setup ## all tests, one full pass of the smoke recipe included
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q

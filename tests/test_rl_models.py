@@ -4,7 +4,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from stages.rl.models import PolicyWithCritic, align_right, pad_sequences, policy_stats, remove_dropout
+from stages.rl.models import UNPADDED, PolicyWithCritic, align_right, pad_sequences, policy_stats, remove_dropout
 from stages.rl.rewards import Response, build_reward, load_critic
 from tests.rl_tiny import END, LETTERS, PAD, VOCAB, classifier, early_letters, policy, tokenizer
 
@@ -63,6 +63,65 @@ def test_values_stand_before_each_response_token(architecture):
         hidden = critic.base_model(torch.tensor([prompt + response])).last_hidden_state
         rows.append((critic.score(hidden)[0, len(prompt) - 1:-1, 0] - 0.5) / 2)
     torch.testing.assert_close(values, align_right(rows), atol=1e-5, rtol=1e-4)
+
+
+def read_tokens(model, inputs):
+    """Tokens that each embedding of the model looks up in a forward pass, and what the pass says."""
+    seen = []
+    hooks = [each.get_input_embeddings().register_forward_hook(lambda _, given, __: seen.append(given[0].numel()))
+             for each in (model.policy, model.critic) if each is not None]
+    stats = model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return seen, stats
+
+
+@pytest.mark.parametrize("trunk", [False, True])
+@pytest.mark.parametrize("architecture", UNPADDED)
+def test_no_padding_is_read_and_nothing_else_changes(architecture, trunk):
+    """Statistics and gradients equal those of padded rows, which eager attention reads."""
+    def build(attention):
+        model = PolicyWithCritic(policy(architecture=architecture), None if trunk else classifier(architecture=architecture))
+        if trunk:
+            torch.nn.init.ones_(model.value_head.weight)
+        for each in (model.policy, model.critic):
+            if each is not None:
+                each.set_attn_implementation(attention)
+        return model.train()
+
+    inputs = pad_sequences(PROMPTS, RESPONSES, PAD)
+    models = build("sdpa"), build("eager")
+    (seen, stats), (seen_padded, expected) = (read_tokens(model, inputs) for model in models)
+    assert set(seen) == {int(inputs["attention_mask"].sum())} and set(seen_padded) == {inputs["input_ids"].numel()}
+    weights = torch.linspace(-1, 1, stats.logprobs.numel()).view_as(stats.logprobs)  # the sum of all is blind to a token misplaced
+    for found in (stats, expected):
+        (weights * (found.logprobs + found.values)).sum().backward()
+    for name in ("logprobs", "entropy", "values"):
+        torch.testing.assert_close(getattr(stats, name), getattr(expected, name), atol=1e-5, rtol=1e-4)
+    for (name, own), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert (own.grad is None) == (other.grad is None), name
+        if own.grad is not None:
+            torch.testing.assert_close(own.grad, other.grad, atol=2e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+    assert models[0].policy.config._attn_implementation == "sdpa", "the sampler's cache wants its own attention back"
+
+
+def test_padding_is_read_where_attention_by_rows_would_be_wrong():
+    inputs = pad_sequences(PROMPTS, RESPONSES, PAD)
+    padded = inputs["input_ids"].numel()
+    windowed = policy(architecture="mistral", sliding_window=3)
+    assert read_tokens(PolicyWithCritic(windowed, None), inputs)[0] == [padded]
+    torch.testing.assert_close(policy_stats(windowed, inputs, 1.0)[0], one_by_one(windowed, 1.0)[0], atol=1e-5, rtol=1e-4)
+    recomputing = policy().train()
+    recomputing.gradient_checkpointing_enable()
+    assert read_tokens(PolicyWithCritic(recomputing, None), inputs)[0] == [padded]
+
+
+def test_attention_is_the_old_one_again_after_an_error(monkeypatch):
+    model = policy()
+    monkeypatch.setattr(model, "forward", lambda **_: {}["broken"])
+    with pytest.raises(KeyError, match="broken"):
+        policy_stats(model, pad_sequences(PROMPTS, RESPONSES, PAD), 1.0)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_shared_trunk_reads_the_policys_hidden_states():

@@ -4,15 +4,22 @@ One module because DDP, DeepSpeed and FSDP wrap one: both models get their gradi
 
 A sequence is a prompt and its response. Rows are padded on the left, so responses end together at the right edge and the last R
 columns, the response window, hold every response token. Masks come from lengths: a pad id that is also the end token is harmless.
+On a CPU the models never see the padding: it costs as much as tokens do, and one long response pads all others (docs/performance.md).
 
-Letters: B rows, T tokens of the longest prompt + response, R tokens of the longest response, V vocabulary.
+Letters: B rows, T tokens of the longest prompt + response, R tokens of the longest response, N response tokens, V vocabulary.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from stages.models.attention import DOCUMENTS
+
+# Architectures that tell their attention the position ids, and nothing else that `DOCUMENTS` does not know; tested one by one.
+UNPADDED = ("gpt2", "gpt_neox", "llama", "mistral", "mixtral", "phi", "qwen2", "qwen3", "qwen3_moe")
 
 
 class TokenStats(NamedTuple):
@@ -61,24 +68,58 @@ def remove_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@contextmanager
+def read_by(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Arguments of a forward pass over `inputs`, and where in its flattened rows the N states lie that predict response tokens.
+
+    Where `unpadded`, the rows lie behind one another in a single one and each is attended to alone (stages/models/attention.py).
+    """
+    real, mask = inputs["attention_mask"].bool(), inputs["response_mask"]
+    before = nn.functional.pad(mask, (real.size(1) - mask.size(1) - 1, 1))  # (B, T): the next token is one of a response
+    if not unpadded(model, real):
+        yield {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}, before.flatten().nonzero().flatten()
+        return
+    attention = model.config._attn_implementation
+    model.set_attn_implementation(DOCUMENTS)
+    try:
+        yield {name: inputs[name][real][None] for name in ("input_ids", "position_ids")}, before[real].nonzero().flatten()
+    finally:
+        model.set_attn_implementation(attention)
+
+
+def unpadded(model: PreTrainedModel, real: Tensor) -> bool:
+    """Whether `model` reads rows without their padding, where `real` (B, T) is False: on a CPU, one of the architectures tested for it.
+
+    Not with windows, which that attention has not, nor when activations are recomputed, which happens when it is no longer set.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    recomputes = getattr(model, "is_activation_checkpointing", None)  # an older transformers has the name below
+    recomputes = model.is_gradient_checkpointing if recomputes is None else recomputes
+    return (real.device.type == "cpu" and config.model_type in UNPADDED and config._attn_implementation == "sdpa" and not recomputes
+            and (window is None or window >= int(real.sum())))
+
+
 def policy_stats(policy: PreTrainedModel, inputs: dict[str, Tensor], temperature: float, *, hidden: bool = False,
                  ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities and entropies (B, R) at the sampling temperature, and the last hidden states (B, R, d) if asked for.
+    """Log-probabilities and entropies (B, R) at the sampling temperature, and, if asked for, the last hidden states (N, d) from which
+    the response tokens are predicted.
 
     The temperature is part of the policy that acted; leaving it out makes the ratio wrong from the first step. Logits are
     computed for the response window alone, and their softmax, in float32, for its real tokens. The entropy has no gradient.
     """
     mask = inputs["response_mask"]
     window = mask.size(1)
-    out = policy(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], position_ids=inputs["position_ids"],
-                 use_cache=False, logits_to_keep=window + 1, output_hidden_states=hidden)
-    scaled = out.logits[:, :-1][mask].float() / temperature  # the logits that predict each response token
+    with read_by(policy, inputs) as (arguments, before):
+        flat = "attention_mask" not in arguments
+        out = policy(**arguments, use_cache=False, logits_to_keep=before if flat else window + 1, output_hidden_states=hidden)
+    scaled = (out.logits[0] if flat else out.logits[:, :-1][mask]).float() / temperature  # what predicts each response token
     chosen = inputs["input_ids"][:, -window:][mask]
     normalised = scaled.log_softmax(dim=-1)
     logprobs = scatter(normalised.gather(-1, chosen[:, None]).squeeze(-1), mask)
     with torch.no_grad():
         entropy = scatter(-(normalised.exp() * normalised).sum(-1), mask)
-    return logprobs, entropy, out.hidden_states[-1][:, -window - 1:-1] if hidden else None
+    return logprobs, entropy, out.hidden_states[-1].flatten(0, 1)[before] if hidden else None
 
 
 def scatter(real: Tensor, mask: Tensor) -> Tensor:
@@ -124,11 +165,11 @@ class PolicyWithCritic(nn.Module):
                   "response_mask": response_mask}
         logprobs, entropy, hidden = policy_stats(self.policy, inputs, self.temperature, hidden=self.value_head is not None)
         if self.critic is not None:
-            values = classifier_outputs(self.critic, inputs)[:, -response_mask.size(1) - 1:-1]
+            values = classifier_values(self.critic, inputs)
         else:
             assert self.value_head is not None and hidden is not None
             values = self.value_head(hidden).squeeze(-1)
-        return TokenStats(logprobs, entropy, torch.where(response_mask, values.float(), 0.0),
+        return TokenStats(logprobs, entropy, scatter(values.float(), response_mask),
                           language_losses(self.policy, **ptx) if ptx else None)
 
 
@@ -142,9 +183,9 @@ def language_losses(policy: PreTrainedModel, input_ids: Tensor, position_ids: Te
     return nn.functional.cross_entropy(logits[keep].float(), labels[:, 1:][keep], reduction="none")
 
 
-def classifier_outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """(B, T) float32: the score head read at every token, normalised by the config's `score_mean` and `score_std` if any."""
-    hidden = model.base_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-                              position_ids=inputs["position_ids"], use_cache=False).last_hidden_state
-    raw = model.get_submodule("score")(hidden).squeeze(-1).float()
+def classifier_values(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """(N,) float32: the score head read before each response token, normalised by the config's `score_mean` and `score_std` if any."""
+    with read_by(model, inputs) as (arguments, before):
+        hidden = model.base_model(**arguments, use_cache=False).last_hidden_state
+    raw = model.get_submodule("score")(hidden.flatten(0, 1)[before]).squeeze(-1).float()
     return (raw - getattr(model.config, "score_mean", 0.0)) / getattr(model.config, "score_std", 1.0)

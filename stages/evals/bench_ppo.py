@@ -1,0 +1,104 @@
+"""Benchmark: samples a second, where the time goes and peak memory of PPO, beside TRL's last PPO and its GRPO.
+
+    python -m stages.evals.bench_ppo --rounds 3
+
+An iteration samples a batch of responses and learns from it in epochs x minibatches optimizer steps. Every variant does the same work:
+the same random decoder, reward model, questions of the curriculum, response length (the end token is switched off), batch, epochs,
+minibatches, fp32, temperature 1, a price on the KL to a frozen reference. Each runs in a process of its own; rounds go over all of
+them, so that what slows the machine slows all. Ratios are within rounds; the first iteration of a run is not timed.
+
+TRL's PPO is that of its last release to have one, in an environment of its own (`make bench-ppo` makes it), with
+`gradient_accumulation_steps` 1: with more of them its minibatches take no optimizer step of their own. GRPO has no critic and
+`--generations` responses to each question, whose scores it compares: less work, shown for orientation.
+"""
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.evals.studies import markdown
+from stages.run.console import clock
+from stages.run.entry import run_program
+from stages.run.manifest import say
+
+VARIANTS = {"critic": "this project's PPOTrainer with a critic of its own",
+            "trunk": "the same, the values from a head on the policy's trunk",
+            "trl-ppo": "trl.experimental.ppo.PPOTrainer of TRL 1.12",
+            "trl-grpo": "GRPOTrainer of the TRL installed here: no critic"}
+BASELINE = "trl-ppo"
+PHASES = ("rollout", "score", "forward", "update", "rest")  # as stages.rl.timed has them
+PEER = Path(__file__).resolve().parents[2] / ".venv-trl112" / "bin" / "python"
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m stages.evals.bench_ppo", description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="who trains", metavar="VARIANT")
+    parser.add_argument("--sizes", nargs="+", default=["128x4", "256x6"], help="of the decoders and classifiers: width x layers")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=3, help="that are timed, in each run")
+    parser.add_argument("--batch-size", type=int, default=64, help="responses an iteration")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--minibatches", type=int, default=4)
+    parser.add_argument("--response-tokens", type=int, default=40)
+    parser.add_argument("--generations", type=int, default=8, help="responses to a question, of GRPO")
+    parser.add_argument("--vocab-size", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args(argv)
+    for name in ("minibatches", "generations"):
+        if given.batch_size % getattr(given, name):
+            raise ValueError(f"batch_size {given.batch_size} is not a multiple of {name} {getattr(given, name)}: choose one that is")
+    for size in given.sizes:
+        if not all(part.isdigit() for part in size.split("x")) or size.count("x") != 1:
+            raise ValueError(f"size {size!r}: expected width x layers, for example 128x4")
+    return given
+
+
+def work(given: argparse.Namespace) -> dict[str, int]:
+    """What every variant does, as the keyword arguments of stages.rl.timed.Work."""
+    return {name: value for name, value in vars(given).items() if name not in ("variants", "sizes", "rounds")}
+
+
+def summary(runs: Sequence[dict[str, Any]], size: str) -> str:
+    """A table of one size: medians over rounds, and the ratio within rounds with its lowest and highest."""
+    found = {name: [run for run in runs if run["variant"] == name and run["size"] == size] for name in VARIANTS}
+    rows = []
+    for name, of in found.items():
+        each = [run["samples_per_s"] / other["samples_per_s"] for run, other in zip(of, found[BASELINE], strict=False)]
+        if of:
+            rows.append([name, f"{statistics.median(run['samples_per_s'] for run in of):.1f}",
+                         f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})" if each else "-",
+                         *(f"{statistics.median(run['seconds_an_iteration'][phase] for run in of):.2f}" for phase in PHASES),
+                         f"{max(run['peak_bytes'] for run in of) / 2**30:.2f}", VARIANTS[name]])
+    return markdown([f"size {size}", "samples/s", f"times {BASELINE}", *(f"{phase}, s" for phase in PHASES), "peak GiB",
+                     "what it is"], rows)
+
+
+def bench(given: argparse.Namespace) -> None:
+    if BASELINE in given.variants and not PEER.exists():
+        raise ValueError(f"{PEER} is not there: run `make bench-ppo`, which makes it, or leave {BASELINE} out of --variants")
+    plan = list(itertools.product(range(given.rounds), given.sizes, given.variants))
+    samples = (given.iterations + 1) * given.batch_size
+    costs = [int(width) ** 1.5 * int(layers) for _, size, _ in plan for width, layers in [size.split("x")]]
+    seconds = sum(15 + samples * (1 + given.epochs) * cost / 580_000 for cost in costs)
+    say(f"budget: {given.rounds} rounds of {len(given.variants)} variants at {len(given.sizes)} sizes, about {clock(seconds)}")
+    runs = []
+    for number, size, name in plan:
+        done = subprocess.run([str(PEER) if name == BASELINE else sys.executable, "-m", "stages.rl.timed", name, size,
+                               json.dumps(work(given))], capture_output=True, text=True, check=False,
+                              env={**os.environ, "OMP_NUM_THREADS": str(given.threads)})
+        if done.returncode:
+            raise ValueError(f"{name} at size {size} stopped: {done.stderr[-1000:]}")
+        runs.append({"round": number + 1, **json.loads(done.stdout.splitlines()[-1])})
+        say(json.dumps(runs[-1]))
+    for size in given.sizes:
+        say("\n" + summary(runs, size))
+
+
+if __name__ == "__main__":
+    run_program(lambda argv: bench(arguments(argv)))

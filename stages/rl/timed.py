@@ -1,0 +1,259 @@
+"""A few iterations of PPO in this process, timed by phase: this project's, or a peer's on the same models, questions and settings.
+
+    python -m stages.rl.timed critic 128x4 '{"iterations": 3}'
+
+For `make bench-ppo` (stages/evals/bench_ppo.py), which runs the peer in an interpreter with another TRL: nothing is imported here that
+needs the project's own before it is used. Prints one JSON line.
+"""
+import contextlib
+import itertools
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import datasets
+import torch
+import transformers
+import trl
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
+
+from reward.model import from_language_model, score_ids
+from stages.data import curriculum
+from stages.data.tokenizer import chat_ids, train_tokenizer
+from stages.models.sizes import build_decoder, decoder_config
+from stages.run.entry import run_program
+
+PHASES = ("rollout", "score", "forward", "update")  # forward: log-probabilities of policy and reference, and values, before the update
+KL_COEF, LEARNING_RATE = 0.05, 1e-5
+
+
+class Work(NamedTuple):
+    """What every variant does; `generations` are GRPO's responses to one question, `iterations` those that are timed."""
+
+    iterations: int = 3
+    batch_size: int = 64
+    epochs: int = 4
+    minibatches: int = 4
+    response_tokens: int = 40
+    generations: int = 8
+    vocab_size: int = 1024
+    threads: int = 2
+
+    @property
+    def micro_batch(self) -> int:
+        return self.batch_size // self.minibatches
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an iteration."""
+        return self.epochs * self.minibatches
+
+
+class Phases:
+    """Seconds in each phase of an iteration, of functions that are timed where they stand; what one calls counts for itself alone."""
+
+    def __init__(self, wait: Callable[[], None] = lambda: None):
+        self.wait, self.open, self.lengths, self.undo = wait, [], set(), contextlib.ExitStack()
+        self.restart()
+
+    open: list[str]
+    lengths: set[int]  # of the responses, in tokens
+
+    def restart(self) -> None:
+        self.seconds, self.since, self.ends = dict.fromkeys(PHASES, 0.0), time.perf_counter(), [time.perf_counter()]
+
+    def turn(self) -> float:
+        self.wait()
+        now = time.perf_counter()
+        if self.open:
+            self.seconds[self.open[-1]] += now - self.since
+        self.since = now
+        return now
+
+    def start(self, phase: str) -> None:
+        self.turn()
+        self.open.append(phase)
+
+    def stop(self) -> None:
+        self.turn()
+        self.open.pop()
+
+    def time(self, owner: Any, name: str, phase: str | Callable[..., str], lengths: Callable[..., Any] | None = None) -> None:
+        """Time `owner.name` as `phase`, or what it says of the arguments. `lengths(result, *arguments)`: those of responses."""
+        function = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.start(phase if isinstance(phase, str) else phase(*args))
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                self.stop()
+            if lengths:
+                self.lengths.update(lengths(result, *args))
+            return result
+
+        self.undo.enter_context(patch.object(owner, name, timed))
+
+
+def questions(tokenizer: Any, count: int) -> list[dict[str, Any]]:
+    """Problems of the curriculum, each with its chat as `text` and as `ids`."""
+    asked = []
+    for problem in itertools.islice(curriculum.problems(0, split="ppo"), count):
+        messages = [{"role": "user", "content": curriculum.user_turn(problem.question, curriculum.WORKED)}]
+        asked.append({**problem.as_row(), "ids": chat_ids(tokenizer, messages, ask=True),
+                      "text": tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)})
+    return asked
+
+
+class Bench(NamedTuple):
+    """What the trainers are made of: saved models, questions, the clock, and arguments that all take."""
+
+    work: Work
+    folder: str
+    tokenizer: Any
+    asked: list[dict[str, Any]]
+    phases: Phases
+    common: dict[str, Any]
+
+    def policy(self) -> Any:
+        """The decoder, whose config says no cache, for training; `generate` would otherwise read all of the text for each token."""
+        policy: Any = AutoModelForCausalLM.from_pretrained(f"{self.folder}/lm")
+        policy.generation_config.use_cache = True
+        return policy
+
+    def classifier(self) -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(f"{self.folder}/reward", num_labels=1)
+
+
+def our_trainer(bench: Bench, critic: Any) -> Any:
+    from stages.rl import trainer as module
+    from stages.rl.models import PolicyWithCritic
+    from stages.rl.rewards import model_reward
+
+    work, policy = bench.work, bench.policy()
+    trainer = module.PPOTrainer(
+        PolicyWithCritic(policy, critic, kl_coef=KL_COEF),
+        TrainingArguments(per_device_train_batch_size=work.micro_batch, max_steps=(work.iterations + 1) * work.steps, save_steps=work.steps,
+                          remove_unused_columns=False, **bench.common),
+        module.PpoSettings(rollout_batch=work.batch_size, epochs=work.epochs, minibatches=work.minibatches, micro_batch=work.micro_batch,
+                           missing_eos_penalty=None, max_new_tokens=work.response_tokens, eos_ids=(-1,),
+                           pad_id=bench.tokenizer.pad_token_id),
+        prompts=[(row, row["ids"]) for row in bench.asked], tokenizer=bench.tokenizer,
+        reward=model_reward(f"{bench.folder}/reward", vocab_size=policy.config.vocab_size, device=device()))
+    bench.phases.time(module, "sample", "rollout", lambda ids, *_: map(len, ids))
+    bench.phases.time(module, "token_numbers", "forward")
+    bench.phases.time(trainer, "reward", "score")
+    return trainer
+
+
+def trl_ppo_trainer(bench: Bench) -> Any:
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    work, reward = bench.work, bench.classifier()
+    bench.tokenizer.padding_side = "left"
+    trainer = PPOTrainer(
+        PPOConfig(per_device_train_batch_size=work.batch_size, num_mini_batches=work.minibatches, num_ppo_epochs=work.epochs,
+                  total_episodes=(work.iterations + 1) * work.batch_size, response_length=work.response_tokens, temperature=1.0,
+                  kl_coef=KL_COEF, num_sample_generations=0, bf16=False, gradient_checkpointing=False, **bench.common),
+        bench.tokenizer, model=bench.policy(), ref_model=bench.policy(), reward_model=reward, value_model=bench.classifier(),
+        train_dataset=datasets.Dataset.from_list([{"input_ids": row["ids"]} for row in bench.asked]))
+    bench.phases.time(ppo_trainer, "batch_generation", "rollout", lambda found, _, queries, *__: {found[0].size(1) - queries.size(1)})
+    bench.phases.time(ppo_trainer, "get_reward", lambda model, *_: "score" if model is reward else "forward")
+    bench.phases.time(ppo_trainer, "forward", learning)
+    bench.phases.time(ppo_trainer, "selective_log_softmax", learning)
+    bench.phases.time(trainer.accelerator, "backward", "update")
+    bench.phases.time(trainer.optimizer, "step", "update")
+    return trainer
+
+
+def trl_grpo_trainer(bench: Bench) -> Any:
+    from trl import GRPOConfig, GRPOTrainer
+
+    work, judge = bench.work, bench.classifier().to(device())
+
+    def reward(completion_ids: list[list[int]], ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [*score_ids(judge, [[*prompt, *response] for prompt, response in zip(ids, completion_ids, strict=True)])]
+
+    trainer = GRPOTrainer(
+        bench.policy(), reward, processing_class=bench.tokenizer,
+        train_dataset=datasets.Dataset.from_list([{"prompt": row["text"], "ids": row["ids"]} for row in bench.asked]), args=GRPOConfig(
+            per_device_train_batch_size=work.micro_batch, steps_per_generation=work.minibatches, num_iterations=work.epochs,
+            num_generations=work.generations, max_completion_length=work.response_tokens, temperature=1.0, beta=KL_COEF,
+            max_steps=(work.iterations + 1) * work.steps, bf16=False, gradient_checkpointing=False,
+            generation_kwargs={"suppress_tokens": [bench.tokenizer.eos_token_id]}, **bench.common))
+    bench.phases.time(trainer, "_generate", "rollout", lambda found, *_: map(len, found[1]))
+    bench.phases.time(trainer, "_calculate_rewards", "score")
+    bench.phases.time(trainer, "_get_per_token_logps_and_entropies", learning)
+    return trainer
+
+
+def learning(*_: Any) -> str:
+    return "update" if torch.is_grad_enabled() else "forward"
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_trainer(variant: str, bench: Bench) -> Any:
+    if variant == "trl-ppo":
+        return trl_ppo_trainer(bench)
+    trainer = trl_grpo_trainer(bench) if variant == "trl-grpo" else our_trainer(bench, bench.classifier() if variant == "critic" else None)
+    bench.phases.time(trainer, "training_step", "update")
+    bench.phases.time(trainer, "_clip_grad_norm", "update")
+    return trainer
+
+
+def one(variant: str, size: str, work: Work) -> dict[str, Any]:
+    """Seconds of an iteration by phase, and the process's highest memory (GPU: allocated). Raises ValueError where it did other work."""
+    class Watch(transformers.TrainerCallback):
+        """Ends iterations, the first of which warms up, and times the optimizer where the trainer calls back."""
+
+        def on_pre_optimizer_step(self, *_, **__):
+            phases.start("update")
+
+        def on_optimizer_step(self, *_, **__):
+            phases.stop()
+
+        def on_step_end(self, args, state, control, **__):
+            if state.global_step == steps:
+                phases.restart()
+            elif state.global_step % steps == 0:
+                phases.ends.append(phases.turn())
+
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(work.threads)
+    cpu, (width, layers) = device() == "cpu", map(int, size.split("x"))
+    phases = Phases() if cpu else Phases(torch.cuda.synchronize)
+    steps = 1 if variant == "trl-ppo" else work.steps  # TRL's PPO counts iterations
+    tokenizer: Any = train_tokenizer((row["text"] for row in itertools.islice(curriculum.documents(0), 300)), vocab_size=work.vocab_size)
+    asked = questions(tokenizer, (work.iterations + 1) * work.batch_size)
+    with tempfile.TemporaryDirectory() as folder, phases.undo:
+        build_decoder(decoder_config(tokenizer, hidden_size=width, num_layers=layers, num_heads=max(1, width // 32)),
+                      seed=0).save_pretrained(f"{folder}/lm")
+        from_language_model(f"{folder}/lm", pad_id=tokenizer.pad_token_id, seed=0, random_head=True).save_pretrained(f"{folder}/reward")
+        trainer = make_trainer(variant, Bench(work, folder, tokenizer, asked, phases, {
+            "output_dir": f"{folder}/checkpoints", "learning_rate": LEARNING_RATE, "use_cpu": cpu, "report_to": "none",
+            "disable_tqdm": True, "dataloader_pin_memory": not cpu, "save_strategy": "no", "logging_steps": 10**6}))
+        trainer.add_callback(Watch())
+        trainer.train()
+    if phases.lengths != {work.response_tokens} or len(phases.ends) != work.iterations + 1:
+        raise ValueError(f"{variant} did other work: responses of {sorted(phases.lengths)} tokens, {len(phases.ends) - 1} timed "
+                         f"iterations; expected {work.response_tokens} and {work.iterations}")
+    seconds = phases.ends[-1] - phases.ends[0]
+    split = phases.seconds | {"rest": seconds - sum(phases.seconds.values())}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if cpu else torch.cuda.max_memory_allocated()
+    return {"variant": variant, "size": size, "samples_per_s": work.iterations * work.batch_size / seconds, "peak_bytes": memory,
+            "seconds_an_iteration": {phase: each / work.iterations for phase, each in split.items()},
+            "mean_prompt_tokens": statistics.fmean(len(row["ids"]) for row in asked), **work._asdict(), "threads": torch.get_num_threads(),
+            "device": device(), "trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    run_program(lambda argv: print(json.dumps(one(argv[0], argv[1], Work(**json.loads(argv[2]))))))
