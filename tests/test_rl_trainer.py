@@ -259,7 +259,9 @@ def test_two_processes_equal_one(tmp_path):
     assert len(one) == len(two) == 2
     for a, b in zip(one, two, strict=True):
         for key in a:
-            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-4), key
+            # Clip fractions count: one token of some sixty in one of four steps may lie on the other side of its bound by rounding.
+            loose = 1.5 / 4 / 50 if key.endswith("clip_fraction") else 1e-4
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=loose), key
 
 
 @pytest.mark.parametrize(("changes", "message"), [
