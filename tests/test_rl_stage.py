@@ -87,12 +87,13 @@ def test_samples_curves_and_alarms(finished):
     assert curves["best_of_n"]["kl"][-1] == pytest.approx(0.8094, abs=1e-4)
     assert made["notes"]["on_alarm"] == "warn" and made["notes"]["kept_step"] == made["notes"]["last_step"] == 8
     logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert all(row["watch/feature_distance"] > 0 for row in logged) and made["notes"]["alarms"] == []
+    assert len(logged) == 4 and made["notes"]["alarms"] == []
+    assert not any(name.startswith("watch/") for row in logged for name in row)  # what costs another forward pass is off unless asked for
 
 
 def test_an_alarm_ends_the_stage_and_leaves_the_best_checkpoint(parents, tmp_path):
-    flags = {"iterations": 8, "on-alarm": "rollback", "alarm-limits": "{kl: -9}", "second-reward": parents / "reward_model" / "model",
-             "best-of": 0, "sample-iterations": 0}
+    flags = {"iterations": 8, "on-alarm": "rollback", "alarm-limits": "{kl: -9, feature_distance: 9000}", "best-of": 0,
+             "second-reward": parents / "reward_model" / "model", "sample-iterations": 0}
     result = run(command(parents, tmp_path / "ppo", **flags))
     assert result.returncode == 0, result.stderr
     made = manifest(tmp_path / "ppo")
@@ -105,6 +106,7 @@ def test_an_alarm_ends_the_stage_and_leaves_the_best_checkpoint(parents, tmp_pat
     assert torch.equal(product.lm_head.weight, saved["policy.lm_head.weight"]) and (tmp_path / "ppo/checkpoints/checkpoint-10").is_dir()
     rows = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["watch/second"] == pytest.approx(row["objective/score"], rel=1e-4) for row in rows) and "alarm/kl" in rows[-1]
+    assert all(row["watch/feature_distance"] > 0 for row in rows)
     assert not (tmp_path / "ppo" / "samples.jsonl").exists() and "best_of_n/gold" not in made["metrics"]
 
 
