@@ -130,7 +130,8 @@ def test_without_a_judge_the_last_checkpoint_before_the_alarm(tmp_path, capsys):
 
 
 def test_a_judge_that_is_only_looked_at_does_not_choose_the_checkpoint(tmp_path):
-    """The same run as above: the gold score has its peak at step 10, the alarm of the KL comes at step 10, so 8 is the last before it."""
+    """The same run as above, its gold score highest at the checkpoint of step 10: the alarm comes with the row of step 10, which the
+    checkpoint of step 8 has sampled, so that of step 6 is the last before it."""
     golds = [0.0, 0.8, 0.0, 0.5, 0.6, 0.7, 0.2, 0.1, 0.0, 0.0]
     t = small(tmp_path, Watch(Limits(**{**OFF, "kl": -1.0}), "rollback"), golds=golds, iterations=10, reward=rising())
     fit(t)

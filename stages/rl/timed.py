@@ -2,8 +2,8 @@
 
     python -m stages.rl.timed critic 128x4 '{"iterations": 3}'
 
-For `make bench-ppo` (stages/evals/bench_ppo.py), which runs the peer in an interpreter with another TRL: nothing is imported here that
-needs the project's own before it is used. Prints one JSON line.
+For `make bench-ppo` (stages/evals/bench_ppo.py), which runs the peer in an interpreter with another TRL: each trainer is imported where
+it is made, because no TRL has them all. Prints one JSON line.
 """
 import contextlib
 import itertools
