@@ -105,6 +105,22 @@ def test_no_padding_is_read_and_nothing_else_changes(architecture, trunk):
     assert models[0].policy.config._attn_implementation == "sdpa", "the sampler's cache wants its own attention back"
 
 
+def test_the_last_network_reads_only_what_predicts_a_response_token():
+    model = PolicyWithCritic(policy(), classifier())
+    read = []
+    for each in (model.policy, model.critic):
+        for layer in each.base_model.layers:
+            layer.mlp.register_forward_hook(lambda _, args, out: read.append(args[0].size(1)))
+    inputs = pad_sequences(PROMPTS, RESPONSES, PAD)
+    model(**inputs)
+    every, few = int(inputs["attention_mask"].sum()), int(inputs["response_mask"].sum())
+    one = [every] * (len(model.policy.base_model.layers) - 1) + [few]
+    assert read == one * 2
+    read.clear()
+    model.policy(input_ids=inputs["input_ids"])
+    assert set(read) == {inputs["input_ids"].numel() // len(PROMPTS)}, "only there"
+
+
 def test_padding_is_read_where_attention_by_rows_would_be_wrong():
     inputs = pad_sequences(PROMPTS, RESPONSES, PAD)
     padded = inputs["input_ids"].numel()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stages.models.attention import DOCUMENTS
+from stages.models.norms import speed_up_norms
 
 # Architectures that tell their attention the position ids, and nothing else that `DOCUMENTS` does not know; tested one by one.
 UNPADDED = ("gpt2", "gpt_neox", "llama", "mistral", "mixtral", "phi", "qwen2", "qwen3", "qwen3_moe")
@@ -79,12 +80,19 @@ def read_by(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Iterator[tuple
     if not unpadded(model, real):
         yield {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}, before.flatten().nonzero().flatten()
         return
-    attention = model.config._attn_implementation
+    attention, read = model.config._attn_implementation, before[real].nonzero().flatten()
     model.set_attn_implementation(DOCUMENTS)
+    # Nobody reads what the last feed-forward network would make of the prompts. It works on each position alone.
+    network = getattr(model.base_model, "layers", getattr(model.base_model, "h", None))[-1].mlp
+    width = int(real.sum())
+    hooks = [network.register_forward_pre_hook(lambda _, args: (args[0][:, read], *args[1:])),
+             network.register_forward_hook(lambda _, args, out: out.new_zeros(1, width, out.size(-1)).index_copy(1, read, out))]
     try:
-        yield {name: inputs[name][real][None] for name in ("input_ids", "position_ids")}, before[real].nonzero().flatten()
+        yield {name: inputs[name][real][None] for name in ("input_ids", "position_ids")}, read
     finally:
         model.set_attn_implementation(attention)
+        for hook in hooks:
+            hook.remove()
 
 
 def unpadded(model: PreTrainedModel, real: Tensor) -> bool:
@@ -147,6 +155,9 @@ class PolicyWithCritic(nn.Module):
     def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel | None, *, temperature: float = 1.0,
                  kl_coef: float = 0.0):
         super().__init__()
+        for model in (policy, critic):
+            if model is not None:
+                speed_up_norms(model)
         self.policy = remove_dropout(policy)
         self.critic = remove_dropout(critic) if critic is not None else None
         self.value_head: nn.Linear | None = None

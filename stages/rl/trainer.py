@@ -275,7 +275,7 @@ class PPOTrainer(Resumable, Trainer):
             self.optimizer = torch.optim.AdamW(
                 [{"params": policy, "lr": self.args.learning_rate}, {"params": critic, "lr": self.settings.critic_learning_rate}],
                 betas=(self.args.adam_beta1, self.args.adam_beta2), eps=self.args.adam_epsilon,
-                weight_decay=self.args.weight_decay)
+                weight_decay=self.args.weight_decay, fused=True)  # one pass over all of it, on a CPU too
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -301,7 +301,11 @@ class PPOTrainer(Resumable, Trainer):
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         groups = [group["params"] for group in self.optimizer.param_groups]
-        norms = [torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm) for parameters in groups]
+        norms = []
+        for parameters in groups:
+            norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+            if norms[-1] > self.args.max_grad_norm:  # else all gradients would be multiplied by 1
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norms[-1])
         self.critic_grad_norm = float(norms[1])
         return norms[0]
 
