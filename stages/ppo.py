@@ -15,8 +15,12 @@ from prompts.templates import BENCHMARK_CUES
 from reward.alarms import Limits
 from stages.data.curriculum import CUES
 from stages.data.packing import PackedCollator
+from stages.data.problems import read_problems
 from stages.data.tokenizer import document_end
+from stages.evals.battery import changes, exam, summary
+from stages.models.forgetting import base_text
 from stages.models.training import barrier, fit, save_model, training_arguments, world_size
+from stages.models.verdict import forgotten
 from stages.rl.alarms import Watch, build_watchers
 from stages.rl.costs import ppo_flops, price
 from stages.rl.curves import compare, draw_best_of_n
@@ -80,6 +84,8 @@ class PpoConfig(QuestionConfig):
     second_reward: str | None = option(None, "folder of a reward model that scores without rewarding: an alarm where its scores fall",
                                        recorded_only=True)
     sample_iterations: int = option(10, "iterations between tables of a few fixed questions' answers (0: none)", recorded_only=True)
+    forgetting_rows: int = option(96, "held-out rows of the base corpus measured before and after, the alignment tax (0: none)")
+    probe_prompts: int = option(200, "validation problems of all tasks answered greedily before and after, the same (0: none)")
     best_of: int = option(8, "samples a problem for the curve of best-of-n at equal KL, of the start (0: none)")
 
 
@@ -137,11 +143,20 @@ def main(config: PpoConfig) -> Manifest:
         return measure(model.policy, trainer.reference, tokenizer, held_out, reward=reward, samples=config.eval_samples,
                        seed=config.seed + 1, **sampling)
 
-    before = look()
+    prepared = run.parents["prepare"]
+    probes = read_problems(prepared.product("problems") / "validation.jsonl")[:config.probe_prompts] if config.probe_prompts else []
+
+    def examine() -> dict[str, list[float]]:
+        """What the policy could do before, on all the tasks and not only on those that it is rewarded for."""
+        return exam(model.policy, tokenizer, chat=True, stop_ids=eos_ids, problems=probes, seed=config.seed,
+                    max_new_tokens=config.max_new_tokens) if probes else {}
+
+    before, able = look(), examine()
+    neutral = base_text(prepared, model.policy, tokenizer, rows=config.forgetting_rows, pad_id=pad_id)
     report("before", before)
     fit(trainer)
     notes |= watch.settle()
-    after = look()
+    after, still_able = look(), examine()
     report("after", after)
     best = draw_best_of_n(trainer.reference, tokenizer, held_out[:BEST_OF_PROBLEMS], reward=reward, judge=gold_scores,
                           samples=config.best_of, seed=config.seed + 3, **sampling) if config.best_of else None
@@ -159,6 +174,11 @@ def main(config: PpoConfig) -> Manifest:
     barrier()
     gains = differences(before, after)
     metrics = summarise(before, "before") | summarise(after, "after") | summarise(gains, "gain") | reward_drift(before, after) | compared
+    metrics |= summary(able, "before") | summary(still_able, "after") | changes(able, still_able)
+    metrics |= forgotten(neutral.before, neutral.look(model.policy)) if neutral else {}
+    for name in able:
+        if name in ("worked_accuracy", "direct_accuracy") or name.startswith("worked_accuracy/"):
+            say(f"{name} on all tasks: {metrics[f'before/{name}']['value']:.3f} before, {metrics[f'after/{name}']['value']:.3f} after")
     asked_of = [prompts[i][1] for iteration in range(trainer.state.global_step // settings.steps_per_iteration) for i, _ in
                 draws(iteration, count=config.rollout_batch, num_prompts=len(prompts), seed=config.seed)]
     tokens, judges = trainer.state.num_input_tokens_seen, [AutoConfig.from_pretrained(path) for path in scorers(config.reward, scorer)]

@@ -18,12 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from prompts.templates import BENCHMARK_CUES
 from stages.data.curriculum import CUES
-from stages.data.packing import PackedCollator
-from stages.data.tokenizer import document_end
 from stages.models import adapters
 from stages.models.counts import count_parameters, train_flops_per_token
 from stages.models.finetuning import DialogueCollator, TuningConfig, tune
-from stages.models.forgetting import STEP_IN_FORWARDS, Neutral, Watch
+from stages.models.forgetting import STEP_IN_FORWARDS, Neutral, Watch, base_text
+from stages.models.norms import speed_up_norms
 from stages.models.responses import draw_responses, stop_ids
 from stages.models.training import barrier, export, gather, save_model
 from stages.models.verdict import forgotten
@@ -90,11 +89,7 @@ def main(config: RejectionSamplingConfig) -> Manifest:
     say(f"rejection_sampling: {len(prompts):,} problems to learn from ({too_long} left out, too long), {len(held_out)} to measure on; "
         f"{config.rounds} rounds of {config.prompts_per_round} prompts x {config.samples_per_prompt} responses")
 
-    neutral = None
-    if config.forgetting_rows and "tokens" in prepared.data["products"]:
-        rows = datasets.load_from_disk(str(prepared.product("tokens") / "heldout"))
-        neutral = Neutral(policy, rows.select(range(min(config.forgetting_rows, len(rows)))), PackedCollator(
-            eos_id=document_end(tokenizer), pad_id=pad_id))
+    neutral = base_text(prepared, policy, tokenizer, rows=config.forgetting_rows, pad_id=pad_id)
 
     def look(model: PreTrainedModel) -> dict[str, list[float]]:
         return measure(model, policy, tokenizer, held_out, reward=reward, samples=config.eval_samples, seed=config.seed + 1,
@@ -147,6 +142,7 @@ def check(config: RejectionSamplingConfig) -> None:
 def load(path: Path) -> PreTrainedModel:
     """A model to sample from and to measure, in float32 as PPO has it."""
     model = remove_dropout(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)).eval()
+    speed_up_norms(model)
     return model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
 
 

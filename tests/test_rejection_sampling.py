@@ -197,10 +197,11 @@ def test_products_metrics_and_costs_recompute_from_what_was_sampled(finished, pa
 def test_it_is_measured_as_ppo_is(finished, parents, tmp_path):
     """Before anything is learned the two stages give the same figures for the same start."""
     flags = {"iterations": 1, "rollout-batch": 4, "minibatches": 1, "micro-batch-size": 4, "eval-problems": 6, "eval-samples": 2,
-             "max-new-tokens": 48, "run-dir": tmp_path / "ppo"} | {f"parents.{p}": parents / p for p in RejectionSamplingConfig.PARENTS}
+             "max-new-tokens": 48, "probe-prompts": 0, "forgetting-rows": manifest(finished)["config"]["forgetting_rows"],
+             "run-dir": tmp_path / "ppo"} | {f"parents.{p}": parents / p for p in RejectionSamplingConfig.PARENTS}
     made = ppo.main(load_config(ppo.PpoConfig, [str(x) for name, value in flags.items() for x in (f"--{name}", value)]))
-    own = {name: value for name, value in manifest(finished)["metrics"].items() if name.startswith("before/") and "base" not in name}
-    assert own == {name: value for name, value in made.metrics.items() if name.startswith("before/")}
+    own = {name: value for name, value in manifest(finished)["metrics"].items() if name.startswith("before/")}
+    assert "before/base_loss" in own and own == {name: value for name, value in made.metrics.items() if name.startswith("before/")}
     assert made.counts["flops"] > made.counts["tokens"] and made.counts["responses"] == 4
 
 

@@ -10,18 +10,21 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from prompts.templates import BENCHMARK_CUES
 from stages import ppo
-from stages.data.tokenizer import END
+from stages.data.packing import PackedCollator
+from stages.data.tokenizer import END, document_end
+from stages.models.heldout import heldout
 from stages.ppo import PpoConfig, main, own_problems
 from stages.run.config import load_config
 from tests.rl_tiny import write_parents
 
 ROOT = Path(__file__).parent.parent
 FLAGS = {"iterations": 4, "rollout-batch": 8, "minibatches": 2, "micro-batch-size": 2, "max-new-tokens": 8, "save-iterations": 1,
-         "eval-problems": 6, "eval-samples": 2, "sample-iterations": 2, "best-of": 5}
+         "eval-problems": 6, "eval-samples": 2, "sample-iterations": 2, "best-of": 5, "probe-prompts": 4, "forgetting-rows": 4}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,21 @@ def test_products_and_metrics(finished, parents):
     assert critic.config.score_std == 0.5
     assert (directory / "figures" / "scores.png").is_file()
     assert "before (n=6)" in output and "objective/score" in output
+
+
+def test_the_alignment_tax_is_measured(finished, parents):
+    """The loss on the base corpus, recomputed from the saved models, and greedy answers to problems of all tasks."""
+    directory, _ = finished
+    metrics = manifest(directory)["metrics"]
+    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
+    rows = load_from_disk(str(parents / "prepare" / "tokens" / "heldout")).select(range(4))
+    collator = PackedCollator(eos_id=document_end(tokenizer), pad_id=tokenizer.pad_token_id)
+    for when, folder in (("before", parents / "sft"), ("after", directory)):
+        found = heldout(AutoModelForCausalLM.from_pretrained(folder / "model"), rows, collator)["heldout_loss"]
+        assert metrics[f"{when}/base_loss"]["value"] == pytest.approx(found["value"], rel=1e-5)
+        assert metrics[f"{when}/worked_accuracy"]["n"] == metrics[f"{when}/direct_accuracy"]["n"] == 4
+    assert metrics["change/base_loss"]["value"] != 0 and metrics["change/worked_accuracy"]["n"] == 4
+    assert metrics["after/kl_to_base"]["value"] > 0
 
 
 def test_samples_curves_and_alarms(finished):

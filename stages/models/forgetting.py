@@ -9,12 +9,16 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from stages.data.packing import PackedCollator
+from stages.data.tokenizer import document_end
 from stages.models.heldout import measured, ratio, row_sums
 from stages.models.training import barrier
-from stages.run.manifest import is_main, write_json
+from stages.run.manifest import Manifest, is_main, write_json
 
 POSITIONS = 32  # of a row, evenly spread, at which the base model's whole distribution is kept
 SNAPSHOT_BYTES = 128 << 20
@@ -60,6 +64,14 @@ class Neutral:
 
         sums = row_sums(model, batch, look=distributions)
         return *sums, torch.tensor([k for k, _ in kl], dtype=torch.float64), torch.tensor([n for _, n in kl])
+
+
+def base_text(prepared: Manifest, model: Any, tokenizer: PreTrainedTokenizerBase, *, rows: int, pad_id: int) -> Neutral | None:
+    """The first held-out `rows` of prepare's corpus as `model` now reads them; None for 0 rows, or where prepare made no tokens."""
+    if not rows or "tokens" not in prepared.data["products"]:
+        return None
+    held_out: Any = datasets.load_from_disk(str(prepared.product("tokens") / "heldout"))
+    return Neutral(model, held_out.select(range(min(rows, len(held_out)))), PackedCollator(eos_id=document_end(tokenizer), pad_id=pad_id))
 
 
 def rows_within(lengths: Sequence[int], tokens: float) -> int:

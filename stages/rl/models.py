@@ -10,7 +10,7 @@ Letters: B rows, T tokens of the longest prompt + response, R tokens of the long
 """
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,8 @@ def read_by(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Iterator[tuple
     attention, read = model.config._attn_implementation, before[real].nonzero().flatten()
     model.set_attn_implementation(DOCUMENTS)
     # Nobody reads what the last feed-forward network would make of the prompts. It works on each position alone.
-    network = getattr(model.base_model, "layers", getattr(model.base_model, "h", None))[-1].mlp
+    trunk: Any = model.base_model
+    network = (trunk.layers if hasattr(trunk, "layers") else trunk.h)[-1].mlp
     width = int(real.sum())
     hooks = [network.register_forward_pre_hook(lambda _, args: (args[0][:, read], *args[1:])),
              network.register_forward_hook(lambda _, args, out: out.new_zeros(1, width, out.size(-1)).index_copy(1, read, out))]

@@ -25,13 +25,7 @@ def sft(stages: Stages, folder: Path) -> Told:
         f"its gap to the training dialogues' loss is {s.value('validation_gap', Form(4, sign='+'))}. "
         f"Answers that end by themselves: {s.value('before/stop_rate', SHARE)} before, {s.full('after/stop_rate', SHARE)} after; in "
         f"format: {s.value('before/format_rate', SHARE)} before, {s.full('after/format_rate', SHARE)} after."]
-    old, new = s.get("before/base_loss"), s.get("after/base_loss")
-    if old and new:
-        change = number(CHANGE.text(new["value"] - old["value"]), s.origin("metrics", "after/base_loss") + " - before/base_loss")
-        paragraphs.append("Forgetting: the loss on held-out text of the base corpus went from "
-                          f"{s.short_form('before/base_loss', LOSS)} to {s.short_form('after/base_loss', LOSS)} ({change} nats a token).")
-        if s.get("after/kl_to_base"):
-            paragraphs[-1] += f" KL from the base on that text: {s.full('after/kl_to_base', LOSS)} positions."
+    paragraphs += forgetting(s)
     if "kept_step" in s.counts:
         paragraphs.append(f"The product is the checkpoint of step {s.count('kept_step')} of {s.count('steps')}. Recommended is, of those "
                           "that learned as much as the best, the one that forgot least: the star below.")
@@ -149,6 +143,16 @@ def reward_model(stages: Stages, folder: Path) -> Told:
     return Section("reward_model", TITLES["reward_model"], paragraphs, drawn, tables), [line]
 
 
+def forgetting(s: cited.Stage) -> list[str]:
+    old, new = s.get("before/base_loss"), s.get("after/base_loss")
+    if not (old and new):
+        return []
+    change = number(CHANGE.text(new["value"] - old["value"]), s.origin("metrics", "after/base_loss") + " - before/base_loss")
+    text = ("Forgetting: the loss on held-out text of the base corpus went from "
+            f"{s.short_form('before/base_loss', LOSS)} to {s.short_form('after/base_loss', LOSS)} ({change} nats a token).")
+    return [text + (f" KL from the base on that text: {s.full('after/kl_to_base', LOSS)} positions." if s.get("after/kl_to_base") else "")]
+
+
 PPO_ROWS = (("gold", "gold score", SCORE, CHANGE), ("score", "reward (proxy)", SCORE, CHANGE),
             ("sampled_accuracy", "sampled accuracy", SHARE, GAIN), ("greedy_accuracy", "greedy accuracy", SHARE, GAIN),
             ("entropy", "entropy (nats a token)", SCORE, CHANGE), ("kl", "KL to the start (nats a response)", SCORE, CHANGE),
@@ -192,6 +196,11 @@ def ppo(stages: Stages, folder: Path) -> Told:
                    if entropy[1] < 0 < sampled[0] else "Greedy accuracy did not rise distinguishably.")
         paragraphs.append(f"Greedy accuracy changed by {s.short_form('gain/greedy_accuracy', GAIN)}; entropy went from "
                           f"{s.value('before/entropy')} to {s.value('after/entropy')} nats a token. {reading}")
+    paragraphs += forgetting(s)
+    if s.get("change/worked_accuracy"):
+        paragraphs.append(f"Greedy accuracy on {s.n('change/worked_accuracy')} validation problems of all tasks, worked answers: "
+                          f"{s.value('before/worked_accuracy', SHARE)} before, {s.full('after/worked_accuracy', SHARE)} after "
+                          f"({s.short_form('change/worked_accuracy', GAIN)}).")
     source = [s.cite("metrics.jsonl")]
     per, last = s.config.get("epochs", 1) * s.config.get("minibatches", 1), s.config.get("iterations", 0)
 
