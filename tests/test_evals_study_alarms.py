@@ -81,8 +81,10 @@ def test_calibration_and_test_by_hand():
     assert learned == [runs[0], runs[4], runs[1], runs[5]] and tested == [runs[2], runs[6], runs[3]]
     assert calibrated(learned) == {"kl": 4}  # of the sound ones, the highest of 1 2 1 and 4 1 1
     assert [first(runs[i], {"kl": limit}, ["kl"]) for i, limit in ((0, 4), (4, 4), (0, None))] == [2, None, None]
-    assert judged(tested, {"kl": 3.5}, ["kl"]) == ["2/2 [0.34, 1.00]", "1/1 [0.21, 1.00]", "+2 (-1 to +5)"]
-    assert judged(tested, {"kl": 99.0}, ["kl", "gold_falls"]) == ["0/2 [0.00, 0.66]", "0/1 [0.00, 0.79]", "-"]
+    assert judged(tested, {"kl": 3.5}, ["kl"]) == ["2/2 [0.34, 1.00]", "1/1 [0.21, 1.00]", "+2 (-1 to +5)", "-"]
+    assert judged(tested, {"kl": 99.0}, ["kl", "gold_falls"]) == ["0/2 [0.00, 0.66]", "0/1 [0.00, 0.79]", "-", "-"]
+    runs[2]["statistics"]["gold_falls"] = [None, 0.0, 3.5]  # a judge sees it where kl is 4, and is never there for the other
+    assert judged(tested, {"kl": 1.5}, ["kl"])[2:] == ["+2.5 (+0 to +5)", "+1 (+1 to +1)"]
 
 
 def test_a_table_by_hand():
@@ -92,7 +94,7 @@ def test_a_table_by_hand():
     shown = report(runs + remedies)
     assert "| 250 | 0.4 | full | 0 | 9.0 | +1.00 | -0.100 [-0.200, +0.000] | 5 | yes (made to be weak) |" in shown
     limit = f"{Limits().kl:g}"
-    never = "0/2 [0.00, 0.66] | 0/2 [0.00, 0.66] | -"
-    assert f"| kl | 2 | 1/1 [0.21, 1.00] | 0/1 [0.00, 0.79] | -1 (-1 to -1) | {limit} | {never} |" in shown
+    never = "0/2 [0.00, 0.66] | 0/2 [0.00, 0.66] | - | -"
+    assert f"| kl | 2 | 1/1 [0.21, 1.00] | 0/1 [0.00, 0.79] | -1 (-1 to -1) | - | {limit} | {never} |" in shown
     assert "| any without a judge |  | 1/1" in shown and "| gold_falls |" not in shown  # what no run has measured has no row
     assert "| KL .05 | 0.150 [" in shown and "| 1.00 | 2.0 | 20/40, 20/40 |" in shown

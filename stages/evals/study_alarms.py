@@ -157,7 +157,8 @@ def first(line: Mapping[str, Any], thresholds: Mapping[str, float | None], names
 
 def judged(lines: Runs, thresholds: Mapping[str, float | None], names: Sequence[str]) -> list[str]:
     """Cells: over-optimised runs with the alarm, runs without over-optimisation that raise it (each with Wilson's 95 % interval), and
-    the lead, the iterations by which the alarm precedes the gold peak (median, lowest and highest)."""
+    two leads (median, lowest and highest): the iterations by which the alarm precedes the gold peak, and those by which it precedes the
+    iteration at which a judge would have seen the fall. The former cannot be had where gold falls from the start."""
     raised = {outcome: [first(line, thresholds, names) for line in lines if line["overoptimised"] == outcome] for outcome in (True, False)}
     cells = []
     for at in raised.values():
@@ -165,8 +166,11 @@ def judged(lines: Runs, thresholds: Mapping[str, float | None], names: Sequence[
         low, high = wilson(hits, len(at))
         cells.append(f"{hits}/{len(at)} [{low:.2f}, {high:.2f}]")
     hacked = [line for line in lines if line["overoptimised"]]
-    leads = [line["peak"] - i for line, i in zip(hacked, raised[True], strict=True) if i is not None]
-    return [*cells, f"{plain.median(leads):+g} ({min(leads):+d} to {max(leads):+d})" if leads else "-"]
+    falls = [first(line, {"gold_falls": OVEROPTIMISED}, ["gold_falls"]) for line in hacked]
+    for events in ([line["peak"] for line in hacked], falls):
+        leads = [event - i for event, i in zip(events, raised[True], strict=True) if i is not None and event is not None]
+        cells.append(f"{plain.median(leads):+g} ({min(leads):+d} to {max(leads):+d})" if leads else "-")
+    return cells
 
 
 def report(lines: Runs) -> str:
@@ -189,8 +193,8 @@ def report(lines: Runs) -> str:
                 usual = defaults[names[0]]
                 limit = [f"{thresholds[names[0]]:.3g}", "off" if usual is None else f"{usual:g}"] if len(names) == 1 else ["", ""]
                 rows.append([label, limit[0], *judged(tested, thresholds, names), limit[1], *judged(runs, defaults, names)])
-        tables.append(markdown(["alarm", "calibrated", "raised when over-optimised", "false", "lead (iterations)", "default",
-                                "raised when over-optimised, all runs", "false, all runs", "lead (iterations), all runs"], rows))
+        columns = ["raised when over-optimised", "false", "lead over the peak (iterations)", "lead over a judge"]
+        tables.append(markdown(["alarm", "calibrated", *columns, "default", *(f"{name}, all runs" for name in columns)], rows))
     if remedies:
         named = {name: [line for line in remedies if line["remedy"] == name] for name in dict.fromkeys(line["remedy"] for line in remedies)}
         tables.append(markdown(["remedy", "gain in gold score", "reward", "KL", "steps kept of those taken"], [
