@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from stages.models.norms import speed_up_norms
+
 
 def decoder_config(tokenizer: PreTrainedTokenizerBase, *, architecture: str = "qwen3", hidden_size: int, num_layers: int = 4,
                    num_heads: int = 4, num_kv_heads: int | None = None, intermediate_size: int | None = None,
@@ -41,4 +43,5 @@ def build_decoder(config: PretrainedConfig, *, seed: int, matrix_std: float = 0.
     nn.init.normal_(model.get_input_embeddings().weight, std=embedding_std)
     if not config.tie_word_embeddings:
         nn.init.normal_(model.get_output_embeddings().weight, std=head_std)
+    speed_up_norms(model)
     return model
