@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from stages.models.attention import DOCUMENTS
 from stages.models.norms import speed_up_norms
+from stages.rl.logprobs import token_logprobs
 
 # Architectures that tell their attention the position ids, and nothing else that `DOCUMENTS` does not know; tested one by one.
 UNPADDED = ("gpt2", "gpt_neox", "llama", "mistral", "mixtral", "phi", "qwen2", "qwen3", "qwen3_moe")
@@ -122,12 +123,10 @@ def policy_stats(policy: PreTrainedModel, inputs: dict[str, Tensor], temperature
     with read_by(policy, inputs) as (arguments, before):
         flat = "attention_mask" not in arguments
         out = policy(**arguments, use_cache=False, logits_to_keep=before if flat else window + 1, output_hidden_states=hidden)
-    scaled = (out.logits[0] if flat else out.logits[:, :-1][mask]).float() / temperature  # what predicts each response token
+    # What predicts each response token: all that is there, or all but a padding's, which is not copied to leave it out.
+    rows = torch.arange(len(before), device=mask.device) if flat else nn.functional.pad(mask, (0, 1)).flatten().nonzero().flatten()
     chosen = inputs["input_ids"][:, -window:][mask]
-    normalised = scaled.log_softmax(dim=-1)
-    logprobs = scatter(normalised.gather(-1, chosen[:, None]).squeeze(-1), mask)
-    with torch.no_grad():
-        entropy = scatter(-(normalised.exp() * normalised).sum(-1), mask)
+    logprobs, entropy = (scatter(each, mask) for each in token_logprobs(out.logits.flatten(0, 1), rows, chosen, temperature))
     return logprobs, entropy, out.hidden_states[-1].flatten(0, 1)[before] if hidden else None
 
 
@@ -190,9 +189,10 @@ def language_losses(policy: PreTrainedModel, input_ids: Tensor, position_ids: Te
 
     Position ids that begin anew at each document, and no mask: transformers then keeps the documents of a row apart.
     """
-    logits = policy(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[:, :-1]
-    keep = labels[:, 1:] != -100
-    return nn.functional.cross_entropy(logits[keep].float(), labels[:, 1:][keep], reduction="none")
+    logits = policy(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    rows = (following != -100).nonzero().flatten()
+    return -token_logprobs(logits.flatten(0, 1), rows, following[rows], 1.0)[0]
 
 
 def classifier_values(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:

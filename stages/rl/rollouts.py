@@ -2,7 +2,7 @@
 
 Letters: N responses of an iteration over all processes, R tokens of the longest.
 """
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,8 @@ from reward.verifiers import GoldScore
 from stages.rl import maths
 from stages.rl.models import TokenStats, align_right, pad_sequences, policy_stats
 from stages.rl.rewards import Response, Row
+
+LOGITS = 1 << 28  # elements of the logits of responses read without a gradient, 1 GiB in float32: 1,800 tokens of 150,000 words
 
 
 class Scored(NamedTuple):
@@ -95,6 +97,18 @@ def as_responses(prompts: Sequence[tuple[Row, list[int]]], sampled: Sequence[lis
             for (row, prompt), (ids, finished), text in zip(prompts, cut, texts, strict=True)]
 
 
+def groups(order: Sequence[int], lengths: Sequence[int], most: int, tokens: int) -> Iterator[list[int]]:
+    """`order` cut into groups of at most `most`, and of at most `tokens` padded to the longest of `lengths`; one alone may have more."""
+    group: list[int] = []
+    for i in order:
+        if group and (len(group) == most or (len(group) + 1) * max(lengths[j] for j in [*group, i]) > tokens):
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
 @torch.no_grad()
 def token_numbers(stats_of: Callable[..., TokenStats], reference: PreTrainedModel, responses: Sequence[Response], *, temperature: float,
                   pad_id: int, batch_size: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -102,11 +116,13 @@ def token_numbers(stats_of: Callable[..., TokenStats], reference: PreTrainedMode
 
     `stats_of` is a PolicyWithCritic, or `policy_alone`, whose values are 0.
     Computed here and not taken from the sampler: a decoder with a cache rounds differently, and the ratio would not start at 1.
+    With a large vocabulary fewer than `batch_size` responses are read at once: the models' logits of a batch stay within `LOGITS`.
     """
     numbers: list[tuple[Tensor, Tensor, Tensor, Tensor]] = [None] * len(responses)  # type: ignore[list-item]
     order = sorted(range(len(responses)), key=lambda i: len(responses[i].prompt_ids) + len(responses[i].ids))
-    for start in range(0, len(order), batch_size):
-        rows = order[start:start + batch_size]
+    vocab_size = reference.config.get_text_config().vocab_size
+    widths = [len(response.ids) + 1 for response in responses]  # padded rows have logits of one state more than there are tokens
+    for rows in groups(order, widths, batch_size, LOGITS // vocab_size):
         inputs = pad_sequences([responses[i].prompt_ids for i in rows], [responses[i].ids for i in rows], pad_id)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         stats = stats_of(**inputs)
