@@ -82,8 +82,6 @@ def main(config: PlanConfig) -> dict[str, Any]:
              for stage, part in needs.items()]
     say(f"memory a device, GiB, {config.engine} ({RESERVED_GIB:g} GiB reserved of {config.memory_gib:g}):")
     say(table(["stage", *PARTS, "total", "fits"], shown))
-    if "ppo" in raw and "ppo" not in needs:
-        say(f"ppo does not run with {config.engine}: it samples from whole parameters; plan and launch it with ddp or zero2")
     if "scaling" in raw:
         ladder = ladder_flops(pretrain, raw["scaling"], vocabulary, row_length)
         say(f"the ladder before it: {ladder:.3g} FLOPs, {ladder / flops:.1%} of the main run")
@@ -146,7 +144,7 @@ def adapter_parameters(model: PreTrainedModel, rank: int) -> int:
 
 
 def later_stages(model: PreTrainedModel, config: PlanConfig, raw: dict[str, dict]) -> dict[str, dict[str, int]]:
-    """Rough needs of the stages after pretraining, from the recipe's own files. PPO has none where it does not run."""
+    """Rough needs of the stages after pretraining, from the recipe's own files."""
     P = count_parameters(model)["total"]
     sft, preferences, reward, ppo = (DEFAULTS[stage] | raw.get(stage, {}) for stage in ("sft", "preferences", "reward_model", "ppo"))
 
@@ -164,9 +162,13 @@ def later_stages(model: PreTrainedModel, config: PlanConfig, raw: dict[str, dict
         tokens = rows(reward) * responses * sft["max_length"]
         needs["reward_model"] = need(model, config, tokens=tokens, muon=reward["optimizer"] == "muon",
                                      checkpointing=reward["gradient_checkpointing"]) | {"logits": 0}
-    if "ppo" in raw and config.engine not in SHARDED:  # policy and critic train in full, reference and reward model stand frozen
-        needs["ppo"] = need(model, config, tokens=ppo["micro_batch_size"] * sft["max_length"], trainable=2 * P, frozen=2 * P, copies=2,
+    if "ppo" in raw:  # policy and critic train in full, reference and reward model stand frozen
+        divided = config.engine in SHARDED
+        needs["ppo"] = need(model, config, tokens=ppo["micro_batch_size"] * sft["max_length"], trainable=2 * P, copies=2,
+                            frozen=0 if divided else 2 * P,
                             cache_tokens=min(256, -(-ppo["rollout_batch"] // config.devices)) * sft["max_length"])
+        if divided:  # whole beside them: the reward model in fp32, the reference and the copy of the policy that samples in bf16
+            needs["ppo"]["weights"] += (4 + 2 + 2) * P
     return needs
 
 

@@ -18,6 +18,7 @@ from stages.data.packing import PackedCollator
 from stages.data.problems import read_problems
 from stages.data.tokenizer import document_end
 from stages.evals.battery import changes, exam, summary
+from stages.models.engines import gathered
 from stages.models.forgetting import base_text
 from stages.models.training import barrier, fit, save_model, training_arguments, world_size
 from stages.models.verdict import forgotten
@@ -139,6 +140,7 @@ def main(config: PpoConfig) -> Manifest:
     sampling: dict[str, Any] = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "eos_ids": eos_ids,
                                 "pad_id": pad_id, "stop_strings": config.stop_strings}
     model.to(arguments.device)
+    parameters = sum(p.numel() for p in model.parameters())  # before an engine divides them
     watchers = build_watchers(config.reward, limits, model_path=scorer, second=config.second_reward, reference=policy, tokenizer=tokenizer,
                               prompts=prompts, device=arguments.device, vocab_size=policy.config.vocab_size, seed=config.seed + 2,
                               **sampling)
@@ -147,7 +149,7 @@ def main(config: PpoConfig) -> Manifest:
                          ptx=ptx, ptx_collator=PackedCollator(eos_id=document_end(tokenizer), pad_id=pad_id))
 
     def look() -> dict[str, list[float]]:
-        return measure(model.policy, trainer.reference, tokenizer, held_out, reward=reward, samples=config.eval_samples,
+        return measure(trainer.whole_policy(), trainer.reference, tokenizer, held_out, reward=reward, samples=config.eval_samples,
                        seed=config.seed + 1, **sampling)
 
     prepared = run.parents["prepare"]
@@ -155,7 +157,7 @@ def main(config: PpoConfig) -> Manifest:
 
     def examine() -> dict[str, list[float]]:
         """What the policy could do before, on all the tasks and not only on those that it is rewarded for."""
-        return exam(model.policy, tokenizer, chat=True, stop_ids=eos_ids, problems=probes, seed=config.seed,
+        return exam(trainer.whole_policy(), tokenizer, chat=True, stop_ids=eos_ids, problems=probes, seed=config.seed,
                     max_new_tokens=config.max_new_tokens) if probes else {}
 
     before, able = look(), examine()
@@ -169,20 +171,22 @@ def main(config: PpoConfig) -> Manifest:
                           samples=config.best_of, seed=config.seed + 3, **sampling) if config.best_of else None
     curves, compared = compare(watch.rows(), best, notes["kept_step"] + settings.steps_per_iteration)
 
+    valued: Any = model.critic or model.value_head
+    policy_state, critic_state = gathered(model.policy), gathered(valued)
     if is_main():
-        save_model(model.policy, tokenizer, run.directory / "model")
+        save_model(model.policy, tokenizer, run.directory / "model", state_dict=policy_state)
         if model.critic is not None:
-            save_model(model.critic, tokenizer, run.directory / "critic")
-        elif model.value_head is not None:
+            save_model(model.critic, tokenizer, run.directory / "critic", state_dict=critic_state)
+        else:
             (run.directory / "critic").mkdir(exist_ok=True)
-            safetensors.torch.save_file(model.value_head.state_dict(), run.directory / "critic" / "value_head.safetensors")
+            safetensors.torch.save_file(critic_state, run.directory / "critic" / "value_head.safetensors")
         write_json(run.directory / "overoptimization.json", curves)
         show(run.directory)
     barrier()
     gains = differences(before, after)
     metrics = summarise(before, "before") | summarise(after, "after") | summarise(gains, "gain") | reward_drift(before, after) | compared
     metrics |= summary(able, "before") | summary(still_able, "after") | changes(able, still_able)
-    metrics |= forgotten(neutral.before, neutral.look(model.policy)) if neutral else {}
+    metrics |= forgotten(neutral.before, neutral.look(trainer.whole_policy())) if neutral else {}
     for name in able:
         if name in ("worked_accuracy", "direct_accuracy") or name.startswith("worked_accuracy/"):
             say(f"{name} on all tasks: {metrics[f'before/{name}']['value']:.3f} before, {metrics[f'after/{name}']['value']:.3f} after")
@@ -190,7 +194,7 @@ def main(config: PpoConfig) -> Manifest:
                 draws(iteration, count=config.rollout_batch, num_prompts=len(prompts), seed=config.seed)]
     tokens, judges = trainer.state.num_input_tokens_seen, [AutoConfig.from_pretrained(path) for path in scorers(config.reward, scorer)]
     counts = {"responses": len(asked_of), "prompts_too_long": given - len(prompts), "tokens": tokens, "steps": trainer.state.global_step,
-              "parameters": sum(p.numel() for p in model.parameters()),
+              "parameters": parameters,
               "flops": ppo_flops(policy.config, critic.config if critic is not None else None, judges, responses=len(asked_of),
                                  prompt_tokens=sum(map(len, asked_of)), tokens=tokens, epochs=config.epochs,
                                  par_samples=config.par_samples, ptx_row=(row := len(ptx[0]["input_ids"]) if len(ptx) else 1),

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from reward.alarms import Limits, first_alarms, fit_cloud, raised, repetition
 from reward.model import ENSEMBLE, load_ensemble, member_folders, pad_right
+from stages.models import engines
 from stages.models.training import gather, rank, world_size
 from stages.rl import samples
 from stages.rl.measure import Prompts, answers
@@ -118,11 +119,14 @@ class Watch(TrainerCallback):
             self.show()
 
     def show(self) -> None:
-        if not (self.every and self.shown and is_main()):
+        if not (self.every and self.shown):
             return
         t, s = self.trainer, self.trainer.settings
-        with t.accelerator.autocast():
-            found = samples.look(t.model.policy, t.reference, t.tokenizer, self.shown, reward=t.reward, judge=t.judge, seed=s.seed,
+        policy = t.whole_policy()
+        if not is_main():
+            return
+        with engines.rounding(t):
+            found = samples.look(policy, t.reference, t.tokenizer, self.shown, reward=t.reward, judge=t.judge, seed=s.seed,
                                  temperature=t.model.temperature, max_new_tokens=s.max_new_tokens, eos_ids=s.eos_ids, pad_id=s.pad_id,
                                  stop_strings=s.stop_strings)
         samples.record(Path(t.args.output_dir).parent, t.state.global_step, found)

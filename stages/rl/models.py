@@ -168,6 +168,9 @@ class PolicyWithCritic(nn.Module):
         self.temperature = temperature
         self.kl_coef: Tensor
         self.register_buffer("kl_coef", torch.tensor(kl_coef))
+        # Layers that an engine which divides the weights gathers one by one; Accelerate looks for the names here.
+        named = {name for model in (policy, critic) if model is not None for name in model._no_split_modules or ()}
+        self._no_split_modules = sorted(named & {type(module).__name__ for module in self.modules()})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, response_mask: Tensor,
                 ptx: dict[str, Tensor] | None = None) -> TokenStats:

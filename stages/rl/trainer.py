@@ -5,7 +5,6 @@ the rollout happens, every process samples its share with the keyed sampler, and
 experience, from which each cuts its part of every minibatch. So nothing depends on the number of processes, on accumulation,
 or on anything that a checkpoint at the end of an iteration does not hold: a resumed run equals an uninterrupted one.
 """
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,13 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from reward.verifiers import GoldScore
+from stages.models import engines
 from stages.models.sampling import prompt_key, sample
 from stages.models.training import Resumable, gather, rank, share_batch, world_size
 from stages.rl import maths
 from stages.rl.alarms import Watch
 from stages.rl.checks import warn_once
-from stages.rl.models import PolicyWithCritic, remove_dropout
+from stages.rl.models import PolicyWithCritic
 from stages.rl.rewards import Response, Reward, Row
 from stages.rl.rollouts import Experience, Scored, as_responses, build_experience, draws, minibatch_rows, token_numbers
 from stages.run.checkpoint import is_complete
@@ -107,7 +107,7 @@ class PPOTrainer(Resumable, Trainer):
 
     The reference is a frozen copy of the policy as it is when the trainer is made. `judge` sees every response too, for the
     logs and alarms of `watch` alone. `ptx` are packed rows of the base corpus (`input_ids`) and `ptx_collator` their PackedCollator,
-    for `ptx_coef`. Raises ValueError where `args` do not fit the settings, for empty prompts and for engines that shard parameters.
+    for `ptx_coef`. Raises ValueError where `args` do not fit the settings, for empty prompts and for launch configs that cannot work.
     """
 
     model: Any
@@ -136,10 +136,9 @@ class PPOTrainer(Resumable, Trainer):
         count = args.max_steps * wanted[0] * wanted[1] * world_size()
         super().__init__(model=model, args=args, train_dataset=range(count),  # type: ignore[arg-type]
                          data_collator=lambda rows: {"row": torch.tensor(rows)})
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
-            raise ValueError("PPO samples from whole parameters: launch it with DDP or DeepSpeed ZeRO-2, not with FSDP or ZeRO-3")
-        self.reference: Any = remove_dropout(copy.deepcopy(model.policy)).requires_grad_(False).eval().to(args.device)
+        engines.adapt_fsdp(self)
+        self.reference: Any = engines.as_computed(model.policy, self)
+        self.policy_copy: Any = engines.as_computed(model.policy, self) if engines.divides_weights(self) else None
         self.experience: Experience | None = None
         self.warned: set[str] = set()
         self.sums: dict[str, Tensor] = {}
@@ -182,6 +181,16 @@ class PPOTrainer(Resumable, Trainer):
         return [{**batch, "ptx": {name: parts[i] for name, parts in mine.items()}, "num_ptx_tokens": num_tokens}
                 for i, batch in enumerate(batches)]
 
+    def whole_policy(self) -> Any:
+        """The policy to sample from: an up-to-date copy where the engine divides the weights. Call on every process.
+
+        A token at a time, each forward pass would gather them anew, and as often on every process, whatever the lengths.
+        """
+        if self.policy_copy is None:
+            return self.model.policy
+        engines.refresh(self.policy_copy, self.model.policy)
+        return self.policy_copy
+
     def rollout(self, iteration: int) -> Experience:
         """Sample, score, and gather the iteration's experience on every process."""
         s = self.settings
@@ -190,8 +199,8 @@ class PPOTrainer(Resumable, Trainer):
         mine = chosen[rank() * share:(rank() + 1) * share]
         problems, prompts = zip(*(self.prompts[index] for index, _ in mine), strict=True)
         keys = [(prompt_key(problem["id"]), number) for problem, (_, number) in zip(problems, mine, strict=True)]
-        with self.accelerator.autocast():  # the reference and the sampler must round as the wrapped policy does
-            ids = sample(self.model.policy, list(prompts), keys=keys, seed=s.seed, temperature=self.model.temperature,
+        with engines.rounding(self):  # the reference and the sampler must round as the wrapped policy does
+            ids = sample(self.whole_policy(), list(prompts), keys=keys, seed=s.seed, temperature=self.model.temperature,
                          max_new_tokens=s.max_new_tokens, eos_ids=s.eos_ids, pad_id=s.pad_id, batch_size=s.sampling_batch)
             asked = list(zip(problems, prompts, strict=True))
             responses = as_responses(asked, ids, self.tokenizer, eos_ids=s.eos_ids, stop_strings=s.stop_strings)
@@ -303,9 +312,11 @@ class PPOTrainer(Resumable, Trainer):
         groups = [group["params"] for group in self.optimizer.param_groups]
         norms = []
         for parameters in groups:
-            norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-            if norms[-1] > self.args.max_grad_norm:  # else all gradients would be multiplied by 1
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norms[-1])
+            found = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            with engines.whole(found) as norm:  # FSDP2 knows it in parts
+                norms.append(norm)
+            if norm > self.args.max_grad_norm:  # else all gradients would be multiplied by 1
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, found)
         self.critic_grad_norm = float(norms[1])
         return norms[0]
 
