@@ -204,7 +204,7 @@ def test_ppo_on_own_problems(parents, tmp_path, monkeypatch):
     assert main(config).fingerprint == made.fingerprint and len(cues) == 2  # finished: nobody was asked again
     rows = file.read_text().splitlines()
     file.write_text("\n".join([*rows, json.dumps({"question": "How many? " * 99, "answer": "#### 1"})]))
-    with pytest.raises(ValueError, match="the longest prompt has .* leaves 0 of .*: leave such problems out"):  # another run under this name
+    with pytest.raises(ValueError, match=r"the longest prompt has .* leaves 0 of .*: leave such problems out"):  # another run
         main(config)
 
 
