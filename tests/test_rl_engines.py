@@ -104,10 +104,10 @@ def test_a_run_on_an_engine_resumes_to_the_same_bits(two, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINE_NAMES)
-def test_bf16_rounds_policy_reference_and_old_policy_alike(engine, tmp_path):
-    """At first the policy is its reference, and in an iteration's only step it is the policy that sampled, to the bit."""
-    launch(engine, "train", str(tmp_path), BF16="1", ACCELERATE_MIXED_PRECISION="bf16")
+def test_fsdp2_rounds_policy_reference_and_old_policy_alike_in_bf16(tmp_path):
+    """At first the policy is its reference, and in an iteration's only step it is the policy that sampled, to the bit. (transformers
+    refuses bf16 for DeepSpeed on a CPU.)"""
+    launch("fsdp2", "train", str(tmp_path), BF16="1", ACCELERATE_MIXED_PRECISION="bf16")
     logged = rows(tmp_path)
     assert logged[0]["objective/kl"] == 0.0 and abs(logged[1]["objective/kl"]) > 0.01
     assert [row["policy/approx_kl"] for row in logged] == [0.0, 0.0] and logged[1]["objective/entropy"] > 1
