@@ -27,8 +27,8 @@ GROUP_ppo := rlhf
 GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
-	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms bench-sft bench-reward \
-	bench-ppo rewardbench clean
+	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
+	bench-sft bench-reward bench-ppo rewardbench clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -112,6 +112,9 @@ study-hh: setup ## a reward model on HH-RLHF's pairs against TF-IDF and length, 
 
 study-alarms: setup ## alarms of reward hacking: lead before the gold peak, false alarms, and what helps (two hours; needs make prepare)
 	$(PY) -m stages.evals.study_alarms $(ARGS)
+
+study-curves: setup ## PPO's curves in a sound run and with one thing broken at a time: 16 runs (20 minutes; needs make prepare)
+	$(PY) -m stages.evals.study_curves $(ARGS)
 
 bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, and TRL's own trainer (needs make prepare)
 	$(PY) -m stages.evals.bench_sft $(ARGS)
