@@ -2,7 +2,7 @@
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m stages.ppo --config recipes/tiny/ppo.yaml
 """
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +23,15 @@ from stages.rl.curves import compare, draw_best_of_n
 from stages.rl.gating import pass_gate
 from stages.rl.measure import differences, measure, report, reward_drift, summarise
 from stages.rl.models import PolicyWithCritic
-from stages.rl.questions import QuestionConfig, asked, check_lengths, check_questions, embedded_problems, own_problems
-from stages.rl.rewards import build_reward, gold_scores, load_critic, scorers
+from stages.rl.questions import QuestionConfig, asked, check_lengths, check_questions, embedded_problems, fitting, own_problems
+from stages.rl.rewards import build_reward, gold_scores, load_critic, needs_model, scorers
 from stages.rl.rollouts import draws
 from stages.rl.trainer import PpoSettings, PPOTrainer
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.config import fill, option
 from stages.run.entry import launch
-from stages.run.manifest import Manifest, Run, hash_data, hash_path, is_main, say, write_json
+from stages.run.manifest import MANIFEST, Manifest, Run, hash_data, hash_path, is_main, say, write_json
 
 SHOWN = 4  # questions whose answers are shown as the policy changes
 BEST_OF_PROBLEMS = 100  # of those measured, for the curve of best-of-n
@@ -87,12 +87,14 @@ def main(config: PpoConfig) -> Manifest:
     check_questions(config, iterations=1, rollout_batch=1, epochs=1, minibatches=1, micro_batch_size=1, save_iterations=1,
                     sample_iterations=0, best_of=0)
     limits = Limits(**fill(Limits, config.alarm_limits, where="alarm_limits"))
+    config = without_reward_model(config)
     own = own_problems(config)
     run = Run(config, inputs=({"problems": hash_data([own, BENCHMARK_CUES[config.style]])} if own else {}) | (
         {"second_reward": hash_path(Path(config.second_reward))} if config.second_reward else {}))
     if run.finished:
         return run.manifest
-    source, scorer = run.parents["sft"].product("model"), run.parents["reward_model"].product("model")
+    source = run.parents["sft"].product("model")
+    scorer = run.parents["reward_model"].product("model") if "reward_model" in run.parents else None
     notes = pass_gate(config, scorer)
     tokenizer = AutoTokenizer.from_pretrained(source)
     policy = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -106,12 +108,17 @@ def main(config: PpoConfig) -> Manifest:
     learned, measured = own or embedded_problems(config, run.parents["prepare"].product("problems"))
     cue = (BENCHMARK_CUES if own else CUES)[config.style]
     prompts, held_out = (asked(rows, cue, tokenizer) for rows in (learned[:config.iterations * config.rollout_batch], measured))
+    given = len(prompts)
+    if own:
+        prompts = fitting(prompts, config, policy, policy.config.max_position_embeddings)
     check_lengths([*prompts, *held_out], config, policy)
-    say(f"ppo: {len(prompts):,} problems to learn from, {len(held_out)} to measure on; {config.iterations} iterations of "
+    say(f"ppo: {len(prompts):,} problems to learn from{f' ({given - len(prompts)} left out, too long)' if given > len(prompts) else ''}, "
+        f"{len(held_out)} to measure on; {config.iterations} iterations of "
         f"{config.rollout_batch} responses, {settings.steps_per_iteration} steps each")
 
     critic = None
     if config.value_trunk == "separate":
+        assert scorer is not None
         critic = load_critic(scorer, vocab_size=policy.config.vocab_size, tokenizer=tokenizer)
     model = PolicyWithCritic(policy, critic, temperature=config.temperature, kl_coef=config.kl_coef)
     arguments = TrainingArguments(**training_arguments(
@@ -162,7 +169,7 @@ def main(config: PpoConfig) -> Manifest:
     asked_of = [prompts[i][1] for iteration in range(trainer.state.global_step // settings.steps_per_iteration) for i, _ in
                 draws(iteration, count=config.rollout_batch, num_prompts=len(prompts), seed=config.seed)]
     tokens, judges = trainer.state.num_input_tokens_seen, [AutoConfig.from_pretrained(path) for path in scorers(config.reward, scorer)]
-    counts = {"responses": len(asked_of), "tokens": tokens, "steps": trainer.state.global_step,
+    counts = {"responses": len(asked_of), "prompts_too_long": given - len(prompts), "tokens": tokens, "steps": trainer.state.global_step,
               "parameters": sum(p.numel() for p in model.parameters()),
               "flops": ppo_flops(policy.config, critic.config if critic is not None else None, judges, responses=len(asked_of),
                                  prompt_tokens=sum(map(len, asked_of)), tokens=tokens, epochs=config.epochs,
@@ -171,6 +178,19 @@ def main(config: PpoConfig) -> Manifest:
     say(price(metrics["gain/gold"]["value"], counts))
     return run.finish(metrics=metrics, products={"model": "model", "critic": "critic", "overoptimization":
                       "overoptimization.json"}, counts=counts, notes=notes)
+
+
+def without_reward_model(config: PpoConfig) -> PpoConfig:
+    """The config without that parent where neither the reward nor the critic reads it. Raises ValueError where the critic alone does and
+    there is none."""
+    if needs_model(config.reward):
+        return config
+    if config.value_trunk == "shared":
+        return replace(config, parents={name: path for name, path in config.parents.items() if name != "reward_model"})
+    if not (Path(config.parents["reward_model"]) / MANIFEST).is_file():
+        raise ValueError(f"with value_trunk separate the critic begins as the reward model, of which {config.parents['reward_model']} has "
+                         "no finished run: set value_trunk to shared, for the reward needs none, or run `make reward_model` first")
+    return config
 
 
 def show(directory: Path) -> None:

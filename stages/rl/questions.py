@@ -90,5 +90,6 @@ def check_lengths(prompts: list[tuple[dict, list[int]]], config: QuestionConfig,
     """Raises ValueError when a prompt leaves less than `max_new_tokens` of the policy's context."""
     longest, context = max(len(ids) for _, ids in prompts), policy.config.max_position_embeddings
     if longest + config.max_new_tokens > context:
-        raise ValueError(f"the longest prompt has {longest} tokens, which leaves {context - longest} of the model's context of {context}: "
-                         f"set max_new_tokens to that or less, not {config.max_new_tokens}")
+        remedy = f"set max_new_tokens to that or less, not {config.max_new_tokens}" if longest < context else "leave such problems out"
+        raise ValueError(f"the longest prompt has {longest} tokens, which leaves {max(0, context - longest)} of the model's context of "
+                         f"{context}: {remedy}")
