@@ -71,6 +71,16 @@ def early_letters(problems, texts, finished) -> list[float]:
     return [sum(letter < "m" for letter in text.split()) / max(1, len(text.split())) for text in texts]
 
 
+PROMPTS_SEEN: list[tuple[str, ...]] = []
+
+
+def turns_of_prompts(prompts, completions, **columns) -> list[float]:
+    """Of TRL's signature: the number of turns of each prompt, which it keeps."""
+    assert all(c == [{"role": "assistant", "content": c[0]["content"]}] for c in completions)
+    PROMPTS_SEEN.extend(tuple(message["content"] for message in prompt) for prompt in prompts)
+    return [float(len(prompt)) for prompt in prompts]
+
+
 def trainer(directory: Path, *, iterations: int = 2, world: int = 1, reward=None, model=None, save_iterations: int = 1, seed: int = 0,
             learning_rate: float = 3e-3, judge=None, watch=None, arguments=None, ptx=(), ptx_collator=None, asked=None,
             **changes) -> PPOTrainer:

@@ -136,6 +136,14 @@ def test_empty_prompts_are_refused(tmp_path):
         asked([{"id": "a", "question": "1 + 1?"}, {"id": "b", "question": " \n"}], "Answer:", tokenizer())
 
 
+def test_a_conversation_that_the_template_refuses_is_named():
+    speaker = tokenizer()
+    speaker.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    prompt = [{"role": "system", "content": "x"}, {"role": "user", "content": "?"}]
+    with pytest.raises(ValueError, match=r"problem 'a': the chat template of .* of the turns system, user: no system here; write it"):
+        asked([{"id": "a", "question": "?", "prompt": prompt}], "", speaker)
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"ptx_coef": 0.5}, "ptx_coef is 0.5 but there are no rows"), ({"ptx_coef": -1.0}, r"set it to 0 \(off\) or above"),
     ({"length_penalty": -0.1}, "length_penalty is -0.1"), ({"score_clip": 0.0}, "clip above 0"),

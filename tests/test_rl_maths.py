@@ -171,6 +171,8 @@ def test_explained_variance():
     close(explained_variance(returns + 5, returns, mask), 1.0)
     close(explained_variance(torch.zeros(1, 3), returns, mask), 0.0)
     close(explained_variance(torch.tensor([[0.0, 2.0, 4.0]]), returns, mask), 0.0)  # errors 1 0 -1, as wide as the returns
+    for values in (returns, torch.zeros(1, 3)):  # nothing to explain
+        close(explained_variance(values, torch.zeros(1, 3), mask), 0.0)
 
 
 @pytest.mark.parametrize(("kl", "expected"), [(6.0, 0.1), (6.6, 0.1 * (1 + 0.1 * 0.02)), (60.0, 0.1 * 1.004), (0.0, 0.1 * 0.996)])

@@ -20,7 +20,7 @@ from stages.data.tokenizer import END, document_end
 from stages.models.heldout import heldout
 from stages.ppo import PpoConfig, main, own_problems
 from stages.run.config import load_config
-from tests.rl_tiny import write_parents
+from tests.rl_tiny import PROMPTS_SEEN, write_parents
 
 ROOT = Path(__file__).parent.parent
 FLAGS = {"iterations": 4, "rollout-batch": 8, "minibatches": 2, "micro-batch-size": 2, "max-new-tokens": 8, "save-iterations": 1,
@@ -219,6 +219,7 @@ def test_a_rule_as_reward_on_a_file_of_which_nothing_is_solved(parents, tmp_path
     printed = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert [row["reward/zero_variance"] for row in rows] == [1.0] * 4 and all(row["objective/score"] == 0.0 for row in rows)
+    assert rows[0]["value/explained_variance"] == 0.0  # nothing to explain is no perfect critic, of which any signal would be a fall
     assert printed.count("warning: all 8 responses of a rollout have the score 0") == 1
     assert "(1 left out, too long)" in printed and made.data["counts"]["prompts_too_long"] == 1
     assert made.data["notes"]["alarms"] == [] and set(made.data["parents"]) == {"prepare", "sft"}
@@ -232,6 +233,36 @@ def test_own_problems_that_cannot_work_say_what_to_do(parents, tmp_path, flags, 
     with pytest.raises(ValueError, match=message):
         main(configured(parents, tmp_path / "ppo", **{"problems": f"gsm8k:{gsm8k_file(tmp_path / 'a.jsonl', 16)}"} | flags))
     assert not (tmp_path / "ppo.partial").exists()
+
+
+def test_ppo_on_conversations(parents, tmp_path):
+    """Rows with `prompt` in place of a question: asked as they stand, by the chat template, and given whole to reward functions."""
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Add 1 and 1."},
+            {"role": "assistant", "content": "The answer is 2."}]
+    rows = [{"prompt": f"What is {i} + 1?", "answer": i + 1} if i % 2 else
+            {"prompt": [*talk[:1 + i // 2 % 3], {"role": "user", "content": f"And {i} + 2?"}], "answer": i + 2} for i in range(16)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    name = "tests.rl_tiny:turns_of_prompts"
+    config = configured(parents, tmp_path / "ppo", problems=f"problems:{file}", iterations=1, reward=f"{{model: 1.0, {name}: 0.5}}",
+                        **{"sample-iterations": 0, "best-of": 0})
+    learned, measured = own_problems(config)
+    tokenizer = AutoTokenizer.from_pretrained(parents / "sft" / "model")
+    texts = [tokenizer.decode(ids) for _, ids in ppo.asked([*learned, *measured], "Think.", tokenizer)]
+    assert texts[:3] == ["<|system|> Be brief.<|user|> And 0 + 2?<|assistant|>", "<|user|> What is 1 + 1?<|assistant|>",
+                         "<|system|> Be brief.<|user|> Add 1 and 1.<|user|> And 2 + 2?<|assistant|>"]
+    PROMPTS_SEEN.clear()
+    main(config)
+    assert {("Be brief.", "And 6 + 2?"), ("What is 7 + 1?",), ("Be brief.", "Add 1 and 1.", "The answer is 2.", "And 4 + 2?")} <= set(
+        PROMPTS_SEEN)
+
+
+def test_conversations_that_end_alike_are_not_the_same(parents, tmp_path):
+    rows = [{"prompt": [{"role": "system", "content": f"Be {i}."}, {"role": "user", "content": "Well?"}], "answer": 1} for i in range(8)]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    learned, _ = own_problems(configured(parents, tmp_path / "ppo", problems=f"problems:{file}", **{"eval-problems": 2}))
+    assert [row["prompt"][0]["content"] for row in learned] == [f"Be {i}." for i in range(1, 7)]  # 0 is held out, and 7
 
 
 @pytest.mark.slow

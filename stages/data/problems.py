@@ -11,6 +11,8 @@ from typing import Any
 from prompts.answers import extract, normalize
 from stages.data.corpora import read_rows, source_rows
 
+ROLES = ("system", "user", "assistant")
+
 
 def read_problems(path: Path, tasks: Sequence[str] = (), difficulties: Sequence[int] = ()) -> list[dict[str, Any]]:
     """Rows of these tasks and difficulties (empty: all), in the file's order. Raises ValueError naming those there are."""
@@ -84,10 +86,37 @@ def _aqua(record: dict) -> dict:
     return {"question": question, "answer": record["correct"], "solutions": []}
 
 
+def conversation(prompt: Any) -> list[dict[str, str]]:
+    """The messages of a prompt: a text is one user turn. Raises ValueError for messages after which no assistant can speak."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"the prompt is {prompt!r:.60}: give a text, or a list of messages that ends with the user's")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"message {number} of the prompt is {message!r:.60}: give an object with role and content")
+        if message["role"] not in ROLES:
+            raise ValueError(f"message {number} of the prompt has the role {message['role']!r}: use {', '.join(ROLES)}")
+        if message["role"] == "system" and number > 1:
+            raise ValueError(f"message {number} of the prompt is the system's: only the first can be")
+        if not isinstance(message["content"], str) or not message["content"].strip():
+            raise ValueError(f"message {number} of the prompt has the content {message['content']!r:.60}: give a text, or leave it out")
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"the prompt ends with a turn of the {messages[-1]['role']}: end it with the user's, which the policy answers")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
 def _problem(record: dict) -> dict:
-    """The project's own rows; `solutions`, `difficulty` and `id` may be missing, and the answer may be in GSM8K's spelling."""
+    """The project's own rows; `solutions`, `difficulty` and `id` may be missing, and the answer may be in GSM8K's spelling.
+
+    With a `prompt` in place of the question, a text or messages, the row keeps its messages, and the last turn is its question.
+    """
     answer = str(record["answer"])
-    return {"question": record["question"], "answer": extract(answer) or answer, "solutions": record.get("solutions") or [],
+    asked: dict[str, Any] = {}
+    if "prompt" in record:
+        if "question" in record:
+            raise ValueError("it has a question and a prompt: keep one, the question to be asked with a cue, the prompt as it is")
+        asked = {"prompt": (messages := conversation(record["prompt"])), "question": messages[-1]["content"]}
+    return {**(asked or {"question": record["question"]}), "answer": extract(answer) or answer, "solutions": record.get("solutions") or [],
             "difficulty": record.get("difficulty", 0), **({"id": str(record["id"])} if "id" in record else {})}
 
 

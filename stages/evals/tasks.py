@@ -45,6 +45,9 @@ def load_task(spec: str, *, problems: Path, difficulties: list[int], num_problem
         raise ValueError(f"unknown task {spec!r}: expected one of {', '.join(TASKS)}, or format:source with a format of "
                          f"{', '.join(FORMATS)}, such as gsm8k:data/test.jsonl") from None
     chosen = load_problems(spec, hub_split="test")
+    if prompted := [row["id"] for row in chosen if "prompt" in row]:
+        raise ValueError(f"problem {prompted[0]!r} of {spec} has a prompt of its own ({len(prompted)} of {len(chosen)} have one), which "
+                         "every strategy would have to rewrite: give it a question; prompts are for PPO and rejection sampling")
     if num_problems:
         _enough(chosen, num_problems, spec)
         chosen = random.Random(f"{seed}:{spec}").sample(chosen, num_problems)

@@ -127,8 +127,12 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns) over real tokens, a scalar: 1 is a perfect critic, 0 no better than a constant."""
-    return 1 - masked_var(returns - values, mask) / masked_var(returns, mask).clamp_min(1e-12)
+    """1 - Var(returns - values) / Var(returns) over real tokens, a scalar: 1 is a perfect critic, 0 no better than a constant.
+
+    0 where the returns are all the same, too: there is nothing to explain, and a 1 would make what comes later look like a fall.
+    """
+    total = masked_var(returns, mask)
+    return torch.where(total > 1e-12, 1 - masked_var(returns - values, mask) / total, 0.0)
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, num_responses: int) -> float:

@@ -1,8 +1,11 @@
 """What is asked and what is wanted: the options, problems and prompts that PPO and rejection sampling share, so that one can be held
 against the other."""
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from jinja2 import TemplateError
 
 from stages.data.problems import load_problems, read_problems, split_spec
 from stages.data.tokenizer import chat_ids
@@ -14,7 +17,8 @@ class QuestionConfig(StageConfig):
     """What a policy is asked, what it is scored by, and on what it is measured before and after."""
 
     problems: str | None = option(None, "problems of your own: [name=]format:source such as gsm8k:data/train.jsonl or a hub id (its "
-                                  "train split); the last eval_problems are held out (default: prepare's)", recorded_only=True)
+                                  "train split), or conversations (docs/real-input.md); the last eval_problems are held out (default: "
+                                  "prepare's)", recorded_only=True)
     tasks: list[str] = option([], "tasks of prepare's problems (default: all)")
     difficulties: list[int] = option([], "difficulties of prepare's problems (default: all)")
     style: Literal["worked", "direct"] = option("worked", "which answers the prompts ask for")
@@ -53,12 +57,16 @@ def own_problems(config: QuestionConfig) -> tuple[list[dict], list[dict]] | None
     steps = split_spec(config.problems)[1] == "problems"
     rows = [row if steps else {**row, "solutions": []} for row in load_problems(config.problems, hub_split="train")]
     measured = rows[-config.eval_problems:]
-    held_out = {row["question"] for row in measured}
-    learned = [row for row in rows[:-config.eval_problems] if row["question"] not in held_out]
+    held_out = {_wording(row) for row in measured}
+    learned = [row for row in rows[:-config.eval_problems] if _wording(row) not in held_out]
     if not learned:
         raise ValueError(f"{config.problems} has {len(rows)} problems, of which eval_problems {config.eval_problems} leave none to learn "
                          f"from: set eval_problems lower")
     return learned, measured
+
+
+def _wording(row: dict) -> str:
+    return json.dumps(row.get("prompt", row["question"]))  # conversations may end alike
 
 
 def embedded_problems(config: QuestionConfig, folder: Path) -> tuple[list[dict], list[dict]]:
@@ -68,11 +76,24 @@ def embedded_problems(config: QuestionConfig, folder: Path) -> tuple[list[dict],
 
 
 def asked(rows: list[dict], cue: str, tokenizer) -> list[tuple[dict, list[int]]]:
-    """The rows, with the messages they are asked by as `prompt`, and the token ids of these. Raises ValueError for an empty question."""
+    """The rows, with the messages they are asked by as `prompt`, and the token ids of these up to where the assistant is to speak.
+
+    A row's own `prompt` stands as it is, without the cue. Raises ValueError for an empty question, and where the chat template refuses
+    a conversation.
+    """
     if empty := [r["id"] for r in rows if not r["question"].strip()]:
         raise ValueError(f"problem {empty[0]!r} has an empty question ({len(empty)} of {len(rows)} have one): leave them out")
-    prompts = [[{"role": "user", "content": f"{r['question']} {cue}"}] for r in rows]
-    return [(r | {"prompt": prompt}, chat_ids(tokenizer, prompt, ask=True)) for r, prompt in zip(rows, prompts, strict=True)]
+    prompts = [r.get("prompt") or [{"role": "user", "content": f"{r['question']} {cue}"}] for r in rows]
+    return [(r | {"prompt": prompt}, _ids(tokenizer, prompt, r["id"])) for r, prompt in zip(rows, prompts, strict=True)]
+
+
+def _ids(tokenizer, prompt: list[dict[str, str]], id: str) -> list[int]:
+    try:
+        return chat_ids(tokenizer, prompt, ask=True)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in prompt)
+        raise ValueError(f"problem {id!r}: the chat template of {tokenizer.name_or_path!r} refuses a prompt of the turns {roles}: {error}; "
+                         "write it in the roles and the order that the template knows") from None
 
 
 def fitting(prompts: list[tuple[dict, list[int]]], config: QuestionConfig, policy, max_length: int) -> list[tuple[dict, list[int]]]:
