@@ -17,6 +17,7 @@ from stages.data.curriculum import CUES
 from stages.data.packing import PackedCollator
 from stages.data.tokenizer import document_end
 from stages.models.training import barrier, fit, save_model, training_arguments, world_size
+from stages.rl.adapters import CRITIC, POLICY, REWARD, adapt, add_classifier, reward_adapter, save_adapters
 from stages.rl.alarms import Watch, build_watchers
 from stages.rl.costs import ppo_flops, price
 from stages.rl.curves import compare, draw_best_of_n
@@ -63,7 +64,13 @@ class PpoConfig(QuestionConfig):
     vf_coef: float = option(0.5, "weight of the value loss")
     kl_loss_coef: float = option(0.0, "weight of k2, the KL to the reference in the loss (with kl_coef: 0 there alone)")
     ptx_coef: float = option(0.0, "weight of the loss on prepare's corpus, a packed row for each response (PPO-ptx)")
-    value_trunk: Literal["separate", "shared"] = option("separate", "critic from the reward model, or a value head on the policy")
+    value_trunk: Literal["separate", "shared", "adapter"] = option("separate", "critic from the reward model, a value head on the policy, "
+                                                                   "or (method lora) an adapter of its own on the policy's base")
+    # What trains of the policy.
+    method: Literal["full", "lora"] = option("full", "full: all weights; lora: adapters on all linear layers of the frozen SFT model, "
+                                             "which is the reference, too")
+    lora_rank: int = option(16, "rank of the adapters")
+    lora_alpha: int = option(32, "scale of the adapters")
     # Optimiser.
     epochs: int = option(1, "passes over an iteration's responses")
     minibatches: int = option(4, "optimizer steps a pass")
@@ -86,6 +93,8 @@ class PpoConfig(QuestionConfig):
 def main(config: PpoConfig) -> Manifest:
     check_questions(config, iterations=1, rollout_batch=1, epochs=1, minibatches=1, micro_batch_size=1, save_iterations=1,
                     sample_iterations=0, best_of=0)
+    if config.value_trunk == "adapter" and config.method != "lora":
+        raise ValueError("value_trunk adapter puts the critic on the policy's frozen base: set method to lora, or value_trunk to separate")
     limits = Limits(**fill(Limits, config.alarm_limits, where="alarm_limits"))
     own = own_problems(config)
     run = Run(config, inputs=({"problems": hash_data([own, BENCHMARK_CUES[config.style]])} if own else {}) | (
@@ -110,8 +119,17 @@ def main(config: PpoConfig) -> Manifest:
     say(f"ppo: {len(prompts):,} problems to learn from, {len(held_out)} to measure on; {config.iterations} iterations of "
         f"{config.rollout_batch} responses, {settings.steps_per_iteration} steps each")
 
-    critic = None
-    if config.value_trunk == "separate":
+    adapters: dict[str, Any] = {"rank": config.lora_rank, "alpha": config.lora_alpha}
+    adapted = adapt(policy, **adapters, seed=config.seed) if config.method == "lora" else None
+    scoring = reward_adapter(run.parents["reward_model"], source) if adapted and (
+        config.value_trunk == "adapter" or "model" in config.reward) else None
+    critic: Any = None
+    shared = None
+    if adapted and scoring and "model" in config.reward:
+        shared = add_classifier(adapted, REWARD, scoring, scorer, **adapters, seed=config.seed)
+    if adapted and config.value_trunk == "adapter":
+        critic = add_classifier(adapted, CRITIC, scoring, scorer, **adapters, seed=config.seed + 1)
+    elif config.value_trunk == "separate":
         critic = load_critic(scorer, vocab_size=policy.config.vocab_size, tokenizer=tokenizer)
     model = PolicyWithCritic(policy, critic, temperature=config.temperature, kl_coef=config.kl_coef)
     arguments = TrainingArguments(**training_arguments(
@@ -121,7 +139,7 @@ def main(config: PpoConfig) -> Manifest:
         learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm, weight_decay=0.0,
         save_total_limit=3))  # the best, the last, and the one before it, until the last is known to be complete
     reward = build_reward(config.reward, model_path=scorer, vocab_size=policy.config.vocab_size, device=arguments.device,
-                          tokenizer=tokenizer)
+                          tokenizer=tokenizer, shared=shared.to(arguments.device) if shared else None)
     ptx: Any = load_from_disk(str(run.parents["prepare"].product("tokens") / "train")) if config.ptx_coef else ()
     sampling: dict[str, Any] = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "eos_ids": eos_ids,
                                 "pad_id": pad_id, "stop_strings": config.stop_strings}
@@ -147,10 +165,17 @@ def main(config: PpoConfig) -> Manifest:
                           samples=config.best_of, seed=config.seed + 3, **sampling) if config.best_of else None
     curves, compared = compare(watch.rows(), best, notes["kept_step"] + settings.steps_per_iteration)
 
+    products = {"model": "model", "critic": "critic", "overoptimization": "overoptimization.json"}
+    parameters = sum(p.numel() for p in model.parameters())
+    if adapted:
+        products["adapter"] = "adapter"
+        if is_main():
+            save_adapters(adapted, critic, run.directory, source)
+        adapted.merge_and_unload(adapter_names=[POLICY])
     if is_main():
         save_model(model.policy, tokenizer, run.directory / "model")
-        if model.critic is not None:
-            save_model(model.critic, tokenizer, run.directory / "critic")
+        if config.value_trunk == "separate":
+            save_model(critic, tokenizer, run.directory / "critic")
         elif model.value_head is not None:
             (run.directory / "critic").mkdir(exist_ok=True)
             safetensors.torch.save_file(model.value_head.state_dict(), run.directory / "critic" / "value_head.safetensors")
@@ -163,14 +188,14 @@ def main(config: PpoConfig) -> Manifest:
                 draws(iteration, count=config.rollout_batch, num_prompts=len(prompts), seed=config.seed)]
     tokens, judges = trainer.state.num_input_tokens_seen, [AutoConfig.from_pretrained(path) for path in scorers(config.reward, scorer)]
     counts = {"responses": len(asked_of), "tokens": tokens, "steps": trainer.state.global_step,
-              "parameters": sum(p.numel() for p in model.parameters()),
+              "parameters": parameters,
               "flops": ppo_flops(policy.config, critic.config if critic is not None else None, judges, responses=len(asked_of),
                                  prompt_tokens=sum(map(len, asked_of)), tokens=tokens, epochs=config.epochs,
+                                 adapters=config.method == "lora", critic_adapter=config.value_trunk == "adapter",
                                  par_samples=config.par_samples, ptx_row=(row := len(ptx[0]["input_ids"]) if len(ptx) else 1),
                                  ptx_tokens=len(asked_of) * config.epochs * row if len(ptx) else 0)}
     say(price(metrics["gain/gold"]["value"], counts))
-    return run.finish(metrics=metrics, products={"model": "model", "critic": "critic", "overoptimization":
-                      "overoptimization.json"}, counts=counts, notes=notes)
+    return run.finish(metrics=metrics, products=products, counts=counts, notes=notes)
 
 
 def show(directory: Path) -> None:

@@ -10,7 +10,7 @@ Letters: B rows, T tokens of the longest prompt + response, R tokens of the long
 """
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,10 +94,14 @@ def unpadded(model: PreTrainedModel, real: Tensor) -> bool:
     """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
-    recomputes = getattr(model, "is_activation_checkpointing", None)  # an older transformers has the name below
-    recomputes = model.is_gradient_checkpointing if recomputes is None else recomputes
-    return (real.device.type == "cpu" and config.model_type in UNPADDED and config._attn_implementation == "sdpa" and not recomputes
-            and (window is None or window >= int(real.sum())))
+    return (real.device.type == "cpu" and config.model_type in UNPADDED and config._attn_implementation == "sdpa"
+            and not recomputes(model) and (window is None or window >= int(real.sum())))
+
+
+def recomputes(model: Any) -> bool:
+    """Whether activations are recomputed in the backward pass."""
+    found = getattr(model, "is_activation_checkpointing", None)  # an older transformers has the name below
+    return model.is_gradient_checkpointing if found is None else found
 
 
 def policy_stats(policy: PreTrainedModel, inputs: dict[str, Tensor], temperature: float, *, hidden: bool = False,
@@ -141,10 +145,12 @@ class PolicyWithCritic(nn.Module):
 
     `critic` is a sequence classifier with one output, usually a copy of the reward model: its head then reads a value before
     every response token where it read a score at the last (Huang et al. 2024), normalised by the same constants. Without one,
-    a value head stands on the policy's own last hidden states.
+    a value head stands on the policy's own last hidden states. Both can be adapters on one base (stages/rl/adapters.py).
     """
 
-    def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel | None, *, temperature: float = 1.0,
+    _keys_to_ignore_on_save = None  # Trainer asks for it where a checkpoint lacks what is frozen
+
+    def __init__(self, policy: PreTrainedModel, critic: Any, *, temperature: float = 1.0,
                  kl_coef: float = 0.0):
         super().__init__()
         self.policy = remove_dropout(policy)
@@ -157,6 +163,15 @@ class PolicyWithCritic(nn.Module):
         self.temperature = temperature
         self.kl_coef: Tensor
         self.register_buffer("kl_coef", torch.tensor(kl_coef))
+
+    def trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """What trains: of the policy, and of the critic, whose adapter may lie among the policy's parameters under its own name."""
+        adapter = getattr(self.critic, "adapter", None)
+        groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups[not name.startswith("policy.") or adapter in name.split(".")].append(parameter)
+        return groups
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, response_mask: Tensor,
                 ptx: dict[str, Tensor] | None = None) -> TokenStats:

@@ -21,6 +21,7 @@ from reward.verifiers import GoldScore
 from stages.models.sampling import prompt_key, sample
 from stages.models.training import Resumable, gather, rank, share_batch, world_size
 from stages.rl import maths
+from stages.rl.adapters import Seen
 from stages.rl.alarms import Watch
 from stages.rl.checks import warn_once
 from stages.rl.models import PolicyWithCritic, remove_dropout
@@ -105,9 +106,10 @@ class PpoSettings:
 class PPOTrainer(Resumable, Trainer):
     """Trains `model.policy` on `prompts` (problem rows with an `id`, and their token ids) for the scores of `reward`.
 
-    The reference is a frozen copy of the policy as it is when the trainer is made. `judge` sees every response too, for the
-    logs and alarms of `watch` alone. `ptx` are packed rows of the base corpus (`input_ids`) and `ptx_collator` their PackedCollator,
-    for `ptx_coef`. Raises ValueError where `args` do not fit the settings, for empty prompts and for engines that shard parameters.
+    The reference is a frozen copy of the policy as it is when the trainer is made; of a policy with adapters, its base. `judge` sees
+    every response too, for the logs and alarms of `watch` alone. `ptx` are packed rows of the base corpus (`input_ids`) and
+    `ptx_collator` their PackedCollator, for `ptx_coef`. Raises ValueError where `args` do not fit the settings, for empty prompts and
+    for engines that shard parameters.
     """
 
     model: Any
@@ -139,7 +141,8 @@ class PPOTrainer(Resumable, Trainer):
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
             raise ValueError("PPO samples from whole parameters: launch it with DDP or DeepSpeed ZeRO-2, not with FSDP or ZeRO-3")
-        self.reference: Any = remove_dropout(copy.deepcopy(model.policy)).requires_grad_(False).eval().to(args.device)
+        self.reference: Any = Seen(model.policy, None) if hasattr(model.policy, "peft_config") else (
+            remove_dropout(copy.deepcopy(model.policy)).requires_grad_(False).eval().to(args.device))
         self.experience: Experience | None = None
         self.warned: set[str] = set()
         self.sums: dict[str, Tensor] = {}
@@ -270,8 +273,7 @@ class PPOTrainer(Resumable, Trainer):
     def create_optimizer(self, model=None):
         """AdamW with two groups: the policy, and the critic (or the value head on a shared trunk)."""
         if self.optimizer is None:
-            policy = list(self.model.policy.parameters())
-            critic = list((self.model.critic or self.model.value_head).parameters())
+            policy, critic = self.model.trained()
             self.optimizer = torch.optim.AdamW(
                 [{"params": policy, "lr": self.args.learning_rate}, {"params": critic, "lr": self.settings.critic_learning_rate}],
                 betas=(self.args.adam_beta1, self.args.adam_beta2), eps=self.args.adam_epsilon,
@@ -335,9 +337,11 @@ class PPOTrainer(Resumable, Trainer):
         return super()._line({name: row[name] for name in ("step", *CONSOLE) if name in row}, steps)
 
     def _save(self, output_dir=None, state_dict=None):
-        """Tied weights as copies: safetensors refuses to write one storage under two names."""
+        """Without what is frozen, which a base's own folder has; tied weights as copies: safetensors refuses one storage twice."""
         seen: set[int] = set()
-        state = dict(self.model.state_dict() if state_dict is None else state_dict)
+        frozen = {name for name, parameter in self.model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+        state = {name: tensor for name, tensor in (self.model.state_dict() if state_dict is None else state_dict).items()
+                 if name not in frozen}
         for name, tensor in state.items():
             if tensor.data_ptr() in seen:
                 state[name] = tensor.clone()
