@@ -22,6 +22,7 @@ from stages.models.engines import gathered
 from stages.models.forgetting import base_text
 from stages.models.training import barrier, fit, save_model, training_arguments, world_size
 from stages.models.verdict import forgotten
+from stages.rl.adapters import CRITIC, POLICY, REWARD, adapt, add_classifier, reward_adapter, save_adapters
 from stages.rl.alarms import Watch, build_watchers
 from stages.rl.costs import ppo_flops, price
 from stages.rl.curves import compare, draw_best_of_n
@@ -68,7 +69,13 @@ class PpoConfig(QuestionConfig):
     vf_coef: float = option(0.5, "weight of the value loss")
     kl_loss_coef: float = option(0.0, "weight of k2, the KL to the reference in the loss (with kl_coef: 0 there alone)")
     ptx_coef: float = option(0.0, "weight of the loss on prepare's corpus, a packed row for each response (PPO-ptx)")
-    value_trunk: Literal["separate", "shared"] = option("separate", "critic from the reward model, or a value head on the policy")
+    value_trunk: Literal["separate", "shared", "adapter"] = option("separate", "critic from the reward model, a value head on the policy, "
+                                                                   "or (method lora) an adapter of its own on the policy's base")
+    # What trains of the policy.
+    method: Literal["full", "lora"] = option("full", "full: all weights; lora: adapters on all linear layers of the frozen SFT model, "
+                                             "which is the reference, too")
+    lora_rank: int = option(16, "rank of the adapters")
+    lora_alpha: int = option(32, "scale of the adapters")
     # Optimiser.
     epochs: int = option(1, "passes over an iteration's responses")
     minibatches: int = option(4, "optimizer steps a pass")
@@ -93,6 +100,8 @@ class PpoConfig(QuestionConfig):
 def main(config: PpoConfig) -> Manifest:
     check_questions(config, iterations=1, rollout_batch=1, epochs=1, minibatches=1, micro_batch_size=1, save_iterations=1,
                     sample_iterations=0, best_of=0)
+    if config.value_trunk == "adapter" and config.method != "lora":
+        raise ValueError("value_trunk adapter puts the critic on the policy's frozen base: set method to lora, or value_trunk to separate")
     limits = Limits(**fill(Limits, config.alarm_limits, where="alarm_limits"))
     config = without_reward_model(config)
     own = own_problems(config)
@@ -123,8 +132,17 @@ def main(config: PpoConfig) -> Manifest:
         f"{len(held_out)} to measure on; {config.iterations} iterations of "
         f"{config.rollout_batch} responses, {settings.steps_per_iteration} steps each")
 
-    critic = None
-    if config.value_trunk == "separate":
+    adapters: dict[str, Any] = {"rank": config.lora_rank, "alpha": config.lora_alpha}
+    adapted = adapt(policy, **adapters, seed=config.seed) if config.method == "lora" else None
+    scoring = reward_adapter(run.parents["reward_model"], source) if adapted and (
+        config.value_trunk == "adapter" or "model" in config.reward) else None
+    critic: Any = None
+    shared = None
+    if adapted and scoring and "model" in config.reward:
+        shared = add_classifier(adapted, REWARD, scoring, scorer, **adapters, seed=config.seed)
+    if adapted and config.value_trunk == "adapter":
+        critic = add_classifier(adapted, CRITIC, scoring, scorer, **adapters, seed=config.seed + 1)
+    elif config.value_trunk == "separate":
         assert scorer is not None
         critic = load_critic(scorer, vocab_size=policy.config.vocab_size, tokenizer=tokenizer)
     model = PolicyWithCritic(policy, critic, temperature=config.temperature, kl_coef=config.kl_coef)
@@ -135,7 +153,7 @@ def main(config: PpoConfig) -> Manifest:
         learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm, weight_decay=0.0,
         save_total_limit=3))  # the best, the last, and the one before it, until the last is known to be complete
     reward = build_reward(config.reward, model_path=scorer, vocab_size=policy.config.vocab_size, device=arguments.device,
-                          tokenizer=tokenizer)
+                          tokenizer=tokenizer, shared=shared.to(arguments.device) if shared else None)
     ptx: Any = load_from_disk(str(run.parents["prepare"].product("tokens") / "train")) if config.ptx_coef else ()
     sampling: dict[str, Any] = {"temperature": config.temperature, "max_new_tokens": config.max_new_tokens, "eos_ids": eos_ids,
                                 "pad_id": pad_id, "stop_strings": config.stop_strings}
@@ -171,13 +189,19 @@ def main(config: PpoConfig) -> Manifest:
                           samples=config.best_of, seed=config.seed + 3, **sampling) if config.best_of else None
     curves, compared = compare(watch.rows(), best, notes["kept_step"] + settings.steps_per_iteration)
 
-    valued: Any = model.critic or model.value_head
-    policy_state, critic_state = gathered(model.policy), gathered(valued)
+    products = {"model": "model", "critic": "critic", "overoptimization": "overoptimization.json"}
+    if adapted:
+        products["adapter"] = "adapter"
+        if is_main():
+            save_adapters(adapted, critic, run.directory, source)
+        adapted.merge_and_unload(adapter_names=[POLICY])
+    valued: Any = model.critic if config.value_trunk == "separate" else model.value_head
+    policy_state, critic_state = gathered(model.policy), gathered(valued) if valued is not None else {}
     if is_main():
         save_model(model.policy, tokenizer, run.directory / "model", state_dict=policy_state)
-        if model.critic is not None:
-            save_model(model.critic, tokenizer, run.directory / "critic", state_dict=critic_state)
-        else:
+        if config.value_trunk == "separate":
+            save_model(critic, tokenizer, run.directory / "critic", state_dict=critic_state)
+        elif model.value_head is not None:
             (run.directory / "critic").mkdir(exist_ok=True)
             safetensors.torch.save_file(critic_state, run.directory / "critic" / "value_head.safetensors")
         write_json(run.directory / "overoptimization.json", curves)
@@ -197,11 +221,11 @@ def main(config: PpoConfig) -> Manifest:
               "parameters": parameters,
               "flops": ppo_flops(policy.config, critic.config if critic is not None else None, judges, responses=len(asked_of),
                                  prompt_tokens=sum(map(len, asked_of)), tokens=tokens, epochs=config.epochs,
+                                 adapters=config.method == "lora", critic_adapter=config.value_trunk == "adapter",
                                  par_samples=config.par_samples, ptx_row=(row := len(ptx[0]["input_ids"]) if len(ptx) else 1),
                                  ptx_tokens=len(asked_of) * config.epochs * row if len(ptx) else 0)}
     say(price(metrics["gain/gold"]["value"], counts))
-    return run.finish(metrics=metrics, products={"model": "model", "critic": "critic", "overoptimization":
-                      "overoptimization.json"}, counts=counts, notes=notes)
+    return run.finish(metrics=metrics, products=products, counts=counts, notes=notes)
 
 
 def without_reward_model(config: PpoConfig) -> PpoConfig:
@@ -212,8 +236,9 @@ def without_reward_model(config: PpoConfig) -> PpoConfig:
     if config.value_trunk == "shared":
         return replace(config, parents={name: path for name, path in config.parents.items() if name != "reward_model"})
     if not (Path(config.parents["reward_model"]) / MANIFEST).is_file():
-        raise ValueError(f"with value_trunk separate the critic begins as the reward model, of which {config.parents['reward_model']} has "
-                         "no finished run: set value_trunk to shared, for the reward needs none, or run `make reward_model` first")
+        raise ValueError(f"with value_trunk {config.value_trunk} the critic begins as the reward model, of which "
+                         f"{config.parents['reward_model']} has no finished run: set value_trunk to shared, for the reward needs none, "
+                         "or run `make reward_model` first")
     return config
 
 

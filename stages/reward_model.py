@@ -29,6 +29,7 @@ from reward.model import (
 from stages.data.curriculum import WORKED, user_turn
 from stages.data.problems import read_problems
 from stages.data.tokenizer import chat_ids
+from stages.models.adapters import save_adapter
 from stages.models.quality import measure_fresh, quality, shortcuts
 from stages.models.ranking import RankingConfig, check, shared_out, train_model, without_adapters
 from stages.models.responses import draw_responses, stop_ids
@@ -37,7 +38,7 @@ from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.config import option
 from stages.run.entry import launch
-from stages.run.manifest import Manifest, Run, is_main, metric, say
+from stages.run.manifest import Manifest, Run, hash_path, is_main, metric, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,12 @@ def main(config: RewardModelConfig) -> Manifest:
 
     check(config, train, heldout, AutoConfig.from_pretrained(sft.product("model")), tokenizer.pad_token_id)
     models: list[Any] = []
+    adapter = config.method == "lora" and config.ensemble == 1  # saved beside the model: PPO can put it on the policy's own base
     for number in range(config.ensemble if config.ensemble_share == "none" else 1):
         trainer = train_model(config, run, tokenizer, sft.product("model"), train=train, heldout=heldout, number=number)
+        if adapter and is_main():
+            adapted = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+            save_adapter(adapted, run.directory / "adapter", hash_path(sft.product("model")))
         models.append(without_adapters(trainer, config))
         steps = trainer.state.global_step
         if config.ensemble > 1:
@@ -121,7 +126,8 @@ def main(config: RewardModelConfig) -> Manifest:
         if name in metrics:
             low, high = metrics[name]["ci95"]
             say(f"{name}: {metrics[name]['value']:.3f} [{low:.3f}, {high:.3f}], {metrics[name]['n']:,} pairs")
-    return run.finish(metrics=metrics, products={"model": "model"}, notes={
+    return run.finish(metrics=metrics, products={"model": "model"} | (
+        {"adapter": "adapter"} if adapter else {}), notes={
         "simulated_annotator": simulated, "reliability": {name: [b._asdict() for b in of] for name, of in bins.items()}}, counts={
         "parameters": parameters, "steps": steps, "train_prompts": len(train),
         "train_responses": sum(len(r["ranks"]) for r in train), "heldout_prompts": len(heldout)})

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -14,15 +15,19 @@ from transformers import (
     TrainingArguments,
 )
 
+from reward.model import from_language_model
 from stages.data import curriculum
 from stages.data.packing import PackedCollator, pack, to_dataset
 from stages.data.tokenizer import END as TURN_END
 from stages.data.tokenizer import EOS, train_tokenizer
+from stages.models.adapters import adapter_config, save_adapter
+from stages.models.ranking import RankingConfig, peft_settings
 from stages.models.sizes import decoder_config
 from stages.models.training import save_model
+from stages.rl.adapters import CRITIC, REWARD, adapt, add_classifier
 from stages.rl.models import PolicyWithCritic
 from stages.rl.trainer import PpoSettings, PPOTrainer
-from stages.run.manifest import write_json
+from stages.run.manifest import hash_path, write_json
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PAD, END = 0, 1
@@ -98,6 +103,31 @@ def trainer(directory: Path, *, iterations: int = 2, world: int = 1, reward=None
             "remove_unused_columns": False, "dataloader_pin_memory": False, **(arguments or {})}),
         settings, prompts=asked or prompts(), reward=reward or function_reward("tests.rl_tiny:early_letters"), tokenizer=tokenizer(),
         judge=judge, watch=watch, ptx=ptx, ptx_collator=ptx_collator)
+
+
+def adapted(sft: Path | None = None, reward: Path | None = None, **changes):
+    """A policy and critic as adapters on one base (of `policy()`), the peft model around it, and, from `reward`, the reward model on it."""
+    base = policy(**changes) if sft is None else AutoModelForCausalLM.from_pretrained(sft, dtype=torch.float32)
+    peft = adapt(base, rank=4, alpha=8, seed=0)
+    where = (reward / "adapter", reward / "model") if reward else (None, None)
+    critic = add_classifier(peft, CRITIC, *where, rank=4, alpha=8, seed=1)
+    scorer = add_classifier(peft, REWARD, *where, rank=4, alpha=8, seed=2) if reward else None
+    return PolicyWithCritic(base, critic, kl_coef=0.05), peft, scorer
+
+
+def write_lora_reward(sft: Path, folder: Path, pad_id: int = PAD) -> None:
+    """A reward model as `method: lora` saves it: `adapter/` on the model in `sft`, and `model/` with it merged; dropout when trained."""
+    settings = RankingConfig(run_dir="", method="lora", lora_rank=3, lora_alpha=6, peft={"lora_dropout": 0.5})
+    torch.manual_seed(3)
+    model = get_peft_model(from_language_model(sft, pad_id=pad_id, seed=3, random_head=True),
+                           adapter_config(peft_settings(settings), [], tied=True))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_adapter(model, folder / "adapter", hash_path(sft))
+    whole = model.merge_and_unload()
+    whole.config.score_mean, whole.config.score_std = 0.1, 0.5
+    whole.save_pretrained(folder / "model")
 
 
 def write_parents(root: Path) -> Path:

@@ -26,7 +26,7 @@ def check(found: dict) -> None:
     assert split["update"] > split["score"]  # two epochs of forward and backward against one forward
 
 
-@pytest.mark.parametrize("variant", ["critic", "trunk", "trl-grpo"])
+@pytest.mark.parametrize("variant", ["critic", "trunk", "lora", "trl-grpo"])
 def test_the_time_of_an_iteration_is_the_sum_of_its_phases(variant):
     from stages.rl import trainer as module
 
@@ -153,7 +153,7 @@ def test_each_variant_runs_in_each_round_in_its_own_interpreter(monkeypatch, tmp
     assert all(command[0] == (str(peer) if command[3] == "trl-ppo" else sys.executable) for command in started)
     assert Work(**json.loads(started[0][5])) == Work(epochs=3)
     shown = capsys.readouterr().out
-    assert shown.startswith("budget: 2 rounds of 4 variants at 2 sizes, about ") and shown.count('"round": 2') == 8
+    assert shown.startswith("budget: 2 rounds of 5 variants at 2 sizes, about ") and shown.count('"round": 2') == 10
     assert "| size 64x2 | samples/s | times trl-ppo |" in shown
 
 

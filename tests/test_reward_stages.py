@@ -16,6 +16,7 @@ from stages.data import corpora, curriculum
 from stages.data.tokenizer import END, train_tokenizer
 from stages.models import quality
 from stages.models.sizes import decoder_config
+from stages.rl.adapters import REWARD, adapt, add_classifier, reward_adapter
 from stages.rl.rewards import Response, build_reward, scorers
 from stages.run.config import build_config
 from stages.run.manifest import write_json
@@ -330,6 +331,21 @@ def test_lora_leaves_a_plain_model(parents, ranked, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(parents / "sft" / "model")
     assert torch.equal(model.get_input_embeddings().weight, base.get_input_embeddings().weight)
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
+
+
+def test_lora_leaves_its_adapter_which_scores_alike_on_the_sft_model(parents, ranked, tmp_path):
+    (tmp_path / "preferences").symlink_to(ranked[0] / "preferences")
+    manifest = train(parents, tmp_path, method="lora", optimizer="adamw", lora_rank=4, learning_rate=1e-2)
+    sft = parents / "sft" / "model"
+    folder = reward_adapter(manifest, sft)
+    assert folder == manifest.product("adapter")
+    adapted = adapt(AutoModelForCausalLM.from_pretrained(sft), rank=2, alpha=4, seed=0)
+    shared = add_classifier(adapted, REWARD, folder, manifest.product("model"), rank=2, alpha=4, seed=0)
+    whole = AutoModelForSequenceClassification.from_pretrained(manifest.product("model"))
+    rows = [[5, 6, 7], [8, 9, 10, 11], [12, 13]]
+    scores = score_ids(whole, rows)
+    assert max(scores) - min(scores) > 1e-3
+    assert normalize(shared.config, score_ids(shared, rows)) == pytest.approx(normalize(whole.config, scores), rel=1e-3, abs=1e-4)
 
 
 def test_a_reward_model_of_another_tokenizer_is_refused_token_by_token(parents, ranked, tmp_path):

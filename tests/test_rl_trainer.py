@@ -228,9 +228,9 @@ from accelerate import PartialState
 PartialState(cpu=True, **({"backend": "gloo"} if len(sys.argv) > 2 else {}))
 from stages.models.training import fit, world_size
 from stages.run.entry import stop_processes
-from tests.rl_tiny import corpus, trainer
-t = trainer(Path(sys.argv[1]), world=world_size(), micro_batch=4, kl_target=0.05, kl_horizon=100, par_samples=1, ptx_coef=0.5,
-            kl_loss_coef=0.1, **corpus())
+from tests.rl_tiny import adapted, corpus, trainer
+t = trainer(Path(sys.argv[1]), model=adapted()[0] if os.environ["ADAPTED"] == "True" else None, world=world_size(), micro_batch=4,
+            kl_target=0.05, kl_horizon=100, par_samples=1, ptx_coef=0.5, kl_loss_coef=0.1, **corpus())
 fit(t)
 assert world_size() == (2 if len(sys.argv) > 2 else 1)
 stop_processes()
@@ -240,14 +240,16 @@ os._exit(0)  # as stages leave: gloo threads can abort a finished process on its
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("on_one_base", [False, True])
+def test_two_processes_equal_one(tmp_path, on_one_base):
     """Losses, metrics and final weights over gloo, at the same global batch. Whitening or normalising per process would show."""
     script = tmp_path / "run.py"
     script.write_text(TWO)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                   "ADAPTED": str(on_one_base)}
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     subprocess.run([sys.executable, str(script), str(tmp_path / "one")], env=environment, check=True, timeout=300)

@@ -29,6 +29,7 @@ from stages.run.manifest import say
 
 VARIANTS = {"critic": "this project's PPOTrainer with a critic of its own",
             "trunk": "the same, the values from a head on the policy's trunk",
+            "lora": "the same, policy and critic as adapters of rank 16 on one frozen base, which is the reference, too",
             "trl-ppo": "trl.experimental.ppo.PPOTrainer of TRL 1.12",
             "trl-grpo": "GRPOTrainer of the TRL installed here: no critic"}
 BASELINE = "trl-ppo"

@@ -17,22 +17,25 @@ TRAINING = 3  # forward passes that training on a token is worth: one forward, t
 
 
 def ppo_flops(policy: PretrainedConfig, critic: PretrainedConfig | None, scorers: Sequence[PretrainedConfig], *, responses: int,
-              prompt_tokens: int, tokens: int, epochs: int, par_samples: int = 0, ptx_tokens: int = 0, ptx_row: int = 1) -> int:
+              prompt_tokens: int, tokens: int, epochs: int, par_samples: int = 0, ptx_tokens: int = 0, ptx_row: int = 1,
+              adapters: bool = False, critic_adapter: bool = False) -> int:
     """FLOPs of PPO on `responses` with `tokens` tokens in all and prompts of `prompt_tokens`, repeats counted.
 
     Each is sampled, read by every scorer, by policy and reference (old log-probabilities) and by the critic (old values), and
     learned from in `epochs` passes. Without a critic of its own the value head's share is left out. PAR samples and scores
     `par_samples` more for each, counted as long as the policy's own; PPO-ptx learns from `ptx_tokens` in rows of `ptx_row`.
+    With `adapters`, and for a `critic_adapter`, matrices are frozen; what the adapters themselves cost is left out.
     """
+    training, critic_training = TRAINING - adapters, TRAINING - critic_adapter
     length = (prompt_tokens + tokens) // responses
 
     def passes(model: PretrainedConfig, predicted: int) -> int:
         return forward_flops(model, tokens=prompt_tokens + tokens, predicted=predicted, sequence_length=length)
 
     ptx = forward_flops(policy, tokens=ptx_tokens, predicted=ptx_tokens, sequence_length=ptx_row) if ptx_tokens else 0
-    return (TRAINING * ptx + (1 + par_samples + 2 + TRAINING * epochs) * passes(policy, tokens)
+    return (training * ptx + (1 + par_samples + 2 + training * epochs) * passes(policy, tokens)
             + (1 + par_samples) * sum(passes(scorer, 0) for scorer in scorers)
-            + ((1 + TRAINING * epochs) * passes(critic, 0) if critic is not None else 0))
+            + ((1 + critic_training * epochs) * passes(critic, 0) if critic is not None else 0))
 
 
 def price(gain: float, counts: Mapping[str, float]) -> str:

@@ -104,10 +104,14 @@ def unpadded(model: PreTrainedModel, real: Tensor) -> bool:
     """
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
-    recomputes = getattr(model, "is_activation_checkpointing", None)  # an older transformers has the name below
-    recomputes = model.is_gradient_checkpointing if recomputes is None else recomputes
-    return (real.device.type == "cpu" and config.model_type in UNPADDED and config._attn_implementation == "sdpa" and not recomputes
-            and (window is None or window >= int(real.sum())))
+    return (real.device.type == "cpu" and config.model_type in UNPADDED and config._attn_implementation == "sdpa"
+            and not recomputes(model) and (window is None or window >= int(real.sum())))
+
+
+def recomputes(model: Any) -> bool:
+    """Whether activations are recomputed in the backward pass."""
+    found = getattr(model, "is_activation_checkpointing", None)  # an older transformers has the name below
+    return model.is_gradient_checkpointing if found is None else found
 
 
 def policy_stats(policy: PreTrainedModel, inputs: dict[str, Tensor], temperature: float, *, hidden: bool = False,
@@ -149,10 +153,12 @@ class PolicyWithCritic(nn.Module):
 
     `critic` is a sequence classifier with one output, usually a copy of the reward model: its head then reads a value before
     every response token where it read a score at the last (Huang et al. 2024), normalised by the same constants. Without one,
-    a value head stands on the policy's own last hidden states.
+    a value head stands on the policy's own last hidden states. Both can be adapters on one base (stages/rl/adapters.py).
     """
 
-    def __init__(self, policy: PreTrainedModel, critic: PreTrainedModel | None, *, temperature: float = 1.0,
+    _keys_to_ignore_on_save = None  # Trainer asks for it where a checkpoint lacks what is frozen
+
+    def __init__(self, policy: PreTrainedModel, critic: Any, *, temperature: float = 1.0,
                  kl_coef: float = 0.0):
         super().__init__()
         for model in (policy, critic):
@@ -169,8 +175,17 @@ class PolicyWithCritic(nn.Module):
         self.kl_coef: Tensor
         self.register_buffer("kl_coef", torch.tensor(kl_coef))
         # Layers that an engine which divides the weights gathers one by one; Accelerate looks for the names here.
-        named = {name for model in (policy, critic) if model is not None for name in model._no_split_modules or ()}
+        named = {name for model in (policy, critic) if model is not None for name in getattr(model, "_no_split_modules", None) or ()}
         self._no_split_modules = sorted(named & {type(module).__name__ for module in self.modules()})
+
+    def trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """What trains: of the policy, and of the critic, whose adapter may lie among the policy's parameters under its own name."""
+        adapter = getattr(self.critic, "adapter", None)
+        groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups[not name.startswith("policy.") or adapter in name.split(".")].append(parameter)
+        return groups
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, response_mask: Tensor,
                 ptx: dict[str, Tensor] | None = None) -> TokenStats:

@@ -14,6 +14,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,6 +99,11 @@ def model_reward(path: str | Path, *, vocab_size: int, device: torch.device | st
         return lambda responses: torch.tensor(normalize(models[0].config, score_ids(models[0], rows_of(responses))))
     ensemble = load_ensemble(path, models, combination)
     return lambda responses: torch.tensor(ensemble.unit(ensemble.raw(rows_of(responses))))
+
+
+def unit_scores(model: Any, responses: Sequence[Response]) -> Tensor:
+    """A reward model's normalised scores (B,) of token ids as they were sampled."""
+    return torch.tensor(normalize(model.config, score_ids(model, [r.prompt_ids + r.ids for r in responses])))
 
 
 def own_ids(reader: Any, response: Response, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
@@ -206,8 +212,10 @@ def _which(responses: Sequence[Response], i: int) -> str:
 
 
 def build_reward(spec: Mapping[str, float], *, model_path: Path | None, vocab_size: int, device: torch.device | str = "cpu",
-                 tokenizer: PreTrainedTokenizerBase | None = None) -> Reward:
+                 tokenizer: PreTrainedTokenizerBase | None = None, shared: Any = None) -> Reward:
     """The weighted sum of the sources in `spec`: `model` is the reward model at `model_path`, the others are as described above.
+
+    `shared` is that reward model already in memory, as an adapter on the policy's base.
 
     `tokenizer` is the policy's, for the check of `model_reward` and for prompts in words. Raises ValueError for a source that is none
     of these, and, when it is called, for a score that is no finite number.
@@ -216,7 +224,9 @@ def build_reward(spec: Mapping[str, float], *, model_path: Path | None, vocab_si
         raise ValueError("reward has no source: set reward to {model: 1.0} or to {module:function: 1.0}")
     sources: dict[str, Reward] = {}
     for name in spec:
-        if folder := _folder(name, model_path):
+        if name == "model" and shared is not None:
+            sources[name] = partial(unit_scores, shared)
+        elif folder := _folder(name, model_path):
             _, combination, text = _parts(name)
             sources[name] = model_reward(folder, vocab_size=vocab_size, device=device, tokenizer=tokenizer, combination=combination,
                                          text=text)

@@ -132,10 +132,13 @@ class Bench(NamedTuple):
 
 def our_trainer(bench: Bench, critic: Any) -> Any:
     from stages.rl import trainer as module
+    from stages.rl.adapters import CRITIC, adapt, add_classifier
     from stages.rl.models import PolicyWithCritic
     from stages.rl.rewards import model_reward
 
     work, policy = bench.work, bench.policy()
+    if critic == "lora":
+        critic = add_classifier(adapt(policy, rank=16, alpha=32, seed=0), CRITIC, rank=16, alpha=32, seed=1)
     trainer = module.PPOTrainer(
         PolicyWithCritic(policy, critic, kl_coef=KL_COEF),
         TrainingArguments(per_device_train_batch_size=work.micro_batch, max_steps=(work.iterations + 1) * work.steps, save_steps=work.steps,
@@ -203,7 +206,8 @@ def device() -> str:
 def make_trainer(variant: str, bench: Bench) -> Any:
     if variant == "trl-ppo":
         return trl_ppo_trainer(bench)
-    trainer = trl_grpo_trainer(bench) if variant == "trl-grpo" else our_trainer(bench, bench.classifier() if variant == "critic" else None)
+    critics = {"critic": bench.classifier, "trunk": lambda: None, "lora": lambda: "lora"}
+    trainer = trl_grpo_trainer(bench) if variant == "trl-grpo" else our_trainer(bench, critics[variant]())
     bench.phases.time(trainer, "training_step", "update")
     bench.phases.time(trainer, "_clip_grad_norm", "update")
     return trainer

@@ -21,6 +21,7 @@ from stages.models import engines
 from stages.models.sampling import prompt_key, sample
 from stages.models.training import Resumable, gather, rank, share_batch, world_size
 from stages.rl import maths
+from stages.rl.adapters import Seen
 from stages.rl.alarms import Watch
 from stages.rl.checks import warn_once
 from stages.rl.models import PolicyWithCritic
@@ -105,9 +106,10 @@ class PpoSettings:
 class PPOTrainer(Resumable, Trainer):
     """Trains `model.policy` on `prompts` (problem rows with an `id`, and their token ids) for the scores of `reward`.
 
-    The reference is a frozen copy of the policy as it is when the trainer is made. `judge` sees every response too, for the
-    logs and alarms of `watch` alone. `ptx` are packed rows of the base corpus (`input_ids`) and `ptx_collator` their PackedCollator,
-    for `ptx_coef`. Raises ValueError where `args` do not fit the settings, for empty prompts and for launch configs that cannot work.
+    The reference is a frozen copy of the policy as it is when the trainer is made; of a policy with adapters, its base. `judge` sees
+    every response too, for the logs and alarms of `watch` alone. `ptx` are packed rows of the base corpus (`input_ids`) and
+    `ptx_collator` their PackedCollator, for `ptx_coef`. Raises ValueError where `args` do not fit the settings, for empty prompts and
+    for launch configs that cannot work.
     """
 
     model: Any
@@ -137,8 +139,12 @@ class PPOTrainer(Resumable, Trainer):
         super().__init__(model=model, args=args, train_dataset=range(count),  # type: ignore[arg-type]
                          data_collator=lambda rows: {"row": torch.tensor(rows)})
         engines.adapt_fsdp(self)
-        self.reference: Any = engines.as_computed(model.policy, self)
-        self.policy_copy: Any = engines.as_computed(model.policy, self) if engines.divides_weights(self) else None
+        divided, adapted = engines.divides_weights(self), hasattr(model.policy, "peft_config")
+        if divided and adapted:
+            raise ValueError("adapters on one base and an engine that divides it (FSDP, ZeRO-3): launch PPO with DDP or ZeRO-2, or set "
+                             "method to full")
+        self.reference: Any = Seen(model.policy, None) if adapted else engines.as_computed(model.policy, self)
+        self.policy_copy: Any = engines.as_computed(model.policy, self) if divided else None
         self.experience: Experience | None = None
         self.warned: set[str] = set()
         self.sums: dict[str, Tensor] = {}
@@ -279,8 +285,7 @@ class PPOTrainer(Resumable, Trainer):
     def create_optimizer(self, model=None):
         """AdamW with two groups: the policy, and the critic (or the value head on a shared trunk)."""
         if self.optimizer is None:
-            policy = list(self.model.policy.parameters())
-            critic = list((self.model.critic or self.model.value_head).parameters())
+            policy, critic = self.model.trained()
             self.optimizer = torch.optim.AdamW(
                 [{"params": policy, "lr": self.args.learning_rate}, {"params": critic, "lr": self.settings.critic_learning_rate}],
                 betas=(self.args.adam_beta1, self.args.adam_beta2), eps=self.args.adam_epsilon,
@@ -350,9 +355,11 @@ class PPOTrainer(Resumable, Trainer):
         return super()._line({name: row[name] for name in ("step", *CONSOLE) if name in row}, steps)
 
     def _save(self, output_dir=None, state_dict=None):
-        """Tied weights as copies: safetensors refuses to write one storage under two names."""
+        """Without what is frozen, which a base's own folder has; tied weights as copies: safetensors refuses one storage twice."""
         seen: set[int] = set()
-        state = dict(self.model.state_dict() if state_dict is None else state_dict)
+        frozen = {name for name, parameter in self.model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+        state = {name: tensor for name, tensor in (self.model.state_dict() if state_dict is None else state_dict).items()
+                 if name not in frozen}
         for name, tensor in state.items():
             if tensor.data_ptr() in seen:
                 state[name] = tensor.clone()
