@@ -113,7 +113,7 @@ study-hh: setup ## a reward model on HH-RLHF's pairs against TF-IDF and length, 
 study-alarms: setup ## alarms of reward hacking: lead before the gold peak, false alarms, and what helps (two hours; needs make prepare)
 	$(PY) -m stages.evals.study_alarms $(ARGS)
 
-study-curves: setup ## PPO's curves in a sound run and with one thing broken at a time: 16 runs (20 minutes; needs make prepare)
+study-curves: setup ## PPO's curves in a sound run and with one thing broken at a time: 17 runs (25 minutes; needs make prepare)
 	$(PY) -m stages.evals.study_curves $(ARGS)
 
 bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, and TRL's own trainer (needs make prepare)
