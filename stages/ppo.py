@@ -18,7 +18,7 @@ from stages.data.packing import PackedCollator
 from stages.data.problems import read_problems
 from stages.data.tokenizer import document_end
 from stages.evals.battery import changes, exam, summary
-from stages.models.engines import gathered
+from stages.models.engines import gathered, load_whole_models
 from stages.models.forgetting import base_text
 from stages.models.training import barrier, fit, save_model, training_arguments, world_size
 from stages.models.verdict import forgotten
@@ -152,6 +152,7 @@ def main(config: PpoConfig) -> Manifest:
         per_device_train_batch_size=config.micro_batch_size, gradient_accumulation_steps=accumulation,
         learning_rate=config.learning_rate, max_grad_norm=config.max_grad_norm, weight_decay=0.0,
         save_total_limit=3))  # the best, the last, and the one before it, until the last is known to be complete
+    load_whole_models()
     reward = build_reward(config.reward, model_path=scorer, vocab_size=policy.config.vocab_size, device=arguments.device,
                           tokenizer=tokenizer, shared=shared.to(arguments.device) if shared else None)
     ptx: Any = load_from_disk(str(run.parents["prepare"].product("tokens") / "train")) if config.ptx_coef else ()
@@ -216,6 +217,7 @@ def main(config: PpoConfig) -> Manifest:
             say(f"{name} on all tasks: {metrics[f'before/{name}']['value']:.3f} before, {metrics[f'after/{name}']['value']:.3f} after")
     asked_of = [prompts[i][1] for iteration in range(trainer.state.global_step // settings.steps_per_iteration) for i, _ in
                 draws(iteration, count=config.rollout_batch, num_prompts=len(prompts), seed=config.seed)]
+    load_whole_models()  # the counts are those of models on the meta device
     tokens, judges = trainer.state.num_input_tokens_seen, [AutoConfig.from_pretrained(path) for path in scorers(config.reward, scorer)]
     counts = {"responses": len(asked_of), "prompts_too_long": given - len(prompts), "tokens": tokens, "steps": trainer.state.global_step,
               "parameters": parameters,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
@@ -36,13 +37,15 @@ def join(engine: str) -> dict[str, Any]:
 
 
 def train(folder: Path, arguments: dict[str, Any], engine: str) -> None:
-    """Two iterations; with STOP set the second one's reward fails, as a killed run would end there. With BF16 one step each, in bf16."""
-    calls: list[int] = []
+    """Two iterations, and back to the checkpoint of the first. With STOP set the second one's reward fails, as a killed run would end
+    there. With BF16 one step each, in bf16."""
+    sampled: dict[str, torch.Tensor] = {}
 
     def reward(responses):
-        calls.append(1)
-        if "STOP" in os.environ and len(calls) > 2:  # policy's and reference's responses of the first iteration
-            raise ValueError("stopped")
+        if t.state.global_step:  # the second iteration
+            if "STOP" in os.environ:
+                raise ValueError("stopped")
+            sampled.update({name: p.detach().clone() for name, p in (t.policy_copy or t.model.policy).named_parameters()})
         return early_letters(None, [response.text for response in responses], None)
 
     changes: dict[str, Any] = {"epochs": 1, "minibatches": 1} if "BF16" in os.environ else {}
@@ -54,6 +57,8 @@ def train(folder: Path, arguments: dict[str, Any], engine: str) -> None:
     state = engines.gathered(t.model.policy)
     if state:
         save_model(t.model.policy, t.tokenizer, folder / "model", state_dict=state)
+    t.load_step(t.settings.steps_per_iteration)
+    assert all(torch.equal(p, sampled[name]) for name, p in t.whole_policy().named_parameters())
 
 
 def stage(folder: Path, arguments: dict[str, Any], flags: list[str]) -> None:

@@ -83,7 +83,7 @@ def two(request, tmp_path_factory) -> tuple[str, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("two", ENGINE_NAMES, indirect=True)
 def test_two_processes_of_an_engine_equal_one(two, one):
-    """Losses, rollouts and final weights; norms of each model under FSDP2."""
+    """Losses, rollouts and final weights; norms of each model under FSDP2. Back at a checkpoint the policy is what it was there."""
     engine, folder = two
     same_rows(rows(one), rows(folder), joint_norm="zero" in engine)
     ours, theirs = weights(one / "model"), weights(folder / "model")

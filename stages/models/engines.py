@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from stages.run.manifest import is_main
 
@@ -24,6 +25,15 @@ def zero_stage(trainer: Trainer) -> int:
 
 def divides_weights(trainer: Trainer) -> bool:
     return trainer.is_fsdp_enabled or zero_stage(trainer) == 3
+
+
+def load_whole_models() -> None:
+    """Models loaded or built from here until a Trainer is made stay whole.
+
+    Under ZeRO-3 transformers divides each once there are TrainingArguments, whatever `zero3_init_flag` says; nothing would gather a
+    reward model, and one on the meta device cannot be divided at all.
+    """
+    unset_hf_deepspeed_config()
 
 
 def adapt_fsdp(trainer: Trainer) -> None:
