@@ -116,7 +116,7 @@ def adapted(sft: Path | None = None, reward: Path | None = None, **changes):
 
 
 def write_lora_reward(sft: Path, folder: Path, pad_id: int = PAD) -> None:
-    """A reward model as `method: lora` saves it: `adapter/` on the model in `sft`, and `model/` with it merged; dropout when trained."""
+    """A reward model as `method: lora` saves it: `adapter/` on the model in `sft`, and `model/` with it merged; it has dropout."""
     settings = RankingConfig(run_dir="", method="lora", lora_rank=3, lora_alpha=6, peft={"lora_dropout": 0.5})
     torch.manual_seed(3)
     model = get_peft_model(from_language_model(sft, pad_id=pad_id, seed=3, random_head=True),

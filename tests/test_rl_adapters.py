@@ -144,8 +144,8 @@ def test_resumed_equals_uninterrupted_and_checkpoints_hold_what_trains(saved, tm
 
 def test_each_adapter_has_its_learning_rate_and_its_norm(tmp_path):
     model, _, _ = adapted()
-    own = trainer(tmp_path, model=model, learning_rate=1e-3, critic_learning_rate=2e-3)
-    policy_group, critic_group = own.create_optimizer().param_groups
+    t = trainer(tmp_path, model=model, learning_rate=1e-3, critic_learning_rate=2e-3)
+    policy_group, critic_group = t.create_optimizer().param_groups
     names = {p: name for name, p in model.named_parameters()}
     assert all(POLICY in names[p].split(".") for p in policy_group["params"]) and policy_group["lr"] == 1e-3
     assert all(CRITIC in names[p].split(".") for p in critic_group["params"]) and critic_group["lr"] == 2e-3

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,7 +77,7 @@ def test_sharing_changes_no_figure(finished, parents, tmp_path):
     del made["products"]["adapter"]
     file.write_text(json.dumps(made))
     here(tmp_path, tmp_path / "ppo", **{"value-trunk": "separate", "iterations": 4})
-    one, other = (json.loads((d / "metrics.jsonl").read_text().partition("\n")[0]) for d in (finished[0], tmp_path / "ppo"))
+    one, other = (json.loads((d / "metrics.jsonl").read_text().splitlines()[0]) for d in (finished[0], tmp_path / "ppo"))
     for key in ("objective/score", "value/explained_variance", "objective/entropy", "loss/policy", "score/q95"):
         assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-4), key
 
@@ -118,8 +119,6 @@ def test_a_rollback_loads_the_best_checkpoints_adapters(parents, tmp_path):
     here(parents, tmp_path / "ppo", iterations=8, **{"on-alarm": "rollback", "alarm-limits": {"kl": -9}, "sample-iterations": 0})
     notes = manifest(tmp_path / "ppo")["notes"]
     assert notes["kept_step"] == notes["best_step"] < notes["last_step"]
-    import safetensors.torch
-
     saved = safetensors.torch.load_file(tmp_path / f"ppo/checkpoints/checkpoint-{notes['best_step']}/model.safetensors")
     product = safetensors.torch.load_file(tmp_path / "ppo/adapter/adapter_model.safetensors")
     for name, tensor in product.items():

@@ -229,8 +229,9 @@ PartialState(cpu=True, **({"backend": "gloo"} if len(sys.argv) > 2 else {}))
 from stages.models.training import fit, world_size
 from stages.run.entry import stop_processes
 from tests.rl_tiny import adapted, corpus, trainer
-t = trainer(Path(sys.argv[1]), model=adapted()[0] if os.environ["ADAPTED"] == "True" else None, world=world_size(), micro_batch=4,
-            kl_target=0.05, kl_horizon=100, par_samples=1, ptx_coef=0.5, kl_loss_coef=0.1, **corpus())
+model = adapted()[0] if os.environ["ADAPTED"] == "True" else None
+t = trainer(Path(sys.argv[1]), model=model, world=world_size(), micro_batch=4, kl_target=0.05, kl_horizon=100, par_samples=1, ptx_coef=0.5,
+            kl_loss_coef=0.1, **corpus())
 fit(t)
 assert world_size() == (2 if len(sys.argv) > 2 else 1)
 stop_processes()
