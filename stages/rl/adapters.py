@@ -134,13 +134,14 @@ def _settings(rank: int, alpha: int) -> LoraConfig:
 
 
 def reward_adapter(reward_model: Manifest, sft_model: Path) -> Path | None:
-    """The folder with the reward model's adapter, if it has one on this very SFT model; else None, and where one might expect it, why."""
+    """The folder with the reward model's adapter, if it has one on this very SFT model; else None, and it says why and what follows."""
+    instead = "as a reward it is loaded whole, and a critic with value_trunk adapter begins without an opinion"
     if "adapter" not in reward_model.data["products"]:
-        say("ppo: the reward model has no adapter on the SFT model (method lora saves one): it is loaded whole")
+        say(f"ppo: the reward model has no adapter on the SFT model (method lora saves one): {instead}")
         return None
     folder = reward_model.product("adapter")
     if json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))["sha256"] != hash_path(sft_model):
-        say("ppo: the reward model's adapter belongs to another SFT model than this: the reward model is loaded whole")
+        say(f"ppo: the reward model's adapter belongs to another SFT model than this: {instead}")
         return None
     return folder
 
