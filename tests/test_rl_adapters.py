@@ -193,3 +193,13 @@ def test_an_adapter_with_more_than_layers_and_head_is_refused(saved, tmp_path):
     file.write_text(file.read_text().replace('"score"', '"score", "embed_tokens"'))
     with pytest.raises(ValueError, match="which a shared base cannot hold"):
         adapted(saved / "sft", tmp_path)
+
+
+def test_an_adapter_whose_beginning_changes_the_base_is_refused(saved, tmp_path):
+    """Put on again it would change it again, and the reference would not be the SFT model."""
+    shutil.copytree(saved / "adapter", tmp_path / "adapter")
+    (tmp_path / "model").symlink_to(saved / "model")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(file.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
+    with pytest.raises(ValueError, match="'pissa', which changes the base"):
+        adapted(saved / "sft", tmp_path)

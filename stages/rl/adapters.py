@@ -24,6 +24,7 @@ from stages.run.manifest import Manifest, hash_path, say
 
 POLICY, CRITIC, REWARD = "default", "critic", "reward"  # peft saves the first without a folder of its own
 HEAD = "score.weight"
+BASE_STAYS = (True, False, "gaussian", "orthogonal")  # ways to begin of peft's that leave the base as it is; pissa, olora and others do not
 
 
 class Seen:
@@ -113,6 +114,9 @@ def add_classifier(adapted: PeftModel, name: str, folder: Path | None = None, sc
         if more := sorted({*(settings.modules_to_save or [])} - {"score", "classifier"}):  # peft names both
             raise ValueError(f"the reward model's adapter in {folder} has {', '.join(more)} of its own beside its layers, which a shared "
                              "base cannot hold: train it with modules_to_save left alone, or give PPO method: full")
+        if settings.init_lora_weights not in BASE_STAYS:
+            raise ValueError(f"the reward model's adapter in {folder} began with init_lora_weights {settings.init_lora_weights!r}, which "
+                             "changes the base, here the policy's and the reference's, too: train it without, or give PPO method: full")
         settings.modules_to_save, settings.inference_mode, settings.task_type, settings.lora_dropout = None, False, "CAUSAL_LM", 0.0
         state = safetensors.torch.load_file(folder / "adapter_model.safetensors")
         (key,) = (key for key in state if key.endswith(HEAD))
