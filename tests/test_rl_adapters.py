@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from reward.model import normalize, score_ids
+from stages.models import engines
 from stages.models.training import fit
 from stages.rl.adapters import CRITIC, POLICY, REWARD, Seen, reward_adapter
 from stages.rl.models import PolicyWithCritic, pad_sequences, policy_stats
@@ -161,6 +162,12 @@ def test_two_adapters_with_recomputed_activations_are_refused():
         model(**inputs)
     with torch.no_grad():  # nothing is recomputed
         model(**inputs)
+
+
+def test_adapters_on_an_engine_that_divides_weights_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "divides_weights", lambda trainer: True)
+    with pytest.raises(ValueError, match="launch PPO with DDP or ZeRO-2, or set method to full"):
+        trainer(tmp_path, model=adapted()[0])
 
 
 def test_the_policys_adapter_is_active_again_after_an_error(monkeypatch):
