@@ -88,6 +88,16 @@ def test_a_critic_adapter_begins_as_the_reward_model(saved):
     assert values.std() > 0.1
 
 
+def test_the_reward_model_scores_on_a_base_that_an_engine_has_cast(saved):
+    """DeepSpeed in bf16 casts the policy, with all adapters on it, and not the reward model's head, which it does not train."""
+    model, _, scorer = adapted(saved / "sft", saved)
+    rows = [[4, 5, 6, 9, 10], [7, 8, 11, 12, 13, 14]]
+    whole = score_ids(scorer, rows)
+    model.bfloat16()
+    torch.testing.assert_close(score_ids(scorer, rows), whole, atol=0.05, rtol=0.05)
+    assert model(**pad_sequences([[4, 5, 6]], [[9, 10]], PAD)).values.isfinite().all()
+
+
 def test_the_reference_is_the_base_and_no_step_moves_it(saved, tmp_path):
     model, _, scorer = adapted(saved / "sft", saved)
     t = trainer(tmp_path, model=model, reward=partial(unit_scores, scorer))

@@ -85,7 +85,8 @@ class AdapterClassifier(nn.Module):
         """`logits` (N, 1): the score at the last real token of rows padded at the right."""
         hidden = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache).last_hidden_state
         last = attention_mask.sum(dim=1) - 1
-        return SimpleNamespace(logits=self.score(hidden[torch.arange(len(last), device=last.device), last]))
+        read = hidden[torch.arange(len(last), device=last.device), last]
+        return SimpleNamespace(logits=self.score(read.to(self.score.weight.dtype)))  # an engine may have cast the base
 
 
 def adapt(policy: PreTrainedModel, *, rank: int, alpha: int, seed: int) -> PeftModel:
