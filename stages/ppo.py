@@ -180,7 +180,7 @@ def main(config: PpoConfig) -> Manifest:
                     max_new_tokens=config.max_new_tokens) if probes else {}
 
     before, able = look(), examine()
-    neutral = base_text(prepared, model.policy, tokenizer, rows=config.forgetting_rows, pad_id=pad_id)
+    neutral = base_text(prepared, trainer.whole_policy(), tokenizer, rows=config.forgetting_rows, pad_id=pad_id)
     report("before", before)
     fit(trainer)
     notes |= watch.settle()

@@ -23,7 +23,7 @@ from stages.data.tokenizer import ASSISTANT, END, SYSTEM, USER, document_end
 from stages.evals.battery import changes, exam, summary
 from stages.evals.scoring import write_records
 from stages.evals.tasks import load_task
-from stages.models import adapters, finetuning
+from stages.models import adapters, engines, finetuning
 from stages.models.counts import count_parameters, train_flops_per_token
 from stages.models.finetuning import DialogueCollator, TuningConfig, tune
 from stages.models.forgetting import STEP_IN_FORWARDS, Neutral, Watch
@@ -197,7 +197,7 @@ def main(config: SftConfig) -> Manifest:
         metrics |= {f"validation_loss/{name}": summarised([row for row, of in zip(learned, validation, strict=True)
                                                            if of["source"] == name])["heldout_loss"]
                     for name in shares}
-    if divided := trainer.is_fsdp_enabled or getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
+    if divided := engines.divides_weights(trainer):
         say("no exam after training: this engine holds the weights in parts; `make evaluate` asks the saved model")
     after = {} if divided else examine(product)
     metrics |= summary(before, "before") | summary(after, "after") | changes(before, after)

@@ -17,9 +17,10 @@ from accelerate.utils import DistributedType
 from stages import ppo
 from stages.models import engines
 from stages.models.training import fit, save_model, world_size
+from stages.rl import rollouts
 from stages.run.config import load_config
 from stages.run.entry import stop_processes
-from tests.rl_tiny import corpus, early_letters, trainer
+from tests.rl_tiny import VOCAB, corpus, early_letters, trainer
 
 LOOSE = 1e3  # DeepSpeed clips one norm over both models, so what it shall do as other engines do is done without clipping
 
@@ -40,6 +41,7 @@ def train(folder: Path, arguments: dict[str, Any], engine: str) -> None:
     """Two iterations, and back to the checkpoint of the first. With STOP set the second one's reward fails, as a killed run would end
     there. With BF16 one step each, in bf16."""
     sampled: dict[str, torch.Tensor] = {}
+    rollouts.LOGITS = 16 * VOCAB  # so few that how many passes a process needs depends on the lengths of its responses
 
     def reward(responses):
         if t.state.global_step:  # the second iteration
@@ -63,7 +65,7 @@ def train(folder: Path, arguments: dict[str, Any], engine: str) -> None:
 
 def stage(folder: Path, arguments: dict[str, Any], flags: list[str]) -> None:
     common = ppo.training_arguments
-    ppo.training_arguments = lambda run, **more: {**common(run, **more), **arguments}
+    ppo.training_arguments = lambda run, **more: {**common(run, **more), **arguments, "bf16": "BF16" in os.environ}
     ppo.main(load_config(ppo.PpoConfig, [*flags, "--run-dir", str(folder)]))
 
 

@@ -5,7 +5,7 @@ import datasets
 import pytest
 
 from stages.data import corpora
-from stages.data.problems import load_problems, split_spec
+from stages.data.problems import load_problems, read_problems, split_spec
 from stages.evals.tasks import load_task
 
 
@@ -65,3 +65,8 @@ def test_a_prompt_that_nobody_can_answer_names_file_and_line(tmp_path, row, mess
 def test_evaluation_refuses_conversations(tmp_path):
     with pytest.raises(ValueError, match=r"problem 'problems-0' of .* has a prompt of its own \(1 of 1 have one\)"):
         load_task(written(tmp_path / "a.jsonl", {"prompt": [USER]}), problems=tmp_path, difficulties=[1], num_problems=0, seed=0)
+
+
+def test_problems_that_prepare_did_not_make_say_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"validation\.jsonl is not there: give prepare a number of validation problems in num_problems"):
+        read_problems(tmp_path / "validation.jsonl")

@@ -95,6 +95,15 @@ def test_recipes_for_gpus_read_real_data_and_name_who_ranked_it(recipe):
     assert not preferences_are_local(raw["preferences"]["source"])
 
 
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem in ("sft", "ppo")], ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recipes_that_make_no_problems_ask_none(path):
+    """Before and after, SFT and PPO ask prepare's validation problems unless a recipe says not to."""
+    files = {stage: path.parent / f"{stage}.yaml" for stage in ("prepare", path.stem)}
+    prepare, config = (build_config(config_class(stage), read_yaml(file) if file.is_file() else {}, recipe=path.parent.name)
+                       for stage, file in files.items())
+    assert "validation" in prepare.num_problems or config.probe_prompts == 0
+
+
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_plan_for_engines_that_divide_the_weights(engine, monkeypatch, capsys):
     from stages.plan import PlanConfig, main

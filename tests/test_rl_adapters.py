@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from reward.model import normalize, score_ids
+from stages.models import engines
 from stages.models.training import fit
 from stages.rl.adapters import CRITIC, POLICY, REWARD, Seen, reward_adapter
 from stages.rl.models import PolicyWithCritic, pad_sequences, policy_stats
@@ -85,6 +86,16 @@ def test_a_critic_adapter_begins_as_the_reward_model(saved):
     torch.testing.assert_close(values.tolist(), normalize(merged.config, score_ids(merged, whole)), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(score_ids(scorer, whole), score_ids(merged, whole), atol=1e-5, rtol=1e-5)
     assert values.std() > 0.1
+
+
+def test_the_reward_model_scores_on_a_base_that_an_engine_has_cast(saved):
+    """DeepSpeed in bf16 casts the policy, with all adapters on it, and not the reward model's head, which it does not train."""
+    model, _, scorer = adapted(saved / "sft", saved)
+    rows = [[4, 5, 6, 9, 10], [7, 8, 11, 12, 13, 14]]
+    whole = score_ids(scorer, rows)
+    model.bfloat16()
+    torch.testing.assert_close(score_ids(scorer, rows), whole, atol=0.05, rtol=0.05)
+    assert model(**pad_sequences([[4, 5, 6]], [[9, 10]], PAD)).values.isfinite().all()
 
 
 def test_the_reference_is_the_base_and_no_step_moves_it(saved, tmp_path):
@@ -163,6 +174,12 @@ def test_two_adapters_with_recomputed_activations_are_refused():
         model(**inputs)
 
 
+def test_adapters_on_an_engine_that_divides_weights_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(engines, "divides_weights", lambda trainer: True)
+    with pytest.raises(ValueError, match="launch PPO with DDP or ZeRO-2, or set method to full"):
+        trainer(tmp_path, model=adapted()[0])
+
+
 def test_the_policys_adapter_is_active_again_after_an_error(monkeypatch):
     model, _, _ = adapted()
     monkeypatch.setattr(model.policy.model, "forward", lambda *_, **__: 1 / 0)
@@ -180,7 +197,7 @@ def test_a_reward_adapter_of_another_base_is_not_used(saved, tmp_path, capsys):
 
     assert reward_adapter(Parent(), saved / "sft") == saved / "adapter"
     policy(seed=5).save_pretrained(tmp_path / "sft")
-    assert reward_adapter(Parent(), tmp_path / "sft") is None and "another SFT model" in capsys.readouterr().out
+    assert reward_adapter(Parent(), tmp_path / "sft") is None and "begins without an opinion" in capsys.readouterr().out
     bare = copy.copy(Parent())
     bare.data = {"products": {}}
     assert reward_adapter(bare, saved / "sft") is None and "loaded whole" in capsys.readouterr().out
@@ -192,4 +209,14 @@ def test_an_adapter_with_more_than_layers_and_head_is_refused(saved, tmp_path):
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(file.read_text().replace('"score"', '"score", "embed_tokens"'))
     with pytest.raises(ValueError, match="which a shared base cannot hold"):
+        adapted(saved / "sft", tmp_path)
+
+
+def test_an_adapter_whose_beginning_changes_the_base_is_refused(saved, tmp_path):
+    """Put on again it would change it again, and the reference would not be the SFT model."""
+    shutil.copytree(saved / "adapter", tmp_path / "adapter")
+    (tmp_path / "model").symlink_to(saved / "model")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(file.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
+    with pytest.raises(ValueError, match="'pissa', which changes the base"):
         adapted(saved / "sft", tmp_path)

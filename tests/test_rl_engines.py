@@ -136,6 +136,22 @@ def test_the_stage_measures_and_saves_whole_models(engine, tmp_path):
         assert any(not torch.equal(theirs[name], tensor) for name, tensor in start.items())
 
 
+@pytest.mark.slow
+def test_fsdp2_in_bf16_measures_before_and_after_with_the_same_rounding(tmp_path):
+    """A policy that learned nothing has lost nothing."""
+    parents = write_parents(tmp_path / "parents")
+    given = {**FLAGS, "iterations": 1, "learning-rate": 0, **{
+        f"parents.{name}": parents / name for name in ("prepare", "sft", "reward_model")}}
+    flags = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    launch("fsdp2", "stage", str(tmp_path / "ppo"), *flags, BF16="1", ACCELERATE_MIXED_PRECISION="bf16")
+    metrics = json.loads((tmp_path / "ppo" / "manifest.json").read_text())["metrics"]
+    assert {"after/base_loss", "after/gold", "after/kl"} <= set(metrics)
+    for name in metrics:
+        if name.startswith("after/") and name.replace("after/", "before/") in metrics:
+            assert metrics[name]["value"] == metrics[name.replace("after/", "before/")]["value"], name
+    assert metrics["after/kl_to_base"]["value"] == metrics["after/kl"]["value"] == 0.0
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "has fsdp_cpu_ram_efficient_loading: set it to false"),
     ({"FSDP_VERSION": "1", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}, "has fsdp_version 1: set it to 2")])

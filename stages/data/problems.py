@@ -15,7 +15,11 @@ ROLES = ("system", "user", "assistant")
 
 
 def read_problems(path: Path, tasks: Sequence[str] = (), difficulties: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """Rows of these tasks and difficulties (empty: all), in the file's order. Raises ValueError naming those there are."""
+    """Rows of these tasks and difficulties (empty: all), in the file's order. Raises ValueError naming those there are, and for a file
+    that prepare did not make."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: give prepare a number of {path.stem} problems in num_problems, or ask none of them "
+                         "(probe_prompts: 0, and problems of your own)")
     rows = [row for _, row in read_rows(path)]
     kept = [r for r in rows if (not tasks or r["task"] in tasks) and (not difficulties or r["difficulty"] in difficulties)]
     if not rows:

@@ -19,6 +19,7 @@ from reward.calibration import accuracy, judged
 from reward.losses import centring_penalty, preferred, reward_loss
 from reward.model import from_language_model, pad_right, score_groups
 from stages.models.adapters import MethodConfig, adapter_config, merged
+from stages.models.engines import divides_weights
 from stages.models.norms import speed_up_norms
 from stages.models.optimizer import build_optimizer
 from stages.models.training import Resumable, fit, gather, rank, share_batch, training_arguments, world_size
@@ -234,8 +235,7 @@ def train_model(config: RankingConfig, run: Run, tokenizer: Any, start: Path, *,
             warmup_steps=max(1, int(steps * config.warmup_share)), max_grad_norm=config.max_grad_norm,
             weight_decay=config.weight_decay, center_rewards_coefficient=config.centring, eval_strategy="steps",
             eval_steps=max(1, steps // config.evaluations), gradient_checkpointing=config.gradient_checkpointing)))
-    if (config.method != "full" or config.ensemble > 1) and (
-            trainer.is_fsdp_enabled or getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3):
+    if (config.method != "full" or config.ensemble > 1) and divides_weights(trainer):
         raise ValueError("this engine holds the weights in parts, which neither method lora nor an ensemble is written for: set method to "
                          "full and ensemble to 1, or launch with ddp or zero2")
     fit(trainer)

@@ -24,6 +24,7 @@ from stages.run.manifest import Manifest, hash_path, say
 
 POLICY, CRITIC, REWARD = "default", "critic", "reward"  # peft saves the first without a folder of its own
 HEAD = "score.weight"
+BASE_STAYS = (True, False, "gaussian", "orthogonal")  # ways to begin of peft's that leave the base as it is; pissa, olora and others do not
 
 
 class Seen:
@@ -84,7 +85,8 @@ class AdapterClassifier(nn.Module):
         """`logits` (N, 1): the score at the last real token of rows padded at the right."""
         hidden = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache).last_hidden_state
         last = attention_mask.sum(dim=1) - 1
-        return SimpleNamespace(logits=self.score(hidden[torch.arange(len(last), device=last.device), last]))
+        read = hidden[torch.arange(len(last), device=last.device), last]
+        return SimpleNamespace(logits=self.score(read.to(self.score.weight.dtype)))  # an engine may have cast the base
 
 
 def adapt(policy: PreTrainedModel, *, rank: int, alpha: int, seed: int) -> PeftModel:
@@ -113,6 +115,9 @@ def add_classifier(adapted: PeftModel, name: str, folder: Path | None = None, sc
         if more := sorted({*(settings.modules_to_save or [])} - {"score", "classifier"}):  # peft names both
             raise ValueError(f"the reward model's adapter in {folder} has {', '.join(more)} of its own beside its layers, which a shared "
                              "base cannot hold: train it with modules_to_save left alone, or give PPO method: full")
+        if settings.init_lora_weights not in BASE_STAYS:
+            raise ValueError(f"the reward model's adapter in {folder} began with init_lora_weights {settings.init_lora_weights!r}, which "
+                             "changes the base, here the policy's and the reference's, too: train it without, or give PPO method: full")
         settings.modules_to_save, settings.inference_mode, settings.task_type, settings.lora_dropout = None, False, "CAUSAL_LM", 0.0
         state = safetensors.torch.load_file(folder / "adapter_model.safetensors")
         (key,) = (key for key in state if key.endswith(HEAD))
@@ -134,13 +139,14 @@ def _settings(rank: int, alpha: int) -> LoraConfig:
 
 
 def reward_adapter(reward_model: Manifest, sft_model: Path) -> Path | None:
-    """The folder with the reward model's adapter, if it has one on this very SFT model; else None, and where one might expect it, why."""
+    """The folder with the reward model's adapter, if it has one on this very SFT model; else None, and it says why and what follows."""
+    instead = "as a reward it is loaded whole, and a critic with value_trunk adapter begins without an opinion"
     if "adapter" not in reward_model.data["products"]:
-        say("ppo: the reward model has no adapter on the SFT model (method lora saves one): it is loaded whole")
+        say(f"ppo: the reward model has no adapter on the SFT model (method lora saves one): {instead}")
         return None
     folder = reward_model.product("adapter")
     if json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))["sha256"] != hash_path(sft_model):
-        say("ppo: the reward model's adapter belongs to another SFT model than this: the reward model is loaded whole")
+        say(f"ppo: the reward model's adapter belongs to another SFT model than this: {instead}")
         return None
     return folder
 

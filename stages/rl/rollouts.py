@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward.verifiers import GoldScore
+from stages.models.training import gather
 from stages.rl import maths
 from stages.rl.models import TokenStats, align_right, pad_sequences, policy_stats
 from stages.rl.rewards import Response, Row
@@ -111,18 +112,21 @@ def groups(order: Sequence[int], lengths: Sequence[int], most: int, tokens: int)
 
 @torch.no_grad()
 def token_numbers(stats_of: Callable[..., TokenStats], reference: PreTrainedModel, responses: Sequence[Response], *, temperature: float,
-                  pad_id: int, batch_size: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+                  pad_id: int, batch_size: int, device: torch.device, in_step: bool = False) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """For each response its tokens' log-probabilities under policy and reference, entropies and values, on the CPU.
 
     `stats_of` is a PolicyWithCritic, or `policy_alone`, whose values are 0.
     Computed here and not taken from the sampler: a decoder with a cache rounds differently, and the ratio would not start at 1.
     With a large vocabulary fewer than `batch_size` responses are read at once: the models' logits of a batch stay within `LOGITS`.
+    How many passes that takes depends on lengths; `in_step` every process makes as many, for engines that gather weights in each.
     """
     numbers: list[tuple[Tensor, Tensor, Tensor, Tensor]] = [None] * len(responses)  # type: ignore[list-item]
     order = sorted(range(len(responses)), key=lambda i: len(responses[i].prompt_ids) + len(responses[i].ids))
     vocab_size = reference.config.get_text_config().vocab_size
     widths = [len(response.ids) + 1 for response in responses]  # padded rows have logits of one state more than there are tokens
-    for rows in groups(order, widths, batch_size, LOGITS // vocab_size):
+    cut = list(groups(order, widths, batch_size, LOGITS // vocab_size))
+    passes = max(gather([len(cut)])) if in_step else len(cut)
+    for rows in cut + cut[-1:] * (passes - len(cut)):
         inputs = pad_sequences([responses[i].prompt_ids for i in rows], [responses[i].ids for i in rows], pad_id)
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         stats = stats_of(**inputs)

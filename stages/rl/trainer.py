@@ -213,7 +213,7 @@ class PPOTrainer(Resumable, Trainer):
             scores = self.reward(responses)
             reference_scores = self._reference_scores(asked, keys) if s.par_samples else [()] * len(asked)
             numbers = token_numbers(self.model, self.reference, responses, temperature=self.model.temperature, pad_id=s.pad_id,
-                                    batch_size=s.micro_batch, device=self.args.device)
+                                    batch_size=s.micro_batch, device=self.args.device, in_step=self.policy_copy is not None)
         judged = self.judge(responses) if self.judge else [None] * len(responses)
         watched = self.watch.opinions(responses)
         scored = gather([Scored(response, float(score), opinion, *each, *more)
