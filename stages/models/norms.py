@@ -31,10 +31,10 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
         product = (grad * x).reshape(-1, x.size(-1))
-        grad_weight = scale.reshape(-1) @ product
+        grad_weight = scale.reshape(-1) @ product if ctx.needs_input_grad[1] else None  # frozen under adapters
         along = (product @ weight).reshape(scale.shape).mul_(scale.pow(3)).div_(-x.size(-1))  # what the scale's own dependence on x takes
         return (grad * weight).mul_(scale).addcmul_(x, along), grad_weight, None
 
