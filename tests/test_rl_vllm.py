@@ -1,5 +1,6 @@
 """Rollouts by vLLM: weights, log-probabilities and their correction, with a fake engine where vLLM is not installed."""
 import copy
+import dataclasses
 import importlib.util
 
 import pytest
@@ -137,6 +138,13 @@ def test_an_engine_is_made_as_the_settings_say(tmp_path, monkeypatch):
     (fake,) = MADE
     assert (fake.mode, fake.gpu_memory_utilization, fake.temperature, fake.eos_ids) == ("colocate", 0.4, 0.7, [END])
     assert fake.max_model_length == 5 + 8  # the longest prompt, and a whole response
+
+
+def test_the_stages_flags_are_the_trainers_settings():
+    """The stage hands on what both have under one name; a name that differs would be a flag that does nothing."""
+    flags, settings = ({field.name: field.default for field in dataclasses.fields(of) if field.name.startswith(("vllm", "rollout_engine"))}
+                       for of in (PpoConfig, PpoSettings))
+    assert flags == settings and len(flags) == 4
 
 
 @pytest.mark.parametrize("reports", ["processed_logprobs", "raw_logprobs"])
