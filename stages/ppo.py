@@ -25,16 +25,15 @@ from stages.models.verdict import forgotten
 from stages.rl.adapters import CRITIC, POLICY, REWARD, adapt, add_classifier, reward_adapter, save_adapters
 from stages.rl.alarms import Watch, build_watchers
 from stages.rl.costs import ppo_flops, price
-from stages.rl.curves import compare, draw_best_of_n
+from stages.rl.curves import compare, draw_best_of_n, show
 from stages.rl.gating import pass_gate
+from stages.rl.generation import check_engine
 from stages.rl.measure import differences, measure, report, reward_drift, summarise
 from stages.rl.models import PolicyWithCritic
 from stages.rl.questions import QuestionConfig, asked, check_lengths, check_questions, embedded_problems, fitting, own_problems
 from stages.rl.rewards import build_reward, gold_scores, load_critic, needs_model, scorers
 from stages.rl.rollouts import draws
 from stages.rl.trainer import PpoSettings, PPOTrainer
-from stages.run import figures
-from stages.run.checkpoint import read_metrics
 from stages.run.config import fill, option
 from stages.run.entry import launch
 from stages.run.manifest import MANIFEST, Manifest, Run, hash_data, hash_path, is_main, say, write_json
@@ -52,6 +51,10 @@ class PpoConfig(QuestionConfig):
     iterations: int = option(40, "rollouts; each is learned from in epochs x minibatches steps")
     rollout_batch: int = option(192, "responses an iteration, over all processes")
     stop_strings: list[str] = option([], "texts that end a response as its end token does")
+    rollout_engine: Literal["transformers", "vllm"] = option("transformers", "what samples; vllm wants `pip install trl[vllm]` and a GPU")
+    vllm_mode: Literal["colocate", "server"] = option("colocate", "vLLM in each process, or as a server", recorded_only=True)
+    vllm_server_url: str = option("http://localhost:8000", "of the server, with vllm_mode server", recorded_only=True)
+    vllm_gpu_memory: float = option(0.3, "share of each GPU that vLLM takes, with vllm_mode colocate", recorded_only=True)
     # Reward, in this order: score, PAR or clipping, length, missing end, and the KL a token.
     score_clip: float | None = option(None, "scores are held within +- this")
     par_samples: int = option(0, "above 0: PAR, the score as the chance of being preferred to so many responses of the reference")
@@ -102,6 +105,7 @@ def main(config: PpoConfig) -> Manifest:
                     sample_iterations=0, best_of=0)
     if config.value_trunk == "adapter" and config.method != "lora":
         raise ValueError("value_trunk adapter puts the critic on the policy's frozen base: set method to lora, or value_trunk to separate")
+    check_engine(config.rollout_engine, config.method)
     limits = Limits(**fill(Limits, config.alarm_limits, where="alarm_limits"))
     config = without_reward_model(config)
     own = own_problems(config)
@@ -242,17 +246,6 @@ def without_reward_model(config: PpoConfig) -> PpoConfig:
                          f"{config.parents['reward_model']} has no finished run: set value_trunk to shared, for the reward needs none, "
                          "or run `make reward_model` first")
     return config
-
-
-def show(directory: Path) -> None:
-    logged = read_metrics(directory / "metrics.jsonl")
-    axes: list[tuple[str, str, str, Literal["line", "points"]]] = [
-        ("scores", "step", "step", "line"), ("scores-against-kl", "objective/kl", "KL to the start (nats a response)", "points")]
-    for name, column, label, look in axes:
-        figures.plot(directory / "figures" / f"{name}.png", [
-            figures.Series(legend, [row[column] for row in logged], [row[key] for row in logged], look=look) for legend, key in
-            (("reward (proxy)", "objective/score"), ("gold score", "objective/gold"), ("sampled accuracy", "objective/accuracy"))],
-            x=label, y="mean of an iteration")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from stages.rl.alarms import Watch
 from stages.run.checkpoint import read_metrics
 from stages.run.config import load_config
 from tests.rl_tiny import corpus, trainer
+from tests.rl_vllm import install
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "reading-ppo-curves.md").read_text(encoding="utf-8")
@@ -114,11 +115,12 @@ def test_the_pages_tables_are_made_from_the_lines_beside_it():
         assert f"\n{table}\n" in PAGE, name
 
 
-def test_every_figure_that_the_trainer_logs_has_a_section(tmp_path):
+def test_every_figure_that_the_trainer_logs_has_a_section(tmp_path, monkeypatch):
     """And no section is about a figure that is not logged. Alarms share one, which names each."""
     watch = Watch(watchers={name: lambda responses: [0.5] * len(responses) for name in ("second", "disagreement", "feature_distance")})
-    fit(trainer(tmp_path, iterations=1, ptx_coef=1.0, watch=watch, judge=lambda responses: [GoldScore(1.0, True, 1.0, ())] * len(responses),
-                **corpus()))
+    install(monkeypatch)
+    fit(trainer(tmp_path, iterations=1, rollout_engine="vllm", ptx_coef=1.0, watch=watch,
+                judge=lambda responses: [GoldScore(1.0, True, 1.0, ())] * len(responses), **corpus()))
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
     sections = [name for heading in re.findall(r"^##+ (.*)$", PAGE, re.MULTILINE) for name in re.findall(r"`([\w/]+)`", heading)]
     assert len(sections) == len(set(sections)) and set(sections) == set(row) - {"step"} | {"alarm/"}

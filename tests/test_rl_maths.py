@@ -11,9 +11,11 @@ from stages.rl.maths import (
     clip_scores,
     explained_variance,
     final_scores,
+    importance_weights,
     k2,
     masked_mean,
     masked_var,
+    mismatch,
     penalise_length,
     policy_loss,
     preference_as_reward,
@@ -152,6 +154,36 @@ def test_clipped_tokens_have_no_gradient():
     logprobs = torch.tensor([[0.5, 0.0]], requires_grad=True)
     policy_loss(logprobs, torch.zeros(1, 2), torch.ones(1, 2), cliprange=0.2)[0].sum().backward()
     close(logprobs.grad, [[0.0, -1.0]])
+
+
+def test_importance_weights_by_hand():
+    """Probabilities .6 and .2 where the engine had .4 and .1: 1.5, and 2 held at the cap of 1.8; .1 where it had .5: .2; unknown: 1."""
+    ours, theirs = torch.tensor([[0.6, 0.2], [0.1, 0.3]]).log(), torch.tensor([[0.4, 0.1], [0.5, float("nan")]]).log()
+    close(importance_weights(ours, theirs, cap=1.8), [[1.5, 1.8], [0.2, 1.0]])
+    assert torch.equal(importance_weights(ours, ours, cap=2.0), torch.ones(2, 2))
+
+
+def test_mismatch_by_hand():
+    """Differences of log 2, -log 4 and one unknown; what lies at padding is not looked at."""
+    ours, theirs = torch.tensor([[0.8, 0.1], [0.3, 0.9]]).log(), torch.tensor([[0.4, 0.4], [float("nan"), 1e-9]]).log()
+    mean, most, ratio = mismatch(ours, theirs, torch.tensor([[True, True], [True, False]]))
+    close(mean, 1.5 * math.log(2))
+    close(most, 2 * math.log(2))
+    close(ratio, (2 + 0.25) / 2)
+
+
+def test_weights_make_another_engines_tokens_an_estimate_of_the_policys_gradient():
+    """Exact on a three-way choice: the mean over mu of (pi / mu) x A x grad log pi is the gradient over pi's own tokens."""
+    logits, mu = torch.tensor([0.3, -0.4, 1.1], requires_grad=True), torch.tensor([0.2, 0.5, 0.3])
+    advantages, log_pi = torch.tensor([1.0, -2.0, 0.5]), logits.log_softmax(0)
+    (true,) = torch.autograd.grad((log_pi.exp() * advantages).sum(), logits, retain_graph=True)
+
+    def estimate(weights):
+        loss, _ = policy_loss(log_pi, log_pi.detach(), advantages, cliprange=0.2)
+        return -torch.autograd.grad((mu * weights * loss).sum(), logits, retain_graph=True)[0]
+
+    close(estimate(importance_weights(log_pi.detach(), mu.log(), cap=100.0)), true)
+    assert not torch.allclose(estimate(torch.ones(3)), true, atol=0.05)
 
 
 def test_value_loss_by_hand():

@@ -8,7 +8,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from stages.rl.models import PolicyWithCritic
-from stages.rl.trainer import PPOTrainer
+from stages.rl.trainer import IMPORTANCE_CAP, PPOTrainer
 from tests.rl_tiny import PAD, classifier, policy, tokenizer, trainer
 
 
@@ -22,13 +22,21 @@ def right(rows, pad):
     return torch.tensor([list(r) + [pad] * (width - len(r)) for r in rows])
 
 
-@pytest.mark.parametrize(("loss_type", "accumulation"), [("bnpo", 1), ("dapo", 1), ("dapo", 2)])
-def test_policy_loss_and_gradient_equal_trls(tmp_path, loss_type, accumulation):
-    """`bnpo` divides by the tokens of a micro-batch and so agrees at accumulation 1 alone; `dapo` by those of the whole batch."""
+@pytest.mark.parametrize(("loss_type", "accumulation", "engine"), [
+    ("bnpo", 1, False), ("dapo", 1, False), ("dapo", 2, False), ("dapo", 2, True)])
+def test_policy_loss_and_gradient_equal_trls(tmp_path, loss_type, accumulation, engine):
+    """`bnpo` divides by the tokens of a micro-batch and so agrees at accumulation 1 alone; `dapo` by those of the whole batch.
+
+    With the log-probabilities of an `engine` that is not the trainer, its tokens have the same weights in both.
+    """
     model = PolicyWithCritic(policy(), classifier(), temperature=0.8)
     t: PPOTrainer = trainer(tmp_path / "ppo", model=model, vf_coef=0.0)
     e = t.rollout(0)
     rows = [0, 3, 5, 9]
+    torch.manual_seed(1)
+    sampled_by = e.logprobs + 0.5 * torch.randn_like(e.logprobs)
+    if engine:
+        e = e._replace(engine_logprobs=sampled_by)
     parts = [rows[i::accumulation] for i in range(accumulation)]
     torch.manual_seed(0)
     with torch.no_grad():  # a few updates later: some ratios lie outside the clipping range
@@ -42,6 +50,8 @@ def test_policy_loss_and_gradient_equal_trls(tmp_path, loss_type, accumulation):
                         temperature=0.8, epsilon=0.2, per_device_train_batch_size=4 // accumulation, num_generations=4,
                         gradient_accumulation_steps=accumulation, report_to="none"))
     grpo.model.train()
+    grpo.use_vllm = engine
+    assert grpo.vllm_importance_sampling_correction, "TRL's own default"
     grpo.current_gradient_accumulation_steps = t.current_gradient_accumulation_steps = accumulation
     assert len({len(e.responses[i].ids) for i in rows}) > 1 and len({len(e.responses[i].prompt_ids) for i in rows}) > 1, "needs padding"
     num_tokens = sum(len(e.responses[i].ids) for i in rows)
@@ -51,7 +61,8 @@ def test_policy_loss_and_gradient_equal_trls(tmp_path, loss_type, accumulation):
         tokens = {"prompt_ids": left(prompts, PAD), "prompt_mask": left([[1] * len(p) for p in prompts], 0),
                   "completion_ids": right(responses, PAD), "completion_mask": right([[1] * len(r) for r in responses], 0)}
         numbers = {key: right([values[i, -len(r):].tolist() for i, r in zip(part, responses, strict=True)], 0.0)
-                   for key, values in (("advantages", e.advantages), ("old_per_token_logps", e.logprobs))}
+                   for key, values in (("advantages", e.advantages), ("old_per_token_logps", e.logprobs),
+                                       ("importance_sampling_ratio", (e.logprobs - sampled_by).exp().clamp(max=IMPORTANCE_CAP)))}
         theirs = grpo._compute_loss(grpo.model, tokens | numbers | {"num_items_in_batch": torch.tensor(float(num_tokens))})
         theirs.backward()
         ours = t.compute_loss(t.model, {**e.inputs(part, PAD), "num_tokens": torch.tensor(num_tokens)}) / accumulation  # as Trainer does

@@ -229,9 +229,13 @@ PartialState(cpu=True, **({"backend": "gloo"} if len(sys.argv) > 2 else {}))
 from stages.models.training import fit, world_size
 from stages.run.entry import stop_processes
 from tests.rl_tiny import adapted, corpus, trainer
-model = adapted()[0] if os.environ["ADAPTED"] == "True" else None
+from tests.rl_vllm import install
+case = os.environ["CASE"]
+model = adapted()[0] if case == "lora" else None
+if case == "vllm":
+    install(noise=0.05)
 t = trainer(Path(sys.argv[1]), model=model, world=world_size(), micro_batch=4, kl_target=0.05, kl_horizon=100, par_samples=1, ptx_coef=0.5,
-            kl_loss_coef=0.1, **corpus())
+            kl_loss_coef=0.1, rollout_engine="vllm" if case == "vllm" else "transformers", **corpus())
 fit(t)
 assert world_size() == (2 if len(sys.argv) > 2 else 1)
 stop_processes()
@@ -241,16 +245,19 @@ os._exit(0)  # as stages leave: gloo threads can abort a finished process on its
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("on_one_base", [False, True])
-def test_two_processes_equal_one(tmp_path, on_one_base):
-    """Losses, metrics and final weights over gloo, at the same global batch. Whitening or normalising per process would show."""
+@pytest.mark.parametrize("case", ["full", "lora", "vllm"])
+def test_two_processes_equal_one(tmp_path, case):
+    """Losses, metrics and final weights over gloo, at the same global batch. Whitening or normalising per process would show.
+
+    With a fake of vLLM, which gives log-probabilities of its own, they reach every process.
+    """
     script = tmp_path / "run.py"
     script.write_text(TWO)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                   "ADAPTED": str(on_one_base)}
+                   "CASE": case}
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     subprocess.run([sys.executable, str(script), str(tmp_path / "one")], env=environment, check=True, timeout=300)
@@ -260,6 +267,8 @@ def test_two_processes_equal_one(tmp_path, on_one_base):
     assert [p.wait(timeout=300) for p in pair] == [0, 0]
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert len(one) == len(two) == 2
+    if case == "vllm":
+        assert all(row["rollout/logprob_diff"] > 0.01 for row in one)
     for a, b in zip(one, two, strict=True):
         for key in a:
             # Clip fractions count: one token of some sixty in one of four steps may lie on the other side of its bound by rounding.

@@ -1,6 +1,7 @@
 """Gold and proxy score over KL, of a PPO run and of best-of-n from its start, with the fits of reward/overoptimization.py."""
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from reward.verifiers import GoldScore
 from stages.models.training import gather, rank, world_size
 from stages.rl.measure import Prompts, answers
 from stages.rl.rewards import Response, Reward
+from stages.run import figures
+from stages.run.checkpoint import read_metrics
 from stages.run.manifest import metric, say
 
 LEAST_POINTS = 8  # iterations that three constants are fitted to
@@ -68,3 +71,15 @@ def compare(rows: Sequence[Mapping[str, float]], found: BestOfN | None, sampled_
         f"(n={prompts})")
     return curves, {f"best_of_n/{key}": metric(best[name][-1][0], n=prompts, ci95=ends if ends[0] < ends[1] else None)
                     for key, name in (("gold", "gold"), ("score", "proxy")) for ends in [best[name][-1][1:]]}
+
+
+def show(directory: Path) -> None:
+    """Draw the iterations' scores over steps and over KL into `figures/` of a run."""
+    logged = read_metrics(directory / "metrics.jsonl")
+    axes: list[tuple[str, str, str, Literal["line", "points"]]] = [
+        ("scores", "step", "step", "line"), ("scores-against-kl", "objective/kl", "KL to the start (nats a response)", "points")]
+    for name, column, label, look in axes:
+        figures.plot(directory / "figures" / f"{name}.png", [
+            figures.Series(legend, [row[column] for row in logged], [row[key] for row in logged], look=look) for legend, key in
+            (("reward (proxy)", "objective/score"), ("gold score", "objective/gold"), ("sampled accuracy", "objective/accuracy"))],
+            x=label, y="mean of an iteration")

@@ -7,7 +7,8 @@ changes the gradient.
 
 Sources: Schulman et al. 2016 (GAE); Schulman et al. 2017 (PPO); Ziegler et al. 2019 (KL in the reward, adaptive coefficient);
 Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO"; Schulman 2020, "Approximating KL Divergence" (a blog note);
-Fu et al. 2025, "Reward Shaping to Mitigate Reward Hacking in RLHF" (PAR).
+Fu et al. 2025, "Reward Shaping to Mitigate Reward Hacking in RLHF" (PAR); Yao et al. 2025, "Your Efficient RL Framework Secretly
+Brings You Off-Policy RL Training" (truncated importance sampling; a blog note).
 """
 import torch
 from torch import Tensor
@@ -97,6 +98,27 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, c
     free = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     return torch.maximum(free, clipped), clipped > free
+
+
+def importance_weights(logprobs: Tensor, engine_logprobs: Tensor, *, cap: float) -> Tensor:
+    """Weight of each token that another engine sampled: pi / mu, at most `cap`; `logprobs` are log pi of the trainer as it was then.
+
+    pi and mu have the same weights and round differently, so the policy gradient over mu's tokens is not pi's own. The ratio puts
+    that right, and the cap bounds its variance (Yao et al. 2025). 1 where `engine_logprobs` are NaN, which is: not known.
+    """
+    known = torch.where(engine_logprobs.isnan(), logprobs, engine_logprobs)
+    return torch.exp(logprobs - known).clamp(max=cap)
+
+
+def mismatch(logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and maximum of |log pi - log mu| over real tokens, and the mean of pi / mu, three scalars; NaN of an engine is left out.
+
+    The mean of pi / mu over mu's own tokens is 1 however far apart they are, so another value says that `engine_logprobs` are not
+    those that were sampled from (a temperature left out), or that few tokens carry much of the weight.
+    """
+    known = mask & ~engine_logprobs.isnan()
+    difference = torch.where(known, logprobs - engine_logprobs, 0.0)
+    return masked_mean(difference.abs(), known), difference.abs().max(), masked_mean(torch.exp(difference), known)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange: float) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ LOGITS = 1 << 28  # elements of the logits of responses read without a gradient,
 
 class Scored(NamedTuple):
     """A response with its score (normalised, before any shaping), the judge's opinion if there is one, a number for each of its
-    tokens in one-dimensional tensors on the CPU, what watchers say about it, for alarms alone, and the scores of what the reference
-    says to the same prompt, if PAR needs them."""
+    tokens in one-dimensional tensors on the CPU, what watchers say about it, for alarms alone, the scores of what the reference
+    says to the same prompt, if PAR needs them, and its tokens' log-probabilities by the engine that sampled it, if one did."""
 
     response: Response
     score: float
@@ -33,6 +33,7 @@ class Scored(NamedTuple):
     values: Tensor
     watched: Mapping[str, float] = {}
     reference_scores: tuple[float, ...] = ()
+    engine_logprobs: Tensor | None = None
 
 
 class Experience(NamedTuple):
@@ -46,14 +47,17 @@ class Experience(NamedTuple):
     advantages: Tensor
     returns: Tensor
     metrics: dict[str, float]
+    engine_logprobs: Tensor | None = None  # where the trainer's own sampler did not sample
 
     def inputs(self, rows: list[int], pad_id: int) -> dict[str, Tensor]:
         """What the loss needs of some rows, in a response window as wide as their longest response."""
         inputs = pad_sequences([self.responses[i].prompt_ids for i in rows], [self.responses[i].ids for i in rows], pad_id)
         window = inputs["response_mask"].size(1)
-        return inputs | {"old_logprobs": self.logprobs[rows, -window:], "ref_logprobs": self.ref_logprobs[rows, -window:],
-                         "old_values": self.values[rows, -window:], "advantages": self.advantages[rows, -window:],
-                         "returns": self.returns[rows, -window:]}
+        columns = {"old_logprobs": self.logprobs, "ref_logprobs": self.ref_logprobs, "old_values": self.values,
+                   "advantages": self.advantages, "returns": self.returns}
+        if self.engine_logprobs is not None:
+            columns["engine_logprobs"] = self.engine_logprobs
+        return inputs | {name: column[rows, -window:] for name, column in columns.items()}
 
 
 def draws(iteration: int, *, count: int, num_prompts: int, seed: int) -> list[tuple[int, int]]:
@@ -168,5 +172,10 @@ def build_experience(scored: Sequence[Scored], *, kl_coef: float, gamma: float, 
     if judged:
         metrics |= {"objective/gold": torch.tensor([g.score for g in judged]).mean(),
                     "objective/accuracy": torch.tensor([float(g.correct) for g in judged]).mean()}
+    engine_logprobs = None
+    if given := [s.engine_logprobs for s in scored if s.engine_logprobs is not None]:
+        engine_logprobs = align_right(given)
+        mean, most, ratio = maths.mismatch(logprobs, engine_logprobs, mask)
+        metrics |= {"rollout/logprob_diff": mean, "rollout/logprob_diff_max": most, "rollout/importance_ratio": ratio}
     return Experience([s.response for s in scored], mask, logprobs, ref_logprobs, values, maths.whiten(advantages, mask), returns,
-                      {name: float(value) for name, value in metrics.items()} | {"objective/kl_coef": kl_coef})
+                      {name: float(value) for name, value in metrics.items()} | {"objective/kl_coef": kl_coef}, engine_logprobs)

@@ -3,7 +3,8 @@
 One step of the Trainer is one optimizer step on one global minibatch. The dataset only counts: at the first step of an iteration
 the rollout happens, every process samples its share with the keyed sampler, and after a gather all of them hold the same
 experience, from which each cuts its part of every minibatch. So nothing depends on the number of processes, on accumulation,
-or on anything that a checkpoint at the end of an iteration does not hold: a resumed run equals an uninterrupted one.
+or on anything that a checkpoint at the end of an iteration does not hold: a resumed run equals an uninterrupted one. Where vLLM
+samples instead (stages/rl/generation.py), the responses depend on it, and all else stays.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from stages.rl import maths
 from stages.rl.adapters import Seen
 from stages.rl.alarms import Watch
 from stages.rl.checks import warn_once
+from stages.rl.generation import VLLM, Engine, check_engine, cut, generate, make_engine
 from stages.rl.models import PolicyWithCritic
 from stages.rl.rewards import Response, Reward, Row
 from stages.rl.rollouts import Experience, Scored, as_responses, build_experience, draws, minibatch_rows, token_numbers
@@ -33,6 +35,7 @@ from stages.run.manifest import is_main, say
 Judge = Callable[[Sequence[Response]], list[GoldScore]]
 CONSOLE = ("objective/score", "objective/gold", "objective/accuracy", "objective/kl", "objective/entropy", "response/length",
            "response/eos_rate", "policy/clip_fraction", "value/explained_variance")
+IMPORTANCE_CAP = 2.0  # of a token's weight where another engine sampled it (Yao et al. 2025)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,8 @@ class PpoSettings:
     KL coefficient adapts. `missing_eos_penalty` replaces the score of a response that did not end; None leaves the score.
     `kl_loss_coef` weighs k2 in the loss, beside or in place of k1 in the reward (the model's `kl_coef`), and `ptx_coef` the loss on
     corpus rows, as many a step as there are responses. `par_samples` above 0 turns scores into PAR against so many responses of the
-    reference. A KL above `kl_limit` nats a response saves a checkpoint and stops.
+    reference. A KL above `kl_limit` nats a response saves a checkpoint and stops. `rollout_engine` is transformers or vllm, which then
+    runs in this process on a share of `vllm_gpu_memory` of its GPU (`vllm_mode` colocate), or as a server elsewhere.
     """
 
     rollout_batch: int
@@ -73,6 +77,10 @@ class PpoSettings:
     eos_ids: tuple[int, ...] = ()
     pad_id: int = 0
     sampling_batch: int = 256
+    rollout_engine: str = "transformers"
+    vllm_mode: str = "colocate"
+    vllm_server_url: str = "http://localhost:8000"
+    vllm_gpu_memory: float = 0.3
     seed: int = 0
 
     def __post_init__(self):
@@ -82,6 +90,9 @@ class PpoSettings:
         for name in ("kl_target", "kl_horizon", "kl_limit"):
             if (number := getattr(self, name)) is not None and number <= 0:
                 raise ValueError(f"{name} is {number}: set it above 0" + ("" if name == "kl_horizon" else ", or to null to leave it out"))
+        if not 0 < self.vllm_gpu_memory <= 1:
+            raise ValueError(f"vllm_gpu_memory is {self.vllm_gpu_memory}: set it to the share of a GPU that vLLM may take, above 0 and at "
+                             "most 1")
         if not all(self.stop_strings):
             raise ValueError("stop_strings holds an empty text, which every response contains: leave it out")
         if self.score_clip is not None and (self.score_clip <= 0 or self.par_samples):
@@ -145,6 +156,14 @@ class PPOTrainer(Resumable, Trainer):
                              "method to full")
         self.reference: Any = Seen(model.policy, None) if adapted else engines.as_computed(model.policy, self)
         self.policy_copy: Any = engines.as_computed(model.policy, self) if divided else None
+        self.engine: Engine | None = None
+        if settings.rollout_engine == VLLM:
+            check_engine(VLLM, "lora" if adapted else "full")
+            s = settings
+            self.engine = make_engine(
+                model.policy, self.accelerator, tokenizer, vllm_mode=s.vllm_mode, vllm_server_url=s.vllm_server_url,
+                vllm_gpu_memory=s.vllm_gpu_memory, temperature=model.temperature, max_new_tokens=s.max_new_tokens, eos_ids=s.eos_ids,
+                longest_prompt=max(len(ids) for _, ids in prompts))
         self.experience: Experience | None = None
         self.warned: set[str] = set()
         self.sums: dict[str, Tensor] = {}
@@ -206,19 +225,23 @@ class PPOTrainer(Resumable, Trainer):
         problems, prompts = zip(*(self.prompts[index] for index, _ in mine), strict=True)
         keys = [(prompt_key(problem["id"]), number) for problem, (_, number) in zip(problems, mine, strict=True)]
         with engines.rounding(self):  # the reference and the sampler must round as the wrapped policy does
-            ids = sample(self.whole_policy(), list(prompts), keys=keys, seed=s.seed, temperature=self.model.temperature,
-                         max_new_tokens=s.max_new_tokens, eos_ids=s.eos_ids, pad_id=s.pad_id, batch_size=s.sampling_batch)
+            if self.engine is not None:
+                ids, by_engine = generate(self.engine, list(prompts))
+            else:
+                ids = sample(self.whole_policy(), list(prompts), keys=keys, seed=s.seed, temperature=self.model.temperature,
+                             max_new_tokens=s.max_new_tokens, eos_ids=s.eos_ids, pad_id=s.pad_id, batch_size=s.sampling_batch)
             asked = list(zip(problems, prompts, strict=True))
             responses = as_responses(asked, ids, self.tokenizer, eos_ids=s.eos_ids, stop_strings=s.stop_strings)
             scores = self.reward(responses)
             reference_scores = self._reference_scores(asked, keys) if s.par_samples else [()] * len(asked)
             numbers = token_numbers(self.model, self.reference, responses, temperature=self.model.temperature, pad_id=s.pad_id,
                                     batch_size=s.micro_batch, device=self.args.device, in_step=self.policy_copy is not None)
+        given = cut(by_engine, [len(r.ids) for r in responses]) if self.engine is not None else [None] * len(responses)
         judged = self.judge(responses) if self.judge else [None] * len(responses)
         watched = self.watch.opinions(responses)
         scored = gather([Scored(response, float(score), opinion, *each, *more)
                          for response, score, opinion, each, more in
-                         zip(responses, scores, judged, numbers, zip(watched, reference_scores, strict=True), strict=True)])
+                         zip(responses, scores, judged, numbers, zip(watched, reference_scores, given, strict=True), strict=True)])
         kl_coef = float(self.model.kl_coef)
         experience = build_experience(scored, kl_coef=kl_coef, gamma=s.gamma, lam=s.lam,
                                       missing_eos_penalty=s.missing_eos_penalty, score_clip=s.score_clip,
@@ -260,6 +283,8 @@ class PPOTrainer(Resumable, Trainer):
                          if name in inputs})
         old_logprobs = inputs["old_logprobs"]
         policy, policy_clipped = maths.policy_loss(stats.logprobs, old_logprobs, inputs["advantages"], cliprange=s.cliprange)
+        if "engine_logprobs" in inputs:
+            policy = policy * maths.importance_weights(old_logprobs, inputs["engine_logprobs"], cap=IMPORTANCE_CAP)
         value, value_clipped = maths.value_loss(stats.values, inputs["old_values"], inputs["returns"],
                                                 cliprange=s.cliprange_value)
         kl = maths.k2(stats.logprobs, inputs["ref_logprobs"])
