@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from stages.data import corpora, dialogues, turns
 from stages.data.instructions import instructions
 from stages.data.overlap import screened
-from stages.data.packing import PackedCollator, replayed
+from stages.data.packing import replayed
 from stages.data.problems import read_problems
 from stages.data.tokenizer import ASSISTANT, END, SYSTEM, USER, document_end
 from stages.evals.battery import changes, exam, summary
@@ -26,7 +26,7 @@ from stages.evals.tasks import load_task
 from stages.models import adapters, engines, finetuning
 from stages.models.counts import count_parameters, train_flops_per_token
 from stages.models.finetuning import DialogueCollator, TuningConfig, tune
-from stages.models.forgetting import STEP_IN_FORWARDS, Neutral, Watch
+from stages.models.forgetting import STEP_IN_FORWARDS, Watch, base_text
 from stages.models.heldout import measured, ratio, summarised
 from stages.models.training import barrier, export, save_model
 from stages.models.verdict import forgotten, transferred, verdict
@@ -118,10 +118,7 @@ def main(config: SftConfig) -> Manifest:
     datasets.disable_caching()  # the cache is keyed by the pickled function, not by what it calls
 
     new = [token for token in (SYSTEM, USER, ASSISTANT, END) if token in tokenizer.get_vocab()]
-    base_rows = datasets.load_from_disk(str(prepared.product("tokens") / "heldout"))
-    base_rows = base_rows.select(range(min(config.forgetting_rows, len(base_rows))))
-    packed = PackedCollator(eos_id=end_of_text, pad_id=tokenizer.pad_token_id)
-    neutral = Neutral(model, base_rows, packed) if config.forgetting_rows else None
+    neutral = base_text(prepared, model, tokenizer, rows=config.forgetting_rows, pad_id=tokenizer.pad_token_id)
 
     def examine(model: Any) -> dict[str, Any]:
         """The same exam in the chat format and, as far as it asks for skill, in that of the pretraining text."""

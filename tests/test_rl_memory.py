@@ -129,4 +129,5 @@ def test_chunks_and_groups_by_hand(monkeypatch):
     monkeypatch.setattr(logprobs, "CHUNK", 100)
     assert chunks(5, 40) == [slice(0, 2), slice(2, 4), slice(4, 6)] and len(chunks(3, 1000)) == 3
     assert list(groups([3, 1, 0, 2], [4, 2, 9, 1], 2, 8)) == [[3, 1], [0], [2]]  # 2 x 2; 4, since 2 x 9 is too many; 9 alone
+    assert list(groups(range(3), [3, 3, 3], 9, 6)) == [[0, 1], [2]]  # 2 x 3 is just enough
     assert list(groups(range(5), [1] * 5, 3, 99)) == [[0, 1, 2], [3, 4]] and list(groups([], [], 3, 99)) == []

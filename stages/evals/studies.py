@@ -14,6 +14,7 @@ from stages.run.manifest import Manifest
 # did could be told from nothing (LOG.md).
 EASY: dict[str, Any] = {"difficulties": [1, 2]}
 EASY_RANKED: dict[str, Any] = EASY | {"responses_per_prompt": 8, "temperature": 1.0}
+UNTAXED: dict[str, Any] = {"probe_prompts": 0, "forgetting_rows": 0}  # what PPO does to other skills is not their question
 # Reward models made good and bad on purpose: what of a model is trained.
 CAPACITIES: dict[str, dict[str, Any]] = {"full": {}, "rank 1": {
     "method": "lora", "lora_rank": 1, "lora_alpha": 2, "optimizer": "adamw", "learning_rate": 1e-3}}

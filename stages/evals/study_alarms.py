@@ -22,7 +22,7 @@ import numpy as np
 from prompts.intervals import wilson
 from reward.alarms import STATISTICS, WINDOW, Limits, fall, statistics
 from stages.evals.scoring import write_records
-from stages.evals.studies import CAPACITIES, EASY, EASY_RANKED, markdown, mean, stage
+from stages.evals.studies import CAPACITIES, EASY, EASY_RANKED, UNTAXED, markdown, mean, stage
 from stages.run.checkpoint import read_metrics
 from stages.run.console import clock
 from stages.run.entry import run_program
@@ -93,7 +93,7 @@ def study(given: argparse.Namespace) -> None:
         settings = {"alarm_limits": {"feature_distance": 3.0}} | settings  # all that can be watched
         made = stage("ppo", given.runs / folder, seed=seed, iterations=given.iterations, learning_rate=given.learning_rate, gate="off",
                      second_reward=str(second), best_of=0, sample_iterations=0, save_iterations=5, eval_problems=given.eval_problems,
-                     **EASY, **settings, **base, **{"parents.reward_model": str(model)})
+                     **UNTAXED, **EASY, **settings, **base, **{"parents.reward_model": str(model)})
         return {"gold": made.metrics["gain/gold"], "proxy": made.metrics["gain/score"]["value"], "kl": made.metrics["after/kl"]["value"],
                 "kept_step": made.data["notes"]["kept_step"], "last_step": made.data["notes"]["last_step"]}
 

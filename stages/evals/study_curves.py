@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.evals.scoring import write_records
-from stages.evals.studies import EASY, EASY_RANKED, markdown, stage
+from stages.evals.studies import EASY, EASY_RANKED, UNTAXED, markdown, stage
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.console import clock
@@ -105,7 +105,7 @@ def study(given: argparse.Namespace) -> None:
         folder = given.runs / f"ppo-{slug(name)}-{own}"
         model = "weak" if name.startswith("weak") else "sound"
         made = stage("ppo", folder, seed=own, iterations=given.iterations, gate="off", kl_limit=None, best_of=0, sample_iterations=0,
-                     eval_problems=given.eval_problems, **EASY, **{**SOUND, **settings}, **base,
+                     eval_problems=given.eval_problems, **UNTAXED, **EASY, **{**SOUND, **settings}, **base,
                      **{"parents.reward_model": str(given.runs / f"reward-{model}")})
         rows = read_metrics(folder / "metrics.jsonl")
         lines.append({"run": name, "seed": own, "settings": settings, **{

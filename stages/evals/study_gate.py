@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 from reward.gate import judge
 from stages.evals.scoring import write_records
-from stages.evals.studies import CAPACITIES, EASY, EASY_RANKED, markdown, stage
+from stages.evals.studies import CAPACITIES, EASY, EASY_RANKED, UNTAXED, markdown, stage
 from stages.run import figures
 from stages.run.console import clock
 from stages.run.entry import run_program
@@ -69,7 +69,7 @@ def study(given: argparse.Namespace) -> None:
         made("preferences", ranked, max_responses=size, error_rate=error, **EASY_RANKED)
         model = made("reward_model", f"reward-{name}", fresh_problems=300, **CAPACITIES[capacity],
                      **{"parents.preferences": str(given.runs / ranked)})
-        tuned = made("ppo", f"ppo-{name}", iterations=given.iterations, gate="off", **EASY,
+        tuned = made("ppo", f"ppo-{name}", iterations=given.iterations, gate="off", **UNTAXED, **EASY,
                      **{"parents.reward_model": str(given.runs / f"reward-{name}")})
         lines.append({"responses": size, "error_rate": error, "capacity": capacity, "verdict": judge(model.metrics).level,
                       "figures": {key: model.metrics[key]["value"] for key in FIGURES if key in model.metrics},

@@ -1,6 +1,6 @@
 """Engines that divide the weights over the processes (FSDP2, DeepSpeed ZeRO-3): whole weights from parts, and what they would round.
 
-Everything that knows these engines by name is here; on any other engine each function is the plain thing.
+What PPO needs to know of them is here; on any other engine each function is the plain thing.
 A gather is a collective: call `refresh` and `gathered` on every process.
 """
 import copy

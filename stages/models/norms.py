@@ -1,7 +1,7 @@
-"""RMSNorm with its gradient written out, for CPUs: half the passes over memory, and half of what is kept for the backward pass.
+"""RMSNorm with its gradient written out, for CPUs: half the time, and one tensor of the input's size kept for the backward pass, not two.
 
-transformers writes it as six operations, each of which makes a tensor as large as its input that autograd keeps. In small decoders
-these passes cost as much as a third of the matrix products. GPUs have kernels of their own and are left alone.
+transformers writes it as six operations. In decoders of width 128 and 256 the written-out form takes 8 to 9 % off the processor time of
+forward and backward together (LOG.md). GPUs have kernels of their own and are left alone.
 
 Letters: d features.
 """
