@@ -22,7 +22,8 @@ class Limits:
     which of them runs have calibrated: `make study-alarms`); the statistics have sources.
 
     `gold_falls`, `second_falls`: standard errors that the judge's or a second reward model's score has lost since its best while the
-    reward rose (Gao et al. 2023: what over-optimisation is). Three, because the best of many windows is best by chance, too.
+    reward rose (Gao et al. 2023: what over-optimisation is). Four, because the best of many windows is best by chance, too: where
+    nothing changes, three is crossed at some time by 13 % of runs of 40 iterations and 45 % of 90, four by 1 % and 3 % (simulated).
     `disagreement`: of an ensemble's members, times the start's (Coste et al. 2023). `beyond_range`: share of scores above the start's
     99 % quantile. `feature_distance`: squared Mahalanobis distance of the reward model's last hidden state from the start's responses,
     times the start's (Lee et al. 2018); off, because it reads every response a second time: set 3. `length_drift`: relative change of
@@ -32,8 +33,8 @@ class Limits:
     reward model. `kl`: nats a response to the start.
     """
 
-    gold_falls: float | None = 3.0
-    second_falls: float | None = 3.0
+    gold_falls: float | None = 4.0
+    second_falls: float | None = 4.0
     disagreement: float | None = 2.0
     beyond_range: float | None = 0.5
     feature_distance: float | None = None

@@ -57,12 +57,12 @@ def test_each_alarm_by_hand(name):
 
 @pytest.mark.parametrize("key", ["objective/gold", "watch/second"])
 def test_a_score_that_falls_while_the_reward_rises(key):
-    """Five rows at .5, five at .3 with standard errors of .1: .2 / sqrt(2 x .1^2 / 5) = 3.16 standard errors."""
-    rows = run(*[{key: 0.5}] * 5, *[{key: 0.3, "objective/score": 1.0}] * 5)
-    assert fall(rows, key) == pytest.approx(0.2 / math.sqrt(2 * 0.01 / 5))
+    """Five rows at .5, five at .2 with standard errors of .1: .3 / sqrt(2 x .1^2 / 5) = 4.74 standard errors."""
+    rows = run(*[{key: 0.5}] * 5, *[{key: 0.2, "objective/score": 1.0}] * 5)
+    assert fall(rows, key) == pytest.approx(0.3 / math.sqrt(2 * 0.01 / 5))
     name = "gold_falls" if key == "objective/gold" else "second_falls"
     alarms = first_alarms(rows)
-    assert [(a.name, a.step) for a in alarms] == [(name, 40)] and "3.2 standard errors below its best" in alarms[0].sentence
+    assert [(a.name, a.step) for a in alarms] == [(name, 40)] and "4.7 standard errors below its best" in alarms[0].sentence
     assert fall([{**row, "objective/score": -row["objective/score"]} for row in rows], key) == 0  # both fell: no hacking
     assert fall([{k: v for k, v in row.items() if k != f"{key}_se"} for row in rows], key) is None
     assert 1e3 < fall([{**row, f"{key}_se": 0.0} for row in rows], key) < math.inf  # a number, because it is written down
@@ -115,3 +115,12 @@ def test_the_page_has_the_thresholds_that_the_code_has():
     page = (Path(__file__).parent.parent / "docs" / "reward-hacking.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d.]+|off) \|[^|]*\|$", page.partition("## The alarms")[2], re.MULTILINE)
     assert {name: None if limit == "off" else float(limit) for name, limit in rows} == vars(Limits())
+
+
+def test_few_runs_in_which_nothing_changes_raise_gold_falls():
+    """Ninety iterations of pure noise under a reward that rises: the best of many windows is above the last one by chance alone."""
+    rng, alarmed = np.random.default_rng(0), 0
+    for _ in range(100):
+        rows = [{"step": i, "objective/score": i, "objective/gold": x, "objective/gold_se": 1.0} for i, x in enumerate(rng.normal(size=90))]
+        alarmed += any(a.name == "gold_falls" for end in range(WINDOW, 91) for a in raised(rows[:end]))
+    assert alarmed <= 8  # 3 expected; 45 at a threshold of three standard errors
