@@ -52,7 +52,7 @@ Line = Mapping[str, Any]
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m stages.evals.study_ppo_peers", description=__doc__.splitlines()[0])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="who trains", metavar="VARIANT")
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=[3e-5, 1e-4, 3e-4, 1e-3], help="tried at the first seed")
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=[1e-5, 3e-5, 1e-4, 3e-4], help="tried at the first seed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="the first one selects the learning rates")
     parser.add_argument("--iterations", type=int, default=40, help="the most that a run has")
     parser.add_argument("--batch-size", type=int, default=64, help="responses an iteration")
