@@ -171,7 +171,7 @@ def test_a_study_tries_rates_at_one_seed_takes_turns_and_is_not_run_twice(monkey
     tried = [(name, rate, 0) for rate in (1e-4, 1e-3) for name in VARIANTS]
     assert started == [*tried, *((name, 1e-4 if name == "trl-grpo" else 1e-3, 1) for name in VARIANTS)]
     shown = capsys.readouterr().out
-    assert "budget: 4 trainers, 3 runs each of at most 40 iterations" in shown
+    assert "budget: 4 trainers, 3 runs each of at most 30 iterations" in shown
     assert "| critic, wall | 0.40 | 0.40 | 0.40 (0.40 to 0.40) |" in shown
     assert "| trl-grpo, wall | >1.25 | >1.25 | >1.25 (1.25 to 1.25) |" in shown
     assert len((tmp_path / "runs" / "study_ppo_peers.jsonl").read_text().splitlines()) == 12
@@ -197,7 +197,7 @@ def test_a_report_says_what_was_selected_and_what_was_not_reached():
 
 
 def test_both_halves_agree_and_nothing_begins_without_the_peer(monkeypatch, tmp_path):
-    given, defaults = arguments([]), Terms("", "", "", 0, 0, 0, 40)
+    given, defaults = arguments([]), Terms("", "", "", 0, 0, 0, 30)
     assert all(getattr(given, name) == getattr(defaults, name) for name in (
         "iterations", "batch_size", "epochs", "minibatches", "max_new_tokens", "generations", "eval_problems"))
     monkeypatch.setattr(study_ppo_peers, "PEER", tmp_path / "python")
