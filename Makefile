@@ -28,7 +28,7 @@ GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
-	bench-sft bench-reward bench-ppo rewardbench clean
+	bench-sft bench-reward bench-ppo study-ppo-peers rewardbench clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -131,6 +131,9 @@ bench-reward: setup ## comparisons/s and memory of reward training on rankings o
 
 bench-ppo: setup .venv-trl112/.installed ## samples/s, split of the time and memory of PPO, beside TRL 1.12's PPO and TRL's GRPO (20 minutes)
 	$(PY) -m stages.evals.bench_ppo $(ARGS)
+
+study-ppo-peers: setup .venv-trl112/.installed ## wall time to the same gold score: our PPO, TRL 1.12's, GRPO (over an hour; needs make sft rlhf)
+	$(PY) -m stages.evals.study_ppo_peers $(ARGS)
 
 test: setup ## all tests, one full pass of the smoke recipe included
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q
