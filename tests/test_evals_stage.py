@@ -6,17 +6,18 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from prompts import strategies
-from prompts.strategies import Request, Result
+from prompts.records import Request, Result
 from prompts.templates import DIRECT, WORKED, Style
 from stages import evaluation
 from stages.data import curriculum
 from stages.data.tokenizer import END, train_tokenizer
-from stages.evals import scoring, study_sc
+from stages.evals import journal, scoring, study_sc
 from stages.evals.backends import LocalModel
 from stages.evals.scheduler import solve
 from stages.models.sizes import build_decoder, decoder_config
@@ -62,18 +63,19 @@ def test_solutions_do_not_depend_on_order_or_batches(model_folder, rows):
 def test_scheduler_runs_rounds_side_by_side(rows):
     batches = []
 
-    def backend(requests):
-        batches.append(len(requests))
-        return [Result(text="The answer is 1." if r.key == rows[0]["id"] else f"The answer is {r.sample}.", tokens=1, finished=True)
-                for r in requests]
+    class Backend:
+        def generate(self, requests):
+            batches.append(len(requests))
+            return [Result(text="The answer is 1." if r.question == rows[0]["id"] else f"The answer is {r.sample}.", prompt_tokens=2,
+                           generated_tokens=1, finish="stop") for r in requests]
 
     seen = []
     solved = solve([strategies.self_consistency(row, PLAIN, n=4, temperature=1.0, round_size=2) for row in rows[:2]]
-                   + [strategies.direct(rows[2], PLAIN)], backend, batch_size=3, advance=seen.append)
-    assert batches == [3, 2, 3, 1] == seen  # 2 + 2 + 1 asked at first, then 2 + 2: two agreeing votes of four settle nothing
+                   + [strategies.direct(rows[2], PLAIN)], Backend(), batch_size=3, advance=seen.append)
+    assert batches == [3, 3, 3] == seen  # 2 + 1, then the second round of the first beside the rest, then what is left
     assert [s.answer for s in solved] == ["1", "0", "0"] and [s.tie for s in solved] == [False, True, False]
     with pytest.raises(ValueError, match="1 requests but 0 results"):
-        solve([strategies.direct(rows[2], PLAIN)], lambda requests: [], batch_size=3)
+        solve([strategies.direct(rows[2], PLAIN)], SimpleNamespace(generate=lambda requests: []), batch_size=3)
 
 
 def test_answers_end_at_stop_text_and_end_token(model_folder):
@@ -82,25 +84,31 @@ def test_answers_end_at_stop_text_and_end_token(model_folder):
     end = backend.tokenizer.convert_tokens_to_ids(END)
     assert backend.end_of_turn == [end] and backend.end_of_text == [backend.tokenizer.eos_token_id] != [end]
     answer = encode(" The answer is 7.")
-    assert backend.read([*answer, end], [end], ()) == Result(text=" The answer is 7.", tokens=len(answer) + 1, finished=True)
-    assert backend.read(answer, [end], ()) == Result(text=" The answer is 7.", tokens=len(answer), finished=False)
+
+    def said(tokens, finish):
+        return Result(text=" The answer is 7.", prompt_tokens=0, generated_tokens=tokens, finish=finish)
+
+    assert backend.read([*answer, end], [end], ()) == said(len(answer) + 1, finish="stop")
+    assert backend.read(answer, [end], ()) == said(len(answer), finish="length")
     longer = encode(" The answer is 7.\n\nQuestion: Tom")
-    assert backend.read(longer, [end], PLAIN.stop) == Result(text=" The answer is 7.", tokens=len(longer), finished=True)
+    assert backend.read(longer, [end], PLAIN.stop) == said(len(longer), finish="stop")
     assert encode("\n\n")[0] in backend.stop_ids(PLAIN.stop) and encode(" Tom")[0] not in backend.stop_ids(PLAIN.stop)
 
 
 def test_prompt_without_room_is_not_cut_but_counted(model_folder):
     backend = LocalModel(model_folder, seed=0, batch_size=8)
-    short, long = (Request(prompt="Tom has 1. " * n, key=str(n), max_tokens=4) for n in (1, 200))
-    results = backend([long, short])
-    assert results[0] == Result(text="", tokens=0, finished=False) and results[1].tokens > 0 and backend.too_long == 1
+    short, long = (Request(prompt="Tom has 1. " * n, question=str(n), max_tokens=4) for n in (1, 200))
+    results = backend.generate([long, short])
+    assert results[0] == Result(text="", prompt_tokens=0, generated_tokens=0, finish="too_long")
+    assert results[1].generated_tokens > 0 and results[1].prompt_tokens == len(backend.encode(short.prompt))
+    assert backend.too_long == 1
 
 
 def test_chat_needs_a_template(model_folder):
     backend = LocalModel(model_folder, seed=0, batch_size=8)
     backend.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="evaluate it as `base`"):
-        backend([Request(prompt=({"role": "user", "content": "Hi"},), key="a")])
+        backend.generate([Request(prompt=({"role": "user", "content": "Hi"},), question="a")])
 
 
 @pytest.fixture
@@ -155,22 +163,27 @@ def test_other_words_in_a_prompt_are_another_run(stage, monkeypatch):
     assert evaluation.main(config).fingerprint != before
 
 
-def test_an_interrupted_run_continues_where_it_was(stage, monkeypatch):
+def test_an_interrupted_run_keeps_every_finished_question(stage, monkeypatch):
     whole = evaluation.main(stage("whole"))
-    write, written = scoring.write_records, []
+    append, asked = journal.Journal.append, []
 
-    def write_and_stop(path, records):
-        write(path, records)
-        written.append(path.name)
-        if len(written) == 4:
+    def append_and_stop(self, record):
+        append(self, record)
+        asked.append(record["id"])
+        if len(asked) == 20:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(scoring, "write_records", write_and_stop)
+    monkeypatch.setattr(journal.Journal, "append", append_and_stop)
+    killed = stage("killed")
     with pytest.raises(KeyboardInterrupt):
-        evaluation.main(stage("killed"))
-    continued = evaluation.main(stage("killed"))
-    assert len(written) == 10  # 4 cells before, the other 6 after, none twice
+        evaluation.main(killed)
+    [*_, part] = sorted(Path(f"{killed.run_dir}.partial").glob("asked/*/*/*.jsonl"), key=lambda path: path.stat().st_mtime)
+    with part.open("a") as file:
+        file.write('{"id": "cut off in the mid')  # what a kill in the middle of a write leaves
+    continued = evaluation.main(killed)
+    assert len(asked) == 2 * 5 * 7  # 20 questions before, the others after, none twice
     assert continued.metrics == whole.metrics
+    assert not (continued.path / "asked").exists() or not list((continued.path / "asked").rglob("*.jsonl"))
 
 
 @pytest.mark.slow
@@ -208,15 +221,15 @@ def test_chains_of_the_study_share_their_examples():
     class Backend:
         batch_size, too_long = 8, 0
 
-        def __call__(self, requests):
+        def generate(self, requests):
             asked.extend(requests)
-            return [Result(text="The answer is 1.", tokens=4, finished=True) for _ in requests]
+            return [Result(text="The answer is 1.", prompt_tokens=3, generated_tokens=4, finish="stop") for _ in requests]
 
     rows = study_sc.fresh("test", "word_problems", 2, 0, 3)
     made = study_sc.measure(Backend(), PLAIN, rows, 2, 0.5, "", shots=2)
     assert len(asked) == 3 * 3 and len(made["vote"]) == len(made["greedy"]) == 3
     for row in rows:
-        prompts = {r.prompt for r in asked if r.key == row["id"]}
+        prompts = {r.prompt for r in asked if r.question == row["id"]}
         assert len(prompts) == 1 and prompts.pop().count(curriculum.CUES["worked"]) == 3  # two examples and the question
 
 
