@@ -58,10 +58,11 @@ def worked_steps(problem: Row, style: Style, examples: Sequence[Row] = (), *, st
 def game_of_24(problem: Row, style: Style, *, step_tokens: int) -> Puzzle:
     """Game of 24: operations on the numbers that are left as thoughts, three to a solution.
 
-    The numbers are the first four whole numbers of the question. What breaks the rules (a number that is not there, a wrong result)
-    is left out as it is read; the answer is the expression that the steps make. Raises ValueError for a question without four.
+    The numbers are the first four whole numbers of the question beside 24 (they go to 13). What breaks the rules (a number that is not
+    there, a wrong result) is left out as it is read; the answer is the expression that the steps make.
+    Raises ValueError for a question without four.
     """
-    given = re.findall(r"\d+", problem["question"])[:4]
+    given = [number for number in re.findall(r"\d+", problem["question"]) if number != "24"][:4]
     if len(given) < 4:
         raise ValueError(f"problem {problem['id']} is no game of 24: its question has {len(given)} numbers, not 4")
 
