@@ -58,13 +58,12 @@ def worked_steps(problem: Row, style: Style, examples: Sequence[Row] = (), *, st
 def game_of_24(problem: Row, style: Style, *, step_tokens: int) -> Puzzle:
     """Game of 24: operations on the numbers that are left as thoughts, three to a solution.
 
-    The numbers are the first four whole numbers of the question beside 24 (they go to 13). What breaks the rules (a number that is not
-    there, a wrong result) is left out as it is read; the answer is the expression that the steps make.
-    Raises ValueError for a question without four.
+    The row's "numbers" are the four. What breaks the rules (a number that is not there, a wrong result) is left out as it is read; the
+    answer is the expression that the steps make. Raises ValueError for a problem without four numbers.
     """
-    given = [number for number in re.findall(r"\d+", problem["question"]) if number != "24"][:4]
-    if len(given) < 4:
-        raise ValueError(f"problem {problem['id']} is no game of 24: its question has {len(given)} numbers, not 4")
+    given = [str(number) for number in problem.get("numbers", [])]
+    if len(given) != 4:
+        raise ValueError(f"problem {problem['id']} is no game of 24: it has {len(given)} \"numbers\", not 4")
 
     def extend(state: Thoughts) -> Prompt:
         return _say(style, f"Combine two of the numbers with +, -, * or / so that 24 can be reached. One step a line, as here.\n"

@@ -147,7 +147,8 @@ def test_bad_search(settings, message):
     with pytest.raises(ValueError, match=message):
         ask(tree_of_thought(ROW, PLAIN, toy(), search(**settings)), toy_model)
     with pytest.raises(ValueError, match="no prompt to judge states by vote"):
-        ask(tree_of_thought(ROW, PLAIN, game_of_24({**ROW, "question": "1 2 3 4"}, PLAIN, step_tokens=9), search(judge="vote")), toy_model)
+        game = game_of_24({**ROW, "numbers": [1, 2, 3, 4]}, PLAIN, step_tokens=9)
+        ask(tree_of_thought(ROW, PLAIN, game, search(judge="vote")), toy_model)
 
 
 def test_steps_are_sampled_from_the_solution_so_far_and_judged_by_the_reward_model():
@@ -168,7 +169,7 @@ def test_steps_are_sampled_from_the_solution_so_far_and_judged_by_the_reward_mod
 
 
 def test_game_of_24_keeps_the_rules_and_is_solved():
-    puzzle = game_of_24({**ROW, "question": "Make 24 from 4 9 10 13."}, PLAIN, step_tokens=40)
+    puzzle = game_of_24({**ROW, "numbers": [4, 9, 10, 13]}, PLAIN, step_tokens=40)
     offered = "13 - 9 = 4 (left: 4 4 10)\n10 - 4 = 7 (left: ...)\n9 * 9 = 81\n13 - 9 = 4\n10 / 4 = 5/2"
     assert puzzle.read((), offered) == ["13 - 9 = 4", "10 / 4 = 5/2"]  # wrong sum, a number used twice, and the same again are left out
     state = ("13 - 9 = 4", "10 - 4 = 6", "4 * 6 = 24")
@@ -185,8 +186,8 @@ def test_game_of_24_keeps_the_rules_and_is_solved():
                          if i != j and "/" not in a + b for sign in "+-*")
     found, _ = ask(tree_of_thought(ROW, PLAIN, puzzle, search(depth=3, beam=2, width=40)), say)
     assert eval(found.answer) == 24
-    with pytest.raises(ValueError, match="3 numbers, not 4"):
-        game_of_24({**ROW, "question": "1 2 3"}, PLAIN, step_tokens=9)
+    with pytest.raises(ValueError, match='has 3 "numbers", not 4'):
+        game_of_24({**ROW, "numbers": [1, 2, 3]}, PLAIN, step_tokens=9)
 
 
 def test_refine_stops_at_no_fault_at_a_repeat_and_at_its_rounds():

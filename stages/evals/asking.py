@@ -118,7 +118,7 @@ def search_of(config: AskingConfig, row: Mapping[str, Any]) -> Search:
 
 
 def _is_game(row: Mapping[str, Any]) -> bool:
-    return row.get("answer_type") == "expression"
+    return row.get("verifier") == "game24"
 
 
 def style_of(config: AskingConfig, task: Task, chat: bool) -> Style:

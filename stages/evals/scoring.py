@@ -41,7 +41,7 @@ def record(row: Mapping[str, Any], solution: Solution) -> dict:
     given = {id(sample) for sample in solution.samples}
     steps = [{"stage": step.asked.stage, "sample": step.asked.sample, "text": step.given.text, "tokens": step.given.generated_tokens,
               "prompt_tokens": step.given.prompt_tokens, "finish": step.given.finish,
-              **({} if isinstance(step.asked, Request) else {"score": step.given.score})}
+              **({} if isinstance(step.asked, Request) else {"score": step.given.score and round(step.given.score, 4)})}
              for step in solution.trace if id(step.given) not in given]
     correct = solution.answer is not None and equal(solution.answer, row["answer"])
     return {"id": row["id"], "task": row["task"], "difficulty": row["difficulty"], "gold": row["answer"],
