@@ -13,6 +13,7 @@ from typing import Any
 WORKED, DIRECT = "worked", "direct"
 BENCHMARK_CUES = {WORKED: "Let's think step by step. End with \"The answer is\" and the answer.",
                   DIRECT: "Answer with \"The answer is\" and the answer alone."}
+EXTRACT = "Therefore, the answer is"  # Kojima et al. 2022, table 4, without what is said of each format
 STOP_PLAIN = ("\n\n", "\nQuestion:")  # how the next example would begin
 
 Prompt = str | tuple[dict[str, str], ...]  # plain text, or chat messages {"role", "content"}
@@ -57,6 +58,20 @@ def render(question: str, style: Style, kind: str, examples: Sequence[Row] = ())
     for q, a in asked:
         turns += [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
     return (*turns, {"role": "user", "content": last})
+
+
+def ask_for_answer(prompt: Prompt, steps: str) -> Prompt:
+    """The prompt that asks for the answer to steps which do not state it: the text so far and `EXTRACT`, or another turn of the chat."""
+    if isinstance(prompt, str):
+        return f"{prompt}{steps.rstrip()} {EXTRACT}"
+    return (*prompt, {"role": "assistant", "content": steps}, {"role": "user", "content": f"{EXTRACT}"})
+
+
+def begun(prompt: Prompt, text: str) -> Prompt:
+    """The prompt with the beginning of its answer, which the model is to go on with. An assistant's turn at the end is an open one."""
+    if not text:
+        return prompt
+    return f"{prompt} {text}" if isinstance(prompt, str) else (*prompt, {"role": "assistant", "content": text})
 
 
 def exemplars(name: str) -> list[dict]:

@@ -4,69 +4,44 @@
     python -m stages.evaluation score --samples samples.jsonl --out result.json
 """
 import argparse
-import math
-import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-import torch
-from tqdm import tqdm
-
-from prompts import strategies
-from prompts.strategies import Strategy
-from prompts.templates import Style
 from stages.data.corpora import read_rows
 from stages.evals import scoring
-from stages.evals.backends import LocalModel
-from stages.evals.scheduler import solve
-from stages.evals.tasks import Task, load_task
-from stages.models.training import barrier, gather, rank, world_size
-from stages.run.config import StageConfig, option
+from stages.evals.asking import MODELS, AskingConfig, ask, cells, check, file_of, first_prompts, needs_judge
+from stages.evals.tasks import load_task
+from stages.models.training import barrier
+from stages.run.config import option
 from stages.run.console import table
 from stages.run.entry import launch, run_program
 from stages.run.manifest import Manifest, Run, hash_data, is_main, metric, say, write_json
 
-MODELS = {"base": ("pretrain", False), "base_chat": ("pretrain", True), "sft": ("sft", True), "ppo": ("ppo", True)}  # run, chat
-STRATEGIES = ("direct", "few_shot", "zero_shot_cot", "few_shot_cot", "self_consistency")
-
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(StageConfig):
+class EvaluationConfig(AskingConfig):
     STAGE = "evaluation"
-    PARENTS = ("prepare", "pretrain", "sft", "ppo")
+    PARENTS = ("prepare", "pretrain", "sft", "reward_model", "ppo")
 
-    models: dict[str, list[str]] = option(
-        {"base": list(STRATEGIES), "base_chat": ["zero_shot_cot"], "sft": list(STRATEGIES), "ppo": list(STRATEGIES)},
-        f"strategies for each of {', '.join(MODELS)}: {', '.join(STRATEGIES)}")
     tasks: list[str] = option(["word_problems", "chained_variables"],
                               "embedded tasks, or [name=]format:source such as gsm8k:data/test.jsonl", recorded_only=True)
     difficulties: list[int] = option([1, 2, 3, 4], "steps of the embedded problems, in equal numbers")
     num_problems: int = option(200, "problems a cell (0: all there are)")
-    shots: int = option(2, "examples in a few-shot prompt")
-    num_samples: int = option(8, "chains that vote in self-consistency")
-    temperature: float = option(1.0, "temperature of these chains")
-    chain_shots: int = option(0, "examples before each of these chains")
-    round_size: int | None = option(None, "draw chains in rounds and stop when settled (then no figure for one sampled chain)")
-    max_tokens_worked: int = option(96, "tokens of a worked answer")
-    max_tokens_direct: int = option(16, "tokens of a direct answer")
-    cues: dict[str, str] = option({}, "phrases for `worked` and `direct`, instead of those that belong to the task")
-    system: str | None = option(None, "system turn of every chat")
-    batch_size: int = option(256, "rows decoded together; changes speed only", recorded_only=True)
-    dtype: Literal["float32", "bfloat16"] = option("float32", "precision of the model")
 
 
 def main(config: EvaluationConfig) -> Manifest:
     check(config)
+    if not config.tasks:
+        raise ValueError("nothing to evaluate: give at least one task, and one model with a strategy")
     needed = {"prepare"} | {MODELS[model][0] for model, chosen in config.models.items() if chosen}
-    config = replace(config, parents={name: path for name, path in config.parents.items() if name in needed})
     problems = Manifest(config.parents["prepare"]).product("problems")
     tasks = [load_task(spec, problems=problems, difficulties=config.difficulties, num_problems=config.num_problems,
                        seed=config.seed) for spec in config.tasks]
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError(f"two tasks are called {[task.name for task in tasks]}: name them apart, as in train=gsm8k:train.jsonl")
+    needed |= {"reward_model"} if needs_judge(config, tasks) else set()
+    config = replace(config, parents={name: path for name, path in config.parents.items() if name in needed})
     run = Run(config, inputs={"prompts": hash_data(first_prompts(config, tasks)),
                               **{f"task {task.name}": hash_data([task.rows, task.pool]) for task in tasks}})
     if run.finished:
@@ -76,92 +51,25 @@ def main(config: EvaluationConfig) -> Manifest:
     ask(config, run, tasks)
     if not is_main():
         return run.finish(metrics={})
-    records = {key: [row for _, row in read_rows(path)] for key in cells(config, tasks)
-               if (path := run.directory / file_of(*key)).is_file()}
+    records = {key: [row for _, row in read_rows(run.directory / file_of(*key))] for key in cells(config, tasks)}
+    for key in [key for key, rows in records.items() if unasked(key, rows)]:
+        del records[key]  # its figures stay missing
     results = summarize(records)
     write_json(run.directory / "results.json", results)
     report(results)
     return run.finish(
         metrics=metrics_of(results), products={"results": "results.json", "items": "results"},
         counts={"problems": sum(len(task.rows) for task in tasks), "cells": len(records),
-                "tokens": sum(s["tokens"] for cell in records.values() for r in cell for s in r["samples"])})
+                "tokens": sum(r["cost"]["generated_tokens"] for cell in records.values() for r in cell)})
 
 
-def check(config: EvaluationConfig) -> None:
-    """Raises ValueError for a model or strategy that does not exist and for settings under which nothing can be asked."""
-    for model, chosen in config.models.items():
-        if model not in MODELS:
-            raise ValueError(f"unknown model {model!r} in models: choose from {', '.join(MODELS)}")
-        if unknown := set(chosen) - set(STRATEGIES):
-            raise ValueError(f"unknown strategy {sorted(unknown)[0]!r} for {model}: choose from {', '.join(STRATEGIES)}")
-    if unknown := set(config.cues) - {"worked", "direct"}:
-        raise ValueError(f"unknown cue {sorted(unknown)[0]!r}: choose from worked, direct")
-    if not config.tasks or not any(config.models.values()):
-        raise ValueError("nothing to evaluate: give at least one task, and one model with a strategy")
-
-
-def cells(config: EvaluationConfig, tasks: list[Task]) -> list[tuple[str, str, str]]:
-    return [(model, task.name, strategy) for model, chosen in config.models.items() for task in tasks for strategy in chosen]
-
-
-def first_prompts(config: EvaluationConfig, tasks: list[Task]) -> list[list[str]]:
-    """What each cell asks first, problem by problem: cells answered under other words are out of date."""
-    by_name = {task.name: task for task in tasks}
-    return [[str(next(make(row))[0].prompt) for row in by_name[task].rows] for model, task, strategy in cells(config, tasks)
-            for make in [strategy_of(config, by_name[task], MODELS[model][1], strategy)]]
-
-
-def file_of(model: str, task: str, strategy: str) -> Path:
-    return Path("results") / model / f"{task}.{strategy}.jsonl"
-
-
-def strategy_of(config: EvaluationConfig, task: Task, chat: bool, name: str) -> Callable[[dict], Strategy]:
-    """A strategy ready for a problem row."""
-    style = Style(chat=chat, cues={**task.cues, **config.cues}, system=config.system,
-                  max_tokens={"worked": config.max_tokens_worked, "direct": config.max_tokens_direct})
-    if name == "self_consistency":
-        return lambda row: strategies.self_consistency(
-            row, style, task.examples(row, config.chain_shots, config.seed), n=config.num_samples,
-            temperature=config.temperature, round_size=config.round_size)
-    if name in ("few_shot", "few_shot_cot"):
-        with_examples = strategies.few_shot if name == "few_shot" else strategies.few_shot_cot
-        return lambda row: with_examples(row, style, task.examples(row, config.shots, config.seed))
-    without = strategies.direct if name == "direct" else strategies.zero_shot_cot
-    return lambda row: without(row, style)
-
-
-def ask(config: EvaluationConfig, run: Run, tasks: list[Task]) -> None:
-    """Answer every cell that is not on disk yet, each process its share of the problems.
-
-    A cell in which no prompt leaves room for an answer in the model's context is left out: its figures stay missing.
-    """
-    missing = [key for key in cells(config, tasks) if not (run.directory / file_of(*key)).is_file()]
-    barrier()  # all have looked before the first cell is written
-    by_name = {task.name: task for task in tasks}
-    cost = {key: config.num_samples if key[2] == "self_consistency" else 1 for key in missing}
-    total = sum(math.ceil(len(by_name[task].rows) / world_size()) * cost[model, task, s] for model, task, s in missing)
-    bar = tqdm(total=total, desc="answers", disable=not is_main(), leave=False, mininterval=.5 if sys.stderr.isatty() else 10)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    backend, loaded = None, ""
-    for model, name, strategy in missing:
-        parent, chat = MODELS[model]
-        if loaded != parent:
-            backend, loaded = LocalModel(run.parents[parent].product("model"), seed=config.seed, batch_size=config.batch_size,
-                                         device=device, dtype=config.dtype), parent
-        assert backend is not None
-        task, before = by_name[name], backend.too_long
-        make = strategy_of(config, task, chat, strategy)
-        mine = range(rank(), len(task.rows), world_size())
-        solutions = solve([make(task.rows[i]) for i in mine], backend, batch_size=4 * config.batch_size, advance=bar.update)
-        found = gather([(i, scoring.record(task.rows[i], s)) for i, s in zip(mine, solutions, strict=True)])
-        dropped = sum(gather([backend.too_long - before]))
-        if dropped:
-            say(f"{model}/{name}/{strategy}: {dropped} prompts leave no room to answer in a context of {backend.context} tokens")
-        records = [r for _, r in sorted(found, key=lambda item: item[0])]
-        if is_main() and any(sample["tokens"] for r in records for sample in r["samples"]):
-            scoring.write_records(run.directory / file_of(model, name, strategy), records)
-    bar.close()
-    barrier()
+def unasked(key: tuple[str, str, str], rows: list[dict]) -> bool:
+    """Says how many prompts left no room or got no answer; whether that is so for all of them."""
+    ends = [sample["finish"] for row in rows for sample in row["samples"]]
+    for finish, what in (("too_long", "prompts leave no room to answer in the model's context"), ("missing", "requests got no answer")):
+        if finish in ends:
+            say(f"{'/'.join(key)}: {ends.count(finish)} {what}")
+    return {"too_long", "missing"} >= set(ends)
 
 
 def summarize(records: dict[tuple[str, str, str], list[dict]]) -> dict:

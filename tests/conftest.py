@@ -1,4 +1,5 @@
 """Shared fixtures: the smoke recipe, run once a session through the real command line."""
+import itertools
 import os
 import subprocess
 import sys
@@ -57,3 +58,25 @@ PARENTS = {"prepare": (), "scaling": ("prepare",), "pretrain": ("prepare",), "sf
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory) -> Recipe:
     return Recipe("smoke", tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A random two-layer model with the project's tokenizer, saved as stages save theirs. Its answers mean nothing."""
+    import torch
+
+    from stages.data import curriculum
+    from stages.data.tokenizer import train_tokenizer
+    from stages.models.sizes import build_decoder, decoder_config
+    from stages.models.training import save_model
+
+    folder = tmp_path_factory.mktemp("model")
+    documents = [d["text"] for d in itertools.islice(curriculum.documents(0), 300)]
+    tokenizer = train_tokenizer(documents, vocab_size=500, context_length=256)
+    config = decoder_config(tokenizer, hidden_size=32, num_layers=2, num_heads=2, context_length=256)
+    model = build_decoder(config, seed=0)
+    torch.manual_seed(0)
+    for parameter in model.parameters():  # zeroed projections would make it a bigram model of nothing
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_model(model, tokenizer, folder)
+    return folder

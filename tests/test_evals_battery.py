@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from prompts.intervals import wilson
-from prompts.strategies import Result
+from prompts.records import Result
 from prompts.templates import BENCHMARK_CUES, STOP_PLAIN
 from stages.data import curriculum
 from stages.data.instructions import instructions
@@ -44,14 +44,15 @@ class Scripted:
     def __init__(self, too_long=()):
         self.calls, self.too_long = [], too_long
 
-    def __call__(self, requests):
+    def generate(self, requests):
         self.calls.append(requests)
         results = []
         for request in requests:
             plain = isinstance(request.prompt, str)
             asked = request.prompt.removeprefix("Question: ").removesuffix("\nAnswer:") if plain else request.prompt[0]["content"]
             (text, finished), room = SAID[asked], asked not in self.too_long
-            results.append(Result(text=text if room else "", tokens=len(text.split()) if room else 0, finished=finished and room))
+            results.append(Result(text=text if room else "", prompt_tokens=2, generated_tokens=len(text.split()) if room else 0,
+                                  finish="too_long" if not room else "stop" if finished else "length"))
         return results
 
 
@@ -70,7 +71,8 @@ def test_marks_worked_by_hand(scripted, chat):
     assert scripted(backend, chat) == BY_HAND
     [requests] = backend.calls  # one batch of everything
     assert {type(r.prompt) for r in requests} == {tuple if chat else str} and len(requests) == 2 * 3 + 2 + 1
-    assert {r.max_tokens for r in requests if r.key in "ij"} == {32} and {r.max_tokens for r in requests if r.key not in "ij"} == {9}
+    assert {r.max_tokens for r in requests if r.question in "ij"} == {32}
+    assert {r.max_tokens for r in requests if r.question not in "ij"} == {9}
     assert {(r.temperature, r.stop) for r in requests} == {(0.0, () if chat else STOP_PLAIN)}
 
 
@@ -159,6 +161,6 @@ def test_a_model_in_memory_answers_as_the_saved_one(tiny, tmp_path):
                    LocalModel.of(model, tokenizer, stop_ids=[end], seed=0, batch_size=4))
     row, style = PROBLEMS[0], battery._style(True, curriculum.CUES, 12)
     requests = [next(battery.strategies.direct(row, style))[0], next(battery.strategies.zero_shot_cot(row, style))[0]]
-    assert held(requests) == saved(requests)
+    assert held.generate(requests) == saved.generate(requests)
     user = {"role": "user", "content": f"{row['question']} {curriculum.CUES['direct']}"}
     assert held.encode(requests[0].prompt) == chat_ids(tokenizer, [user], ask=True)  # as fine-tuning writes it

@@ -2,12 +2,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from prompts.intervals import wilson
-from prompts.strategies import Result, conclude
+from prompts.records import Request, Result, Step
+from prompts.strategies import conclude
 from stages import evaluation
 from stages.evals import scoring
 
@@ -63,7 +65,9 @@ def test_command(tmp_path):
 
 def made(id, gold, *texts):
     row = {"id": id, "task": "t", "difficulty": 1, "question": "?", "answer": gold, "solutions": [["Start 2."]]}
-    return scoring.record(row, conclude([Result(text=t, tokens=8, finished=t.endswith(".")) for t in texts]))
+    samples = [Result(text=t, prompt_tokens=4, generated_tokens=8, finish="stop" if t.endswith(".") else "length") for t in texts]
+    trace = tuple(Step(Request(prompt="?", question=id), sample) for sample in samples)
+    return scoring.record(row, replace(conclude(samples), trace=trace))
 
 
 def test_cell_by_hand():

@@ -3,42 +3,32 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
+from transformers import AutoTokenizer
 
 from prompts import strategies
-from prompts.strategies import Request, Result
+from prompts.critique import self_refine
+from prompts.records import Request, Result
+from prompts.search import Search, tree_of_thought
 from prompts.templates import DIRECT, WORKED, Style
+from prompts.thoughts import worked_steps
+from reward.model import from_language_model
 from stages import evaluation
 from stages.data import curriculum
-from stages.data.tokenizer import END, train_tokenizer
-from stages.evals import scoring, study_sc
+from stages.data.corpora import read_rows
+from stages.data.tokenizer import END
+from stages.evals import asking, journal, scoring, study_sc
 from stages.evals.backends import LocalModel
 from stages.evals.scheduler import solve
-from stages.models.sizes import build_decoder, decoder_config
-from stages.models.training import save_model
 
 PLAIN = Style(chat=False, cues=curriculum.CUES, max_tokens={WORKED: 24, DIRECT: 8})
 CHAT = Style(chat=True, cues=curriculum.CUES, max_tokens={WORKED: 24, DIRECT: 8})
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    """A random two-layer model with the project's tokenizer, saved as stages save theirs. Its answers mean nothing."""
-    folder = tmp_path_factory.mktemp("model")
-    documents = [d["text"] for d in itertools.islice(curriculum.documents(0), 300)]
-    tokenizer = train_tokenizer(documents, vocab_size=500, context_length=256)
-    config = decoder_config(tokenizer, hidden_size=32, num_layers=2, num_heads=2, context_length=256)
-    model = build_decoder(config, seed=0)
-    torch.manual_seed(0)
-    for parameter in model.parameters():  # zeroed projections would make it a bigram model of nothing
-        torch.nn.init.normal_(parameter, std=0.3)
-    save_model(model, tokenizer, folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -46,34 +36,53 @@ def rows():
     return [p.as_row() for p in itertools.islice(curriculum.problems(0, split="test", difficulties=(1, 2)), 12)]
 
 
-def test_solutions_do_not_depend_on_order_or_batches(model_folder, rows):
-    def run(order, batch_size):
-        backend = LocalModel(model_folder, seed=3, batch_size=batch_size)
-        made = [strategies.self_consistency(rows[i], CHAT, n=3, temperature=1.0) for i in order]
-        return dict(zip(order, solve(made, backend, batch_size=2 * batch_size), strict=True))
+def test_solutions_do_not_depend_on_order_batches_or_processes(model_folder, rows):
+    """Every kind of strategy, on a model: a draw belongs to (seed, task, question, stage, sample) and to nothing else."""
+    def judge(asked):
+        return [Result(text="", prompt_tokens=1, generated_tokens=0, finish="stop", score=float(len(a.response) % 7)) for a in asked]
 
-    order = list(range(len(rows)))
+    def make(row):
+        puzzle = worked_steps(row, PLAIN, step_tokens=6)
+        return [strategies.self_consistency(row, CHAT, n=3, temperature=1.0),
+                strategies.self_consistency(row, PLAIN, n=4, temperature=1.0, stop="beta:0.9"),
+                strategies.two_stage_cot(row, PLAIN), strategies.best_of_n(row, CHAT, n=3, temperature=1.0),
+                self_refine(row, CHAT, rounds=1),
+                tree_of_thought(row, PLAIN, puzzle, Search(judge="value", width=2, beam=2, depth=2, judgements=2))]
+
+    def run(order, batch_size, seed=3):
+        backend = LocalModel(model_folder, seed=seed, batch_size=batch_size)
+        solved = solve([s for i in order for s in make(rows[i])], backend, batch_size=2 * batch_size, judge=judge)
+        return {i: solved[6 * at:6 * at + 6] for at, i in enumerate(order)}
+
+    order = list(range(6))
     first = run(order, 64)
     random.Random(0).shuffle(order)
-    assert run(order, 5) == first
-    assert len({sample.text for s in first.values() for sample in s.samples}) > len(rows)  # samples do differ
+    assert run(order, 3) == first
+    assert run(order[0::2], 64) | run(order[1::2], 64) == first  # as two processes share them
+    assert run(order, 64, seed=4) != first
+    assert len({sample.text for s in first.values() for sample in s[0].samples}) > len(order)  # samples do differ
+    requests = [step.asked for solved in first.values() for s in solved for step in s.trace if isinstance(step.asked, Request)]
+    sampled = {(r.key, r.sample): r.prompt for r in requests if r.temperature}
+    assert all(sampled[r.key, r.sample] == r.prompt or isinstance(r.prompt, str) != isinstance(sampled[r.key, r.sample], str)
+               for r in requests if r.temperature)  # no two prompts of one style share a draw
 
 
 def test_scheduler_runs_rounds_side_by_side(rows):
     batches = []
 
-    def backend(requests):
-        batches.append(len(requests))
-        return [Result(text="The answer is 1." if r.key == rows[0]["id"] else f"The answer is {r.sample}.", tokens=1, finished=True)
-                for r in requests]
+    class Backend:
+        def generate(self, requests):
+            batches.append(len(requests))
+            return [Result(text="The answer is 1." if r.question == rows[0]["id"] else f"The answer is {r.sample}.", prompt_tokens=2,
+                           generated_tokens=1, finish="stop") for r in requests]
 
     seen = []
     solved = solve([strategies.self_consistency(row, PLAIN, n=4, temperature=1.0, round_size=2) for row in rows[:2]]
-                   + [strategies.direct(rows[2], PLAIN)], backend, batch_size=3, advance=seen.append)
-    assert batches == [3, 2, 3, 1] == seen  # 2 + 2 + 1 asked at first, then 2 + 2: two agreeing votes of four settle nothing
+                   + [strategies.direct(rows[2], PLAIN)], Backend(), batch_size=3, advance=seen.append)
+    assert batches == [3, 3, 3] == seen  # 2 + 1, then the second round of the first beside the rest, then what is left
     assert [s.answer for s in solved] == ["1", "0", "0"] and [s.tie for s in solved] == [False, True, False]
     with pytest.raises(ValueError, match="1 requests but 0 results"):
-        solve([strategies.direct(rows[2], PLAIN)], lambda requests: [], batch_size=3)
+        solve([strategies.direct(rows[2], PLAIN)], SimpleNamespace(generate=lambda requests: []), batch_size=3)
 
 
 def test_answers_end_at_stop_text_and_end_token(model_folder):
@@ -82,25 +91,31 @@ def test_answers_end_at_stop_text_and_end_token(model_folder):
     end = backend.tokenizer.convert_tokens_to_ids(END)
     assert backend.end_of_turn == [end] and backend.end_of_text == [backend.tokenizer.eos_token_id] != [end]
     answer = encode(" The answer is 7.")
-    assert backend.read([*answer, end], [end], ()) == Result(text=" The answer is 7.", tokens=len(answer) + 1, finished=True)
-    assert backend.read(answer, [end], ()) == Result(text=" The answer is 7.", tokens=len(answer), finished=False)
+
+    def said(tokens, finish):
+        return Result(text=" The answer is 7.", prompt_tokens=0, generated_tokens=tokens, finish=finish)
+
+    assert backend.read([*answer, end], [end], ()) == said(len(answer) + 1, finish="stop")
+    assert backend.read(answer, [end], ()) == said(len(answer), finish="length")
     longer = encode(" The answer is 7.\n\nQuestion: Tom")
-    assert backend.read(longer, [end], PLAIN.stop) == Result(text=" The answer is 7.", tokens=len(longer), finished=True)
+    assert backend.read(longer, [end], PLAIN.stop) == said(len(longer), finish="stop")
     assert encode("\n\n")[0] in backend.stop_ids(PLAIN.stop) and encode(" Tom")[0] not in backend.stop_ids(PLAIN.stop)
 
 
 def test_prompt_without_room_is_not_cut_but_counted(model_folder):
     backend = LocalModel(model_folder, seed=0, batch_size=8)
-    short, long = (Request(prompt="Tom has 1. " * n, key=str(n), max_tokens=4) for n in (1, 200))
-    results = backend([long, short])
-    assert results[0] == Result(text="", tokens=0, finished=False) and results[1].tokens > 0 and backend.too_long == 1
+    short, long = (Request(prompt="Tom has 1. " * n, question=str(n), max_tokens=4) for n in (1, 200))
+    results = backend.generate([long, short])
+    assert results[0] == Result(text="", prompt_tokens=0, generated_tokens=0, finish="too_long")
+    assert results[1].generated_tokens > 0 and results[1].prompt_tokens == len(backend.encode(short.prompt))
+    assert backend.too_long == 1
 
 
 def test_chat_needs_a_template(model_folder):
     backend = LocalModel(model_folder, seed=0, batch_size=8)
     backend.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="evaluate it as `base`"):
-        backend([Request(prompt=({"role": "user", "content": "Hi"},), key="a")])
+        backend.generate([Request(prompt=({"role": "user", "content": "Hi"},), question="a")])
 
 
 @pytest.fixture
@@ -111,10 +126,14 @@ def stage(model_folder, tmp_path):
     for split, drawn_from in (("sft", "train"), ("test", "test")):
         made = {p.id: p.as_row() for p in itertools.islice(curriculum.problems(0, split=drawn_from, difficulties=(1, 2)), 200)}
         (problems / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made.values()))
+    reward = from_language_model(model_folder, pad_id=0, seed=0, random_head=True)
+    reward.save_pretrained(tmp_path / "reward")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "reward")
     own = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(9)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     for parent, product in [("prepare", {"problems": {"path": "problems"}}), *((name, {"model": {"path": str(model_folder)}})
-                                                                              for name in ("pretrain", "sft", "ppo"))]:
+                                                                              for name in ("pretrain", "sft", "ppo")),
+                            ("reward_model", {"model": {"path": str(tmp_path / "reward")}})]:
         (tmp_path / parent).mkdir(exist_ok=True)
         (tmp_path / parent / "manifest.json").write_text(json.dumps(
             {"stage": parent, "fingerprint": f"sha256:{parent}", "products": product}))
@@ -155,34 +174,94 @@ def test_other_words_in_a_prompt_are_another_run(stage, monkeypatch):
     assert evaluation.main(config).fingerprint != before
 
 
-def test_an_interrupted_run_continues_where_it_was(stage, monkeypatch):
+def test_an_interrupted_run_keeps_every_finished_question(stage, monkeypatch):
     whole = evaluation.main(stage("whole"))
-    write, written = scoring.write_records, []
+    append, asked = journal.Journal.append, []
 
-    def write_and_stop(path, records):
-        write(path, records)
-        written.append(path.name)
-        if len(written) == 4:
+    def append_and_stop(self, record):
+        append(self, record)
+        asked.append(record["id"])
+        if len(asked) == 20:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(scoring, "write_records", write_and_stop)
+    monkeypatch.setattr(journal.Journal, "append", append_and_stop)
+    killed = stage("killed")
     with pytest.raises(KeyboardInterrupt):
-        evaluation.main(stage("killed"))
-    continued = evaluation.main(stage("killed"))
-    assert len(written) == 10  # 4 cells before, the other 6 after, none twice
+        evaluation.main(killed)
+    [*_, part] = sorted(Path(f"{killed.run_dir}.partial").glob("asked/*/*/*.jsonl"), key=lambda path: path.stat().st_mtime)
+    with part.open("a") as file:
+        file.write('{"id": "cut off in the mid')  # what a kill in the middle of a write leaves
+    continued = evaluation.main(killed)
+    assert len(asked) == 2 * 5 * 7  # 20 questions before, the others after, none twice
     assert continued.metrics == whole.metrics
+    assert not (continued.path / "asked").exists() or not list((continued.path / "asked").rglob("*.jsonl"))
+
+
+ALL = {"models": {"sft": list(asking.STRATEGIES)}, "tasks": ["word_problems"], "budget": 20, "refine_rounds": 1,
+       "tree": {"width": 2, "depth": 3}, "step_tokens": 6}
+
+
+def test_every_strategy_runs_and_costs_no_more_than_announced(stage, capsys):
+    config = stage(**ALL)
+    manifest = evaluation.main(config)
+    said = capsys.readouterr().out
+    results = json.loads(manifest.product("results").read_text())
+    cells = {cell["strategy"]: cell for cell in results["cells"]}
+    assert set(cells) == {*asking.STRATEGIES, scoring.SAMPLED}
+    rows = {row["id"]: row for _, row in read_rows(Path(config.parents["prepare"]) / "problems" / "test.jsonl")}
+    for name in asking.STRATEGIES:
+        records = [json.loads(line) for line in (manifest.path / cells[name]["items"]).read_text().splitlines()]
+        requests, tokens = asking.at_most(config, rows[records[0]["id"]], name)
+        assert f"{name}" in said and f"{7 * requests:,}" in said and f"{7 * tokens:,}" in said
+        assert cells[name]["tokens_mean"] <= tokens and all(r["cost"]["requests"] <= requests for r in records)
+        for r in records:  # the ledger holds the samples and everything else that was asked
+            own = [s for s in r["samples"] if s["prompt_tokens"]] + r.get("steps", [])
+            assert r["cost"] == {"requests": len(own), "prompt_tokens": sum(s["prompt_tokens"] for s in own),
+                                 "generated_tokens": sum(s["tokens"] for s in own)}, name
+    both = [cells[name] for name in ("best_of_n", "self_consistency")]
+    assert both[0]["tokens_mean"] == both[1]["tokens_mean"]  # the same chains, asked by two strategies
+    again = evaluation.main(stage("again", batch_size=3, **ALL))
+    assert again.metrics == manifest.metrics
+
+
+def test_a_strategy_that_needs_the_reward_model_needs_its_run(stage, tmp_path):
+    (tmp_path / "reward_model" / "manifest.json").unlink()
+    evaluation.main(stage(models={"sft": ["direct"]}))
+    with pytest.raises(ValueError, match=r"no finished run in .*reward_model"):
+        evaluation.main(stage(models={"sft": ["best_of_n"]}))
+
+
+def test_a_whole_file_needs_every_question(tmp_path):
+    for process, ids in ((0, "ac"), (1, "b")):
+        part = journal.Journal(tmp_path / "parts", process)
+        for id in ids:
+            part.append({"id": id})
+        part.close()
+    with pytest.raises(ValueError, match="lacks 1 of 4 questions, 'd' for one"):
+        journal.merge(tmp_path / "parts", tmp_path / "whole.jsonl", "abcd")
+    journal.merge(tmp_path / "parts", tmp_path / "whole.jsonl", "cba")
+    assert [json.loads(line)["id"] for line in (tmp_path / "whole.jsonl").read_text().splitlines()] == ["c", "b", "a"]
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "0.jsonl").write_text('{"id": "a"}\nnonsense\n')
+    with pytest.raises(ValueError, match=r"0.jsonl, line 2 is not a record"):
+        journal.places(tmp_path / "bad")
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(stage, tmp_path):
-    config = stage("two")
+    config = stage("two", **ALL)
     recipe = tmp_path / "two.yaml"
     recipe.write_text(json.dumps({k: v for k, v in vars(config).items() if k != "recipe"}))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541",
                            "-m", "stages.evaluation", "--config", str(recipe)], cwd=Path(__file__).parents[1], timeout=240,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert evaluation.main(config).metrics == evaluation.main(stage("one")).metrics
+    one = evaluation.main(stage("one", **ALL))
+    assert evaluation.main(config).metrics == one.metrics
+    for name in asking.STRATEGIES:
+        files = [folder / "results" / "sft" / f"word_problems.{name}.jsonl" for folder in (one.path, Path(config.run_dir))]
+        lines = [re.sub(r'"score": [^,}]*', "", file.read_text()) for file in files]  # scores differ by float error, with the batch
+        assert lines[0] == lines[1], name
 
 
 @pytest.mark.parametrize("change, message", [
@@ -190,6 +269,7 @@ def test_two_processes_give_the_figures_of_one(stage, tmp_path):
     ({"models": {"base": ["cot"]}}, "unknown strategy 'cot' for base: choose from direct"),
     ({"models": {"base": []}}, "nothing to evaluate"), ({"tasks": []}, "nothing to evaluate"),
     ({"cues": {"wroked": "x"}}, "unknown cue 'wroked'"),
+    ({"tree": {"width": 3, "beem": 2}}, "unknown key 'beem', did you mean 'beam'"), ({"stop": "gamma:1"}, "unknown stopping rule"),
     ({"tasks": ["word_problems", "word_problems"]}, "two tasks are called")])
 def test_bad_settings(stage, change, message):
     with pytest.raises(ValueError, match=message):
@@ -208,15 +288,15 @@ def test_chains_of_the_study_share_their_examples():
     class Backend:
         batch_size, too_long = 8, 0
 
-        def __call__(self, requests):
+        def generate(self, requests):
             asked.extend(requests)
-            return [Result(text="The answer is 1.", tokens=4, finished=True) for _ in requests]
+            return [Result(text="The answer is 1.", prompt_tokens=3, generated_tokens=4, finish="stop") for _ in requests]
 
     rows = study_sc.fresh("test", "word_problems", 2, 0, 3)
     made = study_sc.measure(Backend(), PLAIN, rows, 2, 0.5, "", shots=2)
     assert len(asked) == 3 * 3 and len(made["vote"]) == len(made["greedy"]) == 3
     for row in rows:
-        prompts = {r.prompt for r in asked if r.key == row["id"]}
+        prompts = {r.prompt for r in asked if r.question == row["id"]}
         assert len(prompts) == 1 and prompts.pop().count(curriculum.CUES["worked"]) == 3  # two examples and the question
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from prompts import strategies
-from prompts.strategies import Result
+from prompts.records import Result
 from prompts.templates import DIRECT, WORKED, Style, exemplars, render
 from prompts.voting import majority, settled
 from stages.data.curriculum import CUES, Problem, example
@@ -24,7 +24,7 @@ def drive(strategy, texts):
     while True:
         made += requests
         try:
-            requests = strategy.send([Result(text=next(texts), tokens=10, finished=True) for _ in requests])
+            requests = strategy.send([Result(text=next(texts), prompt_tokens=7, generated_tokens=10, finish="stop") for _ in requests])
         except StopIteration as finished:
             return made, finished.value
 
@@ -55,7 +55,7 @@ def test_worked_example_without_solution_is_refused():
 def test_greedy_strategies(make, cue, shots):
     [request], solution = drive(make(), ["2 + 3 = 5. The answer is 5."])
     assert request.prompt.count(CUES[cue]) == shots + 1 and request.prompt.count("Question:") == shots + 1
-    assert (request.temperature, request.max_tokens, request.key) == (0.0, PLAIN.max_tokens[cue], "q")
+    assert (request.temperature, request.max_tokens, request.key) == (0.0, PLAIN.max_tokens[cue], f"t/q/{cue}")
     assert (solution.answer, solution.tokens, solution.unparsed) == ("5", 10, 0)
 
 

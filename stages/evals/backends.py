@@ -1,6 +1,7 @@
 """Where requests are answered: a local transformers model behind the one sampler."""
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from prompts.strategies import Request, Result
+from prompts.records import Request, Result
 from prompts.templates import Prompt
 from stages.data.tokenizer import END
 from stages.models.sampling import prompt_key, sample
@@ -19,7 +20,7 @@ class LocalModel:
     """Answers requests with the model and the tokenizer saved in one folder, or (`of`) already in memory.
 
     Plain prompts end at the tokenizer's end of text or at a stop text; chat prompts at the end-of-turn token. A prompt that
-    leaves no room for its answer in the model's context is not cut: it gets an empty, unfinished result, counted in `too_long`.
+    leaves no room for its answer in the model's context is not cut: it gets an empty result that says "too_long", counted in `too_long`.
     """
 
     def __init__(self, path: str | Path, *, seed: int, batch_size: int, device: str = "cpu", dtype: str = "float32"):
@@ -45,15 +46,15 @@ class LocalModel:
         self.context = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    def __call__(self, requests: list[Request]) -> list[Result]:
-        """One result for each request, in order."""
+    def generate(self, requests: list[Request]) -> list[Result]:
+        """One result for each request, in order. Requests with one prompt share its prefill, where they come together."""
         results: dict[int, Result] = {}
         groups: dict[tuple, list[int]] = defaultdict(list)
         prompts = [self.encode(request.prompt) for request in requests]
         for i, request in enumerate(requests):
             if len(prompts[i]) + request.max_tokens > self.context:
                 self.too_long += 1
-                results[i] = Result(text="", tokens=0, finished=False)
+                results[i] = Result(text="", prompt_tokens=0, generated_tokens=0, finish="too_long")  # nothing was read or drawn
             else:
                 groups[(isinstance(request.prompt, str), request.temperature, request.max_tokens, request.stop)].append(i)
         for (plain, temperature, max_tokens, stop), rows in groups.items():
@@ -62,16 +63,21 @@ class LocalModel:
                            keys=[(prompt_key(requests[i].key), requests[i].sample) for i in rows], max_new_tokens=max_tokens,
                            eos_ids=[*ends, *self.stop_ids(stop)], pad_id=self.pad_id, batch_size=self.batch_size)
             for i, ids in zip(rows, drawn, strict=True):
-                results[i] = self.read(ids, ends, stop)
+                results[i] = replace(self.read(ids, ends, stop), prompt_tokens=len(prompts[i]))
         return [results[i] for i in range(len(requests))]
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a plain or chat prompt. Raises ValueError for chat without a chat template."""
+        """Token ids of a plain or chat prompt; a chat that ends with the assistant's turn leaves it open, for the model to go on with.
+
+        Raises ValueError for chat without a chat template.
+        """
         if isinstance(prompt, str):
             return self.tokenizer(prompt)["input_ids"]
         if self.tokenizer.chat_template is None:
             raise ValueError("the model's tokenizer has no chat template: evaluate it as `base`, with plain prompts")
-        text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        begun = prompt[-1]["role"] == "assistant"
+        text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=not begun,
+                                                  continue_final_message=begun)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own special tokens
 
     @cached_property
@@ -87,4 +93,23 @@ class LocalModel:
         ended = bool(ids) and ids[-1] in ends
         text = str(self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False))
         cuts = [text.find(mark) for mark in stop if mark in text]
-        return Result(text=text[:min(cuts)] if cuts else text, tokens=len(ids), finished=ended or bool(cuts))
+        return Result(text=text[:min(cuts)] if cuts else text, prompt_tokens=0, generated_tokens=len(ids),
+                      finish="stop" if ended or cuts else "length")
+
+    @torch.inference_mode()
+    def score(self, context: Prompt, continuation: str) -> list[float]:
+        """Log-probability of each token of `continuation` after `context`, at temperature 1.
+
+        Raises ValueError for a continuation without tokens, and for one that does not fit in the model's context.
+        """
+        before, after = self.encode(context), self.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        if not after or not before:
+            raise ValueError(f"nothing to score: the context has {len(before)} tokens and the continuation {len(after)}; both need one")
+        if len(before) + len(after) > self.context:
+            raise ValueError(f"{len(before)} + {len(after)} tokens do not fit in a context of {self.context}: shorten one of them")
+        training = self.model.training
+        self.model.eval()
+        logits = self.model(input_ids=torch.tensor([before + after], device=self.model.device), use_cache=False,
+                            logits_to_keep=len(after) + 1).logits[0, :-1].float()
+        self.model.train(training)
+        return logits.log_softmax(-1).gather(1, torch.tensor(after, device=logits.device)[:, None]).squeeze(1).tolist()

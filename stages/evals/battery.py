@@ -7,7 +7,7 @@ from typing import Any
 from prompts import strategies
 from prompts.answers import equal
 from prompts.intervals import wilson
-from prompts.strategies import Solution, Strategy
+from prompts.records import Solution, Strategy
 from prompts.templates import DIRECT, WORKED, Style
 from stages.data.curriculum import CUES
 from stages.data.instructions import follows
@@ -50,7 +50,7 @@ def exam(model: Any, tokenizer: Any, *, chat: bool, stop_ids: Sequence[int], pro
     mine = range(rank(), len(items), world_size())
     backend = LocalModel.of(model, tokenizer, stop_ids=stop_ids, seed=seed, batch_size=batch_size)
     solutions = solve([items[i][0] for i in mine], backend, batch_size=max(1, len(mine)))  # the backend sorts by length: show it all
-    marked = gather([(i, s.tokens > 0, items[i][1](s)) for i, s in zip(mine, solutions, strict=True)])
+    marked = gather([(i, s.samples[0].finish not in strategies.NO_ROOM, items[i][1](s)) for i, s in zip(mine, solutions, strict=True)])
     columns, answered = defaultdict(list), set()
     for _, asked, marks in sorted(marked, key=lambda entry: entry[0]):
         for name, mark in marks.items():

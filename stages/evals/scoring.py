@@ -2,7 +2,9 @@
 
 Records are what `results/*.jsonl` hold, in the Samples format with more keys, so every figure recomputes from them:
 {"id", "task", "difficulty", "gold", "answer", "correct", "tie",
- "samples": [{"text", "tokens", "finished", "answer", "gold_score", "faults"}]}
+ "cost": {"requests", "prompt_tokens", "generated_tokens"}, of all that was asked,
+ "samples": [{"text", "tokens", "prompt_tokens", "finished", "finish", "answer", "gold_score", "faults"}],
+ "steps": [{"stage", "sample", "text", "tokens", "prompt_tokens", "finish", "score"?}], of what is no sample}
 """
 import json
 import tempfile
@@ -12,7 +14,7 @@ from typing import Any
 
 from prompts.answers import equal, extract
 from prompts.intervals import wilson
-from prompts.strategies import Solution
+from prompts.records import Request, Solution
 from prompts.voting import majority
 from reward.verifiers import gold_score
 from stages.data.corpora import read_rows
@@ -25,15 +27,26 @@ PAIRS = (("self_consistency", "zero_shot_cot"), ("self_consistency", SAMPLED), (
 
 
 def record(row: Mapping[str, Any], solution: Solution) -> dict:
-    """What one problem's solution leaves on disk. The gold score judges each sample as the verifier does."""
+    """What one problem's solution leaves on disk. The gold score judges each sample as the verifier does.
+
+    `cost` sums all requests. `steps` holds those that are no sample (extraction, reviews, thoughts, valuations, scores), without their
+    prompts; it is there only when there are any.
+    """
     samples = []
     for result, answer in zip(solution.samples, solution.answers, strict=True):
         gold = gold_score(row, result.text, finished=result.finished)
-        samples.append({"text": result.text, "tokens": result.tokens, "finished": result.finished, "answer": answer,
-                        "gold_score": round(gold.score, 6), "faults": list(gold.faults)})
+        samples.append({"text": result.text, "tokens": result.generated_tokens, "prompt_tokens": result.prompt_tokens,
+                        "finished": result.finished, "finish": result.finish, "answer": answer, "gold_score": round(gold.score, 6),
+                        "faults": list(gold.faults)})
+    given = {id(sample) for sample in solution.samples}
+    steps = [{"stage": step.asked.stage, "sample": step.asked.sample, "text": step.given.text, "tokens": step.given.generated_tokens,
+              "prompt_tokens": step.given.prompt_tokens, "finish": step.given.finish,
+              **({} if isinstance(step.asked, Request) else {"score": step.given.score and round(step.given.score, 4)})}
+             for step in solution.trace if id(step.given) not in given]
     correct = solution.answer is not None and equal(solution.answer, row["answer"])
     return {"id": row["id"], "task": row["task"], "difficulty": row["difficulty"], "gold": row["answer"],
-            "answer": solution.answer, "correct": correct, "tie": solution.tie, "samples": samples}
+            "answer": solution.answer, "correct": correct, "tie": solution.tie, "samples": samples, "cost": vars(solution.cost),
+            **({"steps": steps} if steps else {})}
 
 
 def accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -56,9 +69,12 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     levels = sorted({r["difficulty"] for r in records})
     unparsed = sum(sample["answer"] is None for sample in samples)
     return {**accuracy(records), "unparsed": unparsed, "unparsed_rate": unparsed / len(samples), "num_samples": len(samples),
-            "ties": sum(r["tie"] for r in records), "tokens_mean": sum(sample["tokens"] for sample in samples) / len(records),
+            "ties": sum(r["tie"] for r in records), "tokens_mean": sum(r["cost"]["generated_tokens"] for r in records) / len(records),
+            "prompt_tokens_mean": sum(r["cost"]["prompt_tokens"] for r in records) / len(records),
+            "requests_mean": sum(r["cost"]["requests"] for r in records) / len(records),
             "finished": finished / len(samples), "finished_wilson95": list(wilson(finished, len(samples))),
-            "in_format": in_format / len(samples), "too_long": sum(sample["tokens"] == 0 for sample in samples),
+            "in_format": in_format / len(samples), "too_long": sum(s["finish"] == "too_long" for s in samples),
+            "missing": sum(s["finish"] == "missing" for s in samples),
             "gold_score": sum(golds) / len(golds), "gold_score_ci95": list(bootstrap_mean(golds)),
             "by_difficulty": {str(level): accuracy([r for r in records if r["difficulty"] == level]) for level in levels}}
 
