@@ -21,6 +21,8 @@ from prompts.templates import Style
 from stages.data.corpora import read_rows
 from stages.evals import scoring
 from stages.evals.backends import LocalModel
+from stages.evals.frontier import frontiers
+from stages.evals.pairs import pairs
 from stages.evals.scheduler import solve
 from stages.evals.tasks import Task, load_task
 from stages.models.training import barrier, gather, rank, world_size
@@ -165,14 +167,15 @@ def ask(config: EvaluationConfig, run: Run, tasks: list[Task]) -> None:
 
 
 def summarize(records: dict[tuple[str, str, str], list[dict]]) -> dict:
-    """results.json: every cell, one sampled chain beside each vote, and the paired comparisons."""
+    """results.json: every cell, one sampled chain beside each vote, the paired comparisons, all pairs with p adjusted for their
+    number, and what accuracy costs."""
     found = []
     for (model, task, strategy), rows in records.items():
         key = {"model": model, "task": task, "strategy": strategy}
         found.append({**key, **scoring.summary(rows), "items": str(file_of(model, task, strategy))})
         if strategy == "self_consistency" and len({len(r["samples"]) for r in rows}) == 1:
             found.append({**key, "strategy": scoring.SAMPLED, **scoring.sampled_summary(rows)})
-    return {"cells": found, "comparisons": scoring.comparisons(records)}
+    return {"cells": found, "comparisons": scoring.comparisons(records), "pairs": pairs(records), "frontier": frontiers(records)}
 
 
 def metrics_of(results: dict) -> dict[str, dict]:
