@@ -21,7 +21,7 @@ from prompts.templates import Style
 from stages.data.corpora import read_rows
 from stages.evals import scoring
 from stages.evals.backends import LocalModel
-from stages.evals.frontier import frontiers
+from stages.evals.frontier import computed, frontiers
 from stages.evals.pairs import pairs
 from stages.evals.scheduler import solve
 from stages.evals.tasks import Task, load_task
@@ -81,6 +81,7 @@ def main(config: EvaluationConfig) -> Manifest:
     records = {key: [row for _, row in read_rows(path)] for key in cells(config, tasks)
                if (path := run.directory / file_of(*key)).is_file()}
     results = summarize(records)
+    results["compute"] = computed(results["frontier"], {name: parent.data.get("counts", {}) for name, parent in run.parents.items()})
     write_json(run.directory / "results.json", results)
     report(results)
     return run.finish(
@@ -199,9 +200,10 @@ def report(results: dict) -> None:
                      str(cell["n"]), f"{unparsed:.1%}", f"{cell['finished']:.1%}", f"{cell['tokens_mean']:.1f}"])
     say(table(["model", "task", "strategy", "accuracy", "95 %", "n", "unparsed", "stopped", "tokens"], rows))
     rows = [[c["a"], c["b"], c["task"], f"{c['difference']:+.3f}", f"[{c['ci95'][0]:+.3f}, {c['ci95'][1]:+.3f}]", str(c["n"]),
-             "" if c["p"] is None else f"{c['p']:.2g}"] for c in results["comparisons"]]
+             f"{c['p']:.2g}", f"{c['mde']:.3f}" if c["mde"] else ""] for c in results["comparisons"]]
     if rows:
-        say("\n" + table(["first", "minus second", "task", "difference", "95 %", "n", "McNemar p"], rows))
+        say("\n" + table(["first", "minus second", "task", "difference", "95 %", "n", "p", "detectable"], rows))
+        say(f"results.json has all {len(results['pairs'])} pairs, with p adjusted for their number (Holm)")
 
 
 def score(arguments: list[str]) -> None:

@@ -164,3 +164,14 @@ def test_an_evaluation_has_a_frontier_a_model_and_task():
     cells["base", "maths", "direct"] = cells["sft", "maths", "direct"]  # a single point is no frontier
     assert [(x["model"], x["task"], len(x["points"])) for x in f.frontiers(cells)] == [
         (m, t, 2) for m in ("sft", "ppo") for t in ("maths", "letters")]
+
+
+def test_a_model_s_training_is_that_of_its_stages():
+    cells = {(model, "maths", strategy): [row("a", "1", cost=(1, 30, 10)), row("b", "2", cost=(1, 30, 20))]
+             for model in ("base", "sft", "ppo", "other") for strategy in ("direct", "few_shot")}
+    counts = {"pretrain": {"flops": 1e13, "matmul_parameters": 1000}, "sft": {"flops": 2e12}, "ppo": {}}
+    found = f.computed(f.frontiers(cells), counts)
+    assert [(p["model"], p["training_flops"], p["inference_flops"]) for p in found] == [
+        *[("base", 1e13, 2 * 1000 * 45)] * 2, *[("sft", 1.2e13, 2 * 1000 * 45)] * 2]  # PPO's FLOPs were not counted
+    assert [p["pareto"] for p in found] == [True, True, False, False]
+    assert f.computed(f.frontiers(cells), {}) == []

@@ -161,6 +161,13 @@ def test_share_interval_of_clusters_covers():
     assert share_interval([1.0] * 20, [i % 4 for i in range(20)])[1] < share_interval([1.0] * 20)[1]  # four trials prove less than twenty
 
 
+def test_a_clustered_comparison_by_hand():
+    # differences 1 1 and six 0, clusters of two: mean 1/4, deviations in sums 3/2 and three -1/2, variance 3 / 64 * 4/3 = 1/16; t(3) 3.1824
+    found = compare([1, 1, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 0, 0], list("aabbccdd"))
+    assert found["ci95"] == (pytest.approx(1 / 4 - 3.1824 / 4, abs=1e-4), 1.0)  # cut at what a difference can be
+    assert found["mde"] == pytest.approx(2.8016 / 4, abs=1e-4) and found["p"] == 1.0  # one cluster differs: either sign is as likely
+
+
 def test_clusters_of_one_are_questions():
     a, b = [1, 1, 0, 0, 1], [1, 0, 0, 1, 0]
     assert compare(a, b, list("abcde")) == compare(a, b)

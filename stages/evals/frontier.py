@@ -176,3 +176,26 @@ def compute(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     best = pareto([(p["training_flops"], p["inference_flops"]) for p in made], [p["accuracy"] for p in made])
     return [{**p, "pareto": kept} for p, kept in zip(made, best, strict=True)]
 
+
+
+ROAD = {"base": ("pretrain",), "base_chat": ("pretrain",), "sft": ("pretrain", "sft"), "ppo": ("pretrain", "sft", "ppo")}
+
+
+def computed(frontiers: Sequence[Mapping[str, Any]], counts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The points of an evaluation's frontiers under `compute`, task by task, from the `counts` of the stages' manifests.
+
+    A model's training is that of its stages (`ROAD`), those of preferences and reward model not included: they are not counted. A model
+    that is on no road, of whose stages one does not count its FLOPs, or whose parameters nobody counted, has no points.
+    """
+    parameters = counts.get("pretrain", {}).get("matmul_parameters")
+    found = []
+    for task in dict.fromkeys(of["task"] for of in frontiers):
+        points = []
+        for of in frontiers:
+            trained = [counts.get(stage, {}).get("flops") for stage in ROAD.get(of["model"], ())]
+            if of["task"] == task and parameters and trained and all(trained):
+                points += [{"model": of["model"], "task": task, "strategy": p["strategy"], "k": p["k"], "parameters": parameters,
+                            "training_flops": sum(trained), "tokens": p["tokens"], "counted": of["counted"], "accuracy": p["accuracy"],
+                            "ci95": p["ci95"], "n": p["n"]} for p in of["points"]]
+        found += compute(points)
+    return found
