@@ -11,6 +11,8 @@ from pathlib import Path
 from stages.data.corpora import read_rows
 from stages.evals import scoring
 from stages.evals.asking import MODELS, AskingConfig, ask, cells, check, file_of, first_prompts, needs_judge
+from stages.evals.frontier import computed, frontiers
+from stages.evals.pairs import pairs
 from stages.evals.tasks import load_task
 from stages.models.training import barrier
 from stages.run.config import option
@@ -55,6 +57,7 @@ def main(config: EvaluationConfig) -> Manifest:
     for key in [key for key, rows in records.items() if unasked(key, rows)]:
         del records[key]  # its figures stay missing
     results = summarize(records)
+    results["compute"] = computed(results["frontier"], {name: parent.data.get("counts", {}) for name, parent in run.parents.items()})
     write_json(run.directory / "results.json", results)
     report(results)
     return run.finish(
@@ -73,14 +76,15 @@ def unasked(key: tuple[str, str, str], rows: list[dict]) -> bool:
 
 
 def summarize(records: dict[tuple[str, str, str], list[dict]]) -> dict:
-    """results.json: every cell, one sampled chain beside each vote, and the paired comparisons."""
+    """results.json: every cell, one sampled chain beside each vote, the paired comparisons, all pairs with p adjusted for their
+    number, and what accuracy costs."""
     found = []
     for (model, task, strategy), rows in records.items():
         key = {"model": model, "task": task, "strategy": strategy}
         found.append({**key, **scoring.summary(rows), "items": str(file_of(model, task, strategy))})
         if strategy == "self_consistency" and len({len(r["samples"]) for r in rows}) == 1:
             found.append({**key, "strategy": scoring.SAMPLED, **scoring.sampled_summary(rows)})
-    return {"cells": found, "comparisons": scoring.comparisons(records)}
+    return {"cells": found, "comparisons": scoring.comparisons(records), "pairs": pairs(records), "frontier": frontiers(records)}
 
 
 def metrics_of(results: dict) -> dict[str, dict]:
@@ -104,9 +108,10 @@ def report(results: dict) -> None:
                      str(cell["n"]), f"{unparsed:.1%}", f"{cell['finished']:.1%}", f"{cell['tokens_mean']:.1f}"])
     say(table(["model", "task", "strategy", "accuracy", "95 %", "n", "unparsed", "stopped", "tokens"], rows))
     rows = [[c["a"], c["b"], c["task"], f"{c['difference']:+.3f}", f"[{c['ci95'][0]:+.3f}, {c['ci95'][1]:+.3f}]", str(c["n"]),
-             "" if c["p"] is None else f"{c['p']:.2g}"] for c in results["comparisons"]]
+             f"{c['p']:.2g}", f"{c['mde']:.3f}" if c["mde"] else ""] for c in results["comparisons"]]
     if rows:
-        say("\n" + table(["first", "minus second", "task", "difference", "95 %", "n", "McNemar p"], rows))
+        say("\n" + table(["first", "minus second", "task", "difference", "95 %", "n", "p", "detectable"], rows))
+        say(f"results.json has all {len(results['pairs'])} pairs, with p adjusted for their number (Holm)")
 
 
 def score(arguments: list[str]) -> None:
