@@ -17,7 +17,7 @@ MEASURED = "reasoning-gym 0.1.25"
 ACCEPTS_JUNK = {"game_of_life_halting": "any text, 100 of 100 (it compares the truth values of two texts)",
                 "coin_flip": "\"0\", 96 of 100 (the beginning of a probability is enough)",
                 "sokoban": "its own question, 1 of 100 (it picks the moves out of any text)",
-                "gsm_symbolic": "its own question, 1 of 20 (it looks for a number in any text)",
+                "gsm_symbolic": "its own question, 10 of 400 (it takes the first number of any text)",
                 "codeio": "{} for [], 1 of 100"}
 NO_ANSWER = ("boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour")
 JUNK = ("", " ", "0", "1", "yes", "no", "True", "False", "[]", "{}", "None", "A", "lorem", "table seven green")

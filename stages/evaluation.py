@@ -22,7 +22,7 @@ from stages.data.corpora import read_rows
 from stages.evals import scoring
 from stages.evals.backends import LocalModel
 from stages.evals.scheduler import solve
-from stages.evals.tasks import Task, load_task
+from stages.evals.tasks import Task, load_task, task_name
 from stages.models.training import barrier, gather, rank, world_size
 from stages.run.config import StageConfig, option
 from stages.run.console import table
@@ -46,6 +46,8 @@ class EvaluationConfig(StageConfig):
     difficulties: list[int] = option([1, 2, 3, 4], "steps of the embedded problems, in equal numbers")
     num_problems: int = option(200, "problems a cell (0: all there are)")
     shots: int = option(2, "examples in a few-shot prompt")
+    exemplars: dict[str, str] = option({}, "by task name, where its examples come from instead of the project's own: format:source such as "
+                                       "gsm8k:train.jsonl, drawn by seed, or a prompt in a .txt file, in its order", recorded_only=True)
     num_samples: int = option(8, "chains that vote in self-consistency")
     temperature: float = option(1.0, "temperature of these chains")
     chain_shots: int = option(0, "examples before each of these chains")
@@ -64,7 +66,12 @@ def main(config: EvaluationConfig) -> Manifest:
     config = replace(config, parents={name: path for name, path in config.parents.items() if name in needed})
     problems = Manifest(config.parents["prepare"]).product("problems")
     tasks = [load_task(spec, problems=problems, difficulties=config.difficulties, num_problems=config.num_problems,
-                       seed=config.seed) for spec in config.tasks]
+                       seed=config.seed, examples=config.exemplars.get(task_name(spec))) for spec in config.tasks]
+    if unknown := config.exemplars.keys() - {task.name for task in tasks}:
+        raise ValueError(f"exemplars names {min(unknown)!r}, which is no task here: choose from {', '.join(t.name for t in tasks)}")
+    for task in tasks:
+        if task.leaked:
+            say(f"{task.name}: {task.leaked} examples are problems that are asked; they are not shown")
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError(f"two tasks are called {[task.name for task in tasks]}: name them apart, as in train=gsm8k:train.jsonl")
     run = Run(config, inputs={"prompts": hash_data(first_prompts(config, tasks)),

@@ -131,8 +131,8 @@ def _mistake(record: dict) -> dict:
     if index is not None and not (type(index) is int and 0 <= index < len(steps)):
         raise ValueError(f"mistake_index is {index!r}, but the steps are 0 to {len(steps) - 1} (null: no mistake)")
     shown = "\n".join(f"Step {i}: {step}" for i, step in enumerate(steps))
-    question = (f"{record['input'].strip()}\n{shown}\nWhich step is the first wrong one? Answer with its number, or with \"no mistake\" when "
-                "every step is right.")
+    question = (f"{record['input'].strip()}\n{shown}\nWhich step is the first wrong one? Answer with its number, or with \"no mistake\" "
+                "when every step is right.")
     return {"question": question, "answer": "no mistake" if index is None else str(index), "answer_type": "string", "steps": list(steps),
             "mistake_index": index, "traced": record["input"], "target": str(record["target"])}
 

@@ -49,10 +49,9 @@ def load_task(spec: str, *, problems: Path, difficulties: list[int], num_problem
     in a prompt that is shown as it stands it is an error.
     Raises ValueError for an unknown task or format, a source that cannot be read, or too few problems.
     """
-    if spec in TASKS:
-        name, rows, pool, cues = spec, *_embedded(spec, problems, difficulties, num_problems, seed), CUES
-    else:
-        name, rows, pool, cues = *_benchmark(spec, num_problems, seed), BENCHMARK_CUES
+    name = task_name(spec)
+    embedded = spec in TASKS
+    rows, pool = _embedded(spec, problems, difficulties, num_problems, seed) if embedded else _benchmark(spec, num_problems, seed)
     in_order = examples is not None and examples.endswith(".txt")
     if examples is not None:
         pool = read_prompt(Path(examples)) if in_order else load_problems(examples, hub_split="train")
@@ -62,7 +61,17 @@ def load_task(spec: str, *, problems: Path, difficulties: list[int], num_problem
         leaked = next(row for row in pool if _wording(row["question"]) in asked)
         raise ValueError(f"{examples}: example {leaked['id']} is one of the problems of {spec}: its answer would stand in the prompt; "
                          "take it out of either file")
+    cues = CUES if embedded else BENCHMARK_CUES
     return Task(name=name, rows=rows, pool=kept, cues=cues, in_order=in_order, leaked=len(pool) - len(kept))
+
+
+def task_name(spec: str) -> str:
+    """The name that a task has in results. Raises ValueError for an unknown task or format."""
+    try:
+        return spec if spec in TASKS else split_spec(spec)[0]
+    except ValueError:
+        raise ValueError(f"unknown task {spec!r}: expected one of {', '.join(TASKS)}, or format:source with a format of "
+                         f"{', '.join((*FORMATS, *GENERATED))}, such as gsm8k:data/test.jsonl") from None
 
 
 def _wording(question: str) -> str:
@@ -100,12 +109,8 @@ def _parted(block: str) -> tuple[str, str]:
     return "", ""
 
 
-def _benchmark(spec: str, num_problems: int, seed: int) -> tuple[str, list[dict], list[dict]]:
-    try:
-        name, format, _ = split_spec(spec)
-    except ValueError:
-        raise ValueError(f"unknown task {spec!r}: expected one of {', '.join(TASKS)}, or format:source with a format of "
-                         f"{', '.join((*FORMATS, *GENERATED))}, such as gsm8k:data/test.jsonl") from None
+def _benchmark(spec: str, num_problems: int, seed: int) -> tuple[list[dict], list[dict]]:
+    format = split_spec(spec)[1]
     chosen = load_problems(spec, hub_split="test")
     if prompted := [row["id"] for row in chosen if "prompt" in row]:
         raise ValueError(f"problem {prompted[0]!r} of {spec} has a prompt of its own ({len(prompted)} of {len(chosen)} have one), which "
@@ -114,9 +119,9 @@ def _benchmark(spec: str, num_problems: int, seed: int) -> tuple[str, list[dict]
         _enough(chosen, num_problems, spec)
         chosen = random.Random(f"{seed}:{spec}").sample(chosen, num_problems)
     if format in GENERATED:
-        return name, chosen, load_problems(spec, hub_split="train")
+        return chosen, load_problems(spec, hub_split="train")
     own = FORMATS[format].examples
-    return name, chosen, exemplars(own) if own else []
+    return chosen, exemplars(own) if own else []
 
 
 def _embedded(name: str, folder: Path, difficulties: list[int], num_problems: int, seed: int) -> tuple[list[dict], list[dict]]:
