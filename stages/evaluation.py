@@ -13,7 +13,7 @@ from stages.evals import scoring
 from stages.evals.asking import MODELS, AskingConfig, ask, cells, check, file_of, first_prompts, needs_judge
 from stages.evals.frontier import computed, frontiers
 from stages.evals.pairs import pairs
-from stages.evals.tasks import load_task
+from stages.evals.tasks import load_task, task_name
 from stages.models.training import barrier
 from stages.run.config import option
 from stages.run.console import table
@@ -30,6 +30,8 @@ class EvaluationConfig(AskingConfig):
                               "embedded tasks, or [name=]format:source such as gsm8k:data/test.jsonl", recorded_only=True)
     difficulties: list[int] = option([1, 2, 3, 4], "steps of the embedded problems, in equal numbers")
     num_problems: int = option(200, "problems a cell (0: all there are)")
+    exemplars: dict[str, str] = option({}, "by task name, where its examples come from instead of the project's own: format:source such as "
+                                       "gsm8k:train.jsonl, drawn by seed, or a prompt in a .txt file, in its order", recorded_only=True)
 
 
 def main(config: EvaluationConfig) -> Manifest:
@@ -39,7 +41,12 @@ def main(config: EvaluationConfig) -> Manifest:
     needed = {"prepare"} | {MODELS[model][0] for model, chosen in config.models.items() if chosen}
     problems = Manifest(config.parents["prepare"]).product("problems")
     tasks = [load_task(spec, problems=problems, difficulties=config.difficulties, num_problems=config.num_problems,
-                       seed=config.seed) for spec in config.tasks]
+                       seed=config.seed, examples=config.exemplars.get(task_name(spec))) for spec in config.tasks]
+    if unknown := config.exemplars.keys() - {task.name for task in tasks}:
+        raise ValueError(f"exemplars names {min(unknown)!r}, which is no task here: choose from {', '.join(t.name for t in tasks)}")
+    for task in tasks:
+        if task.leaked:
+            say(f"{task.name}: {task.leaked} examples are problems that are asked; they are not shown")
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError(f"two tasks are called {[task.name for task in tasks]}: name them apart, as in train=gsm8k:train.jsonl")
     needed |= {"reward_model"} if needs_judge(config, tasks) else set()
