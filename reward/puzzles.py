@@ -31,7 +31,8 @@ def make(name: str, settings: Mapping[str, str], split: str) -> Iterator[tuple[s
     that it refuses.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ValueError("reasoning_gym is not installed: pip install 'plumbline[puzzles]', or leave the task out")
+        raise ValueError("reasoning_gym is not installed: .venv/bin/pip install -c requirements.lock -r requirements-reasoning-gym.lock, "
+                         "or leave the task out")
     if name in ACCEPTS_JUNK:
         raise ValueError(f"the scorer of {name} accepts {ACCEPTS_JUNK[name]} ({MEASURED}): its accuracy would mean nothing; choose another")
     if name in NO_ANSWER:
