@@ -69,7 +69,8 @@ def test_scorers_are_tried_on_junk_before_they_are_trusted(stand_in, scorer, mes
     ("reasoning_gym:coin_flip", r"the scorer of coin_flip accepts \"0\", 96 of 100"),
     ("reasoning_gym:rush_hour", "rush_hour gives no answer with its problems"),
     ("reasoning_gym:nothing", "has no generator 'nothing': choose from fine"), ("reasoning_gym:fine?size=0", "size is 0"),
-    ("reasoning_gym:fine?levels=3", "refuses its settings .*levels.*: unexpected levels"), ("reasoning_gym:fine?size", "write settings as")])
+    ("reasoning_gym:fine?levels=3", "refuses its settings .*levels.*: unexpected levels"),
+    ("reasoning_gym:fine?size", "write settings as")])
 def test_what_is_refused(stand_in, spec, message):
     stand_in["fine"] = lambda answer, gold: float(answer == gold)
     with pytest.raises(ValueError, match=message):
@@ -78,7 +79,7 @@ def test_what_is_refused(stand_in, spec, message):
 
 def test_without_the_package_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(puzzles.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="reasoning_gym is not installed: .*requirements-reasoning-gym.lock"):
+    with pytest.raises(ValueError, match=r"reasoning_gym is not installed: .*requirements-reasoning-gym\.lock"):
         load_problems("reasoning_gym:leg_counting", hub_split="test")
 
 
