@@ -16,7 +16,7 @@ from prompts.templates import DIRECT, WORKED, Style
 from stages import evaluation
 from stages.data import curriculum
 from stages.data.tokenizer import END, train_tokenizer
-from stages.evals import scoring, study_sc
+from stages.evals import recorded, scoring, study_sc
 from stages.evals.backends import LocalModel
 from stages.evals.scheduler import solve
 from stages.models.sizes import build_decoder, decoder_config
@@ -135,7 +135,7 @@ def test_every_figure_recomputes_from_the_items(stage):
         if cell["strategy"] == scoring.SAMPLED:
             continue
         file = manifest.path / cell["items"]
-        scored = scoring.score(file)
+        scored = recorded.score(file)
         assert {key: scored[key] for key in ("accuracy", "wilson95", "n", "unparsed", "ties", "tokens_mean")} == \
             {key: cell[key] for key in ("accuracy", "wilson95", "n", "unparsed", "ties", "tokens_mean")}
         assert {len(json.loads(line)["samples"]) for line in file.read_text().splitlines()} == \
