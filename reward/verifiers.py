@@ -59,7 +59,7 @@ def right(row: Mapping[str, Any], answer: str | None) -> bool:
                 return True
         except ValueError:  # not a number
             return False
-    return equal(answer, row["answer"])
+    return equal(answer, row["answer"], row.get("answer_type"))
 
 
 _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}

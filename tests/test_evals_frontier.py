@@ -18,7 +18,7 @@ def row(i, answers, *, tokens=10, cost=None, template=None, gold="1"):
     answer = max(counts, key=counts.count, default=None)
     named = dict(zip(("requests", "prompt_tokens", "generated_tokens"), cost, strict=True)) if cost else None
     return {"id": i, "gold": gold, "answer": answer, "correct": answer == gold, "tie": False, "difficulty": 1,
-            "samples": [{"answer": a, "tokens": tokens} for a in answers], **({"cost": named} if named else {}),
+            "samples": [{"answer": a, "correct": a == gold, "tokens": tokens} for a in answers], **({"cost": named} if named else {}),
             **({"template": template} if template else {})}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from prompts.answers import equal
+from prompts.answers import normalize
 from prompts.intervals import mean_interval, share_interval, wilson
 from prompts.voting import count
 from stages.evals.pairs import Cells, Records, aligned, clusters_of
@@ -54,8 +54,10 @@ def points_of(strategy: str, records: Records) -> list[Point]:
 
 
 def _votes(record: Mapping[str, Any]) -> list[float]:
-    counts, written, abstained = count(sample["answer"] for sample in record["samples"])
-    return maj_at_k([(number, equal(written[form], record["gold"])) for form, number in counts.items()], abstained)
+    type = record.get("answer_type")
+    counts, _, abstained = count([sample["answer"] for sample in record["samples"]], type)
+    right = {normalize(sample["answer"] or "", type): sample["correct"] for sample in record["samples"]}
+    return maj_at_k([(number, right[form]) for form, number in counts.items()], abstained)
 
 
 def pareto(costs: ArrayLike, accuracy: Sequence[float]) -> list[bool]:
