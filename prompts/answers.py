@@ -30,12 +30,12 @@ _CHOICE = re.compile(r"\(([a-z])\)|(?:option |choice )?\(?([a-z])\)?(?:[):.](?=\
 _CAPITAL = re.compile(r"[\s*(]*(?:[Oo]ption |[Cc]hoice )?([A-Z])(?![\w'’])(?!(?<=[AI])\s+\w)")
 _MATHS = re.compile(r"[\d+^*=√<>|\\()\[\]{}]")
 _WORDS = re.compile(r"(?<![\\a-z])[a-z]{2,}\s+[a-z]{2,}")  # two words side by side: prose, not an expression
-# What `extract_lenient` looks for. Possessive, so that no failure is tried again from the middle of a number.
-_ANY_NUMBER = re.compile(r"(?<![\w.])(?:[-+\N{MINUS SIGN}][$€£¥]?|[$€£¥][-+\N{MINUS SIGN}]?)?+"
-                         r"(?:\d++(?:,\d{3}(?!\d))*+(?:/\d++|\.\d++)?+|\.\d++)(?:\s?%)?")
+# What `extract_lenient` looks for. Nothing that can fail follows a repetition, so none is tried again at another length.
+_ANY_NUMBER = re.compile(r"(?<![\w.])(?:[-+\N{MINUS SIGN}][$€£¥]?|[$€£¥][-+\N{MINUS SIGN}]?)?"
+                         r"(?:\d+(?:,\d{3}(?!\d))*(?:/\d+|\.\d+)?|\.\d+)(?:\s?%)?")
 _ANY_CHOICE = re.compile(r"(?<!\w)\([A-Za-z]\)|(?<![\w'’])(?:[B-HJ-Z](?![\w'’])|[AI](?=[).:,;*\n]|\s*$))")
 _ANY_YES_NO = re.compile(r"\b(?:yes|no|true|false)\b", re.IGNORECASE)
-_ANY_LIST = re.compile(r"\[[^\[\]]*+\]")
+_ANY_LIST = re.compile(r"\[[^\[\]]*\]")
 
 
 def extract(text: str, type: str | None = None, *, which: str = "last") -> str | None:

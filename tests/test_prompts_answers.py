@@ -74,6 +74,7 @@ def test_loops_and_huge_exponents_are_quick_and_no_numbers():
     ("expression", "I do not know", ""), ("expression", "[invalid]", ""),
     # refused as arithmetic, compared as written: no value, and none that would grow out of bounds
     ("expression", "1/0", "1/0"), ("expression", "9^9^9^9", "9^9^9^9"), ("expression", "9^64^9", "9^64^9"),
+    ("expression", "(9^64)^64", "(9^64)^64"),
     ("expression", "2 ** .5", "2**.5"),
     ("expression", "__import__('os')", "__import__('os')")])
 def test_normal_forms_of_a_type(type, written, form):
@@ -134,4 +135,4 @@ def test_hostile_text_takes_linear_time(unit):
         for call in calls + [lambda t=text, type=type: extract_lenient(t, type) for type in ANSWER_TYPES]:
             started = time.process_time()
             call()
-            assert time.process_time() - started < 1
+            assert time.process_time() - started < 0.4
