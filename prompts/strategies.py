@@ -10,10 +10,10 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any
 
+from prompts.answers import extract, normalize
 from prompts.records import Asked, Request, Result, Score, Solution, Step, Strategy
-from prompts.standin import extract, majority, normalize, stopper
 from prompts.templates import DIRECT, WORKED, Prompt, Row, Style, ask_for_answer, render
-from prompts.voting import settled
+from prompts.voting import majority, settled, stopper
 
 NO_ROOM = ("too_long", "missing")  # finishes of a result that holds no text to go on with
 

@@ -1,16 +1,15 @@
 """What each prompting strategy buys for the tokens it costs, on held-out problems, for the base, SFT and PPO model.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m stages.evaluation --config recipes/tiny/evaluation.yaml
-    python -m stages.evaluation score --samples samples.jsonl --out result.json
+    python -m stages.evaluation score samples.jsonl --answer-type number --out result.json
 """
-import argparse
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from stages.data.corpora import read_rows
 from stages.evals import scoring
 from stages.evals.asking import MODELS, AskingConfig, ask, cells, check, file_of, first_prompts, needs_judge
+from stages.evals.commands import score
 from stages.evals.tasks import load_task
 from stages.models.training import barrier
 from stages.run.config import option
@@ -107,20 +106,6 @@ def report(results: dict) -> None:
              "" if c["p"] is None else f"{c['p']:.2g}"] for c in results["comparisons"]]
     if rows:
         say("\n" + table(["first", "minus second", "task", "difference", "95 %", "n", "McNemar p"], rows))
-
-
-def score(arguments: list[str]) -> None:
-    """`score --samples FILE --out result.json`: the accuracy of samples from anywhere, by majority vote."""
-    parser = argparse.ArgumentParser(prog="python -m stages.evaluation score", description=score.__doc__)
-    parser.add_argument("--samples", required=True, type=Path, help='jsonl: {"id", "gold", "samples": [text, ...]} a line')
-    parser.add_argument("--out", required=True, type=Path, help="result.json to write")
-    given = parser.parse_args(arguments)
-    result = scoring.score(given.samples)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(given.out, result)
-    low, high = result["wilson95"]
-    say(f"accuracy {result['accuracy']:.4f} [{low:.4f}, {high:.4f}], n {result['n']}, unparsed {result['unparsed']}, "
-        f"ties {result['ties']}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from stages import evaluation
 from stages.data import curriculum
 from stages.data.corpora import read_rows
 from stages.data.tokenizer import END
-from stages.evals import asking, journal, scoring, study_sc
+from stages.evals import asking, journal, recorded, scoring, study_sc
 from stages.evals.backends import LocalModel
 from stages.evals.scheduler import solve
 
@@ -126,7 +126,7 @@ def test_every_figure_recomputes_from_the_items(stage):
         if cell["strategy"] == scoring.SAMPLED:
             continue
         file = manifest.path / cell["items"]
-        scored = scoring.score(file)
+        scored = recorded.score(file)
         assert {key: scored[key] for key in ("accuracy", "wilson95", "n", "unparsed", "ties", "tokens_mean")} == \
             {key: cell[key] for key in ("accuracy", "wilson95", "n", "unparsed", "ties", "tokens_mean")}
         assert {len(json.loads(line)["samples"]) for line in file.read_text().splitlines()} == \

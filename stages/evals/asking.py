@@ -15,9 +15,9 @@ from prompts.allocation import budgeted
 from prompts.critique import self_refine
 from prompts.records import Request, Strategy
 from prompts.search import Puzzle, Search, check_search, tree_of_thought
-from prompts.standin import stopper
 from prompts.templates import DIRECT, WORKED, Style
 from prompts.thoughts import game_of_24, worked_steps
+from prompts.voting import stopper
 from stages.evals import journal, scoring
 from stages.evals.backends import LocalModel
 from stages.evals.endpoint import Endpoint

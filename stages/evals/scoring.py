@@ -1,4 +1,4 @@
-"""From samples to figures: one record a problem, one summary a cell, paired comparisons, and the scoring of any samples file.
+"""From samples to figures: one record a problem, one summary a cell, paired comparisons. (Samples from elsewhere: recorded.py.)
 
 Records are what `results/*.jsonl` hold, in the Samples format with more keys, so every figure recomputes from them:
 {"id", "task", "difficulty", "gold", "answer", "correct", "tie",
@@ -12,12 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prompts.answers import equal, extract
+from prompts.answers import equal
 from prompts.intervals import wilson
 from prompts.records import Request, Solution
-from prompts.voting import majority
 from reward.verifiers import gold_score
-from stages.data.corpora import read_rows
 from stages.evals.metrics import AnswerAccuracy
 from stages.evals.statistics import bootstrap_mean, compare
 
@@ -43,7 +41,7 @@ def record(row: Mapping[str, Any], solution: Solution) -> dict:
               "prompt_tokens": step.given.prompt_tokens, "finish": step.given.finish,
               **({} if isinstance(step.asked, Request) else {"score": step.given.score and round(step.given.score, 4)})}
              for step in solution.trace if id(step.given) not in given]
-    correct = solution.answer is not None and equal(solution.answer, row["answer"])
+    correct = solution.answer is not None and equal(solution.answer, row["answer"], row.get("answer_type"))
     return {"id": row["id"], "task": row["task"], "difficulty": row["difficulty"], "gold": row["answer"],
             "answer": solution.answer, "correct": correct, "tie": solution.tie, "samples": samples, "cost": vars(solution.cost),
             **({"steps": steps} if steps else {})}
@@ -115,49 +113,6 @@ def comparisons(cells: Mapping[tuple[str, str, str], Sequence[Mapping[str, Any]]
             found.append({"a": f"{model_a}/{a}", "b": f"{model_b}/{b}", "task": label,
                           **compare([x for x, _ in pairs], [y for _, y in pairs])})
     return found
-
-
-def read_samples(path: str | Path) -> list[dict]:
-    """Records of a Samples file: {"id", "gold", "samples": [text | {"text", "tokens", "answer"?}]} a line, in drawing order.
-
-    An answer that is given counts as it is; otherwise it is extracted from the text. Raises ValueError naming file and line.
-    """
-    records: dict[str, dict] = {}
-    for where, row in read_rows(path):
-        if missing := [key for key in ("id", "gold", "samples") if key not in row]:
-            raise ValueError(f"{where}: no key {missing[0]!r}; expected id, gold and samples")
-        if not isinstance(row["samples"], list) or row["gold"] is None:
-            raise ValueError(f"{where}: expected a gold answer and a list of samples")
-        if str(row["id"]) in records:
-            raise ValueError(f"{where}: id {row['id']!r} was there before; a problem counted twice biases the accuracy")
-        gold = extract(str(row["gold"])) or str(row["gold"])
-        samples = [_sample(sample, where) for sample in row["samples"]]
-        vote = majority(sample["answer"] for sample in samples)
-        records[str(row["id"])] = {"id": row["id"], "gold": gold, "answer": vote.answer, "tie": vote.tie, "samples": samples,
-                                   "abstained": vote.abstained}
-    if not records:
-        raise ValueError(f"{path} holds no samples")
-    return list(records.values())
-
-
-def _sample(sample: Any, where: str) -> dict:
-    given = {"text": sample} if isinstance(sample, str) else sample
-    if not isinstance(given, dict) or not (isinstance(given.get("text"), str) or "answer" in given):
-        raise ValueError(f"{where}: expected each sample to be a text or an object with a text, got {json.dumps(sample)[:60]}")
-    answer, tokens = given.get("answer"), given.get("tokens")
-    return {"answer": str(answer) if answer is not None else extract(given.get("text") or ""),
-            "tokens": len(tokens) if isinstance(tokens, list) else tokens}
-
-
-def score(path: str | Path) -> dict[str, Any]:
-    """result.json of a Samples file: majority vote over each item's samples, unparsed ones abstaining."""
-    records = read_samples(path)
-    tokens = [sample["tokens"] for r in records for sample in r["samples"]]
-    items = [{"id": r["id"], "answer": r["answer"], "correct": r["answer"] is not None and equal(r["answer"], r["gold"]),
-              "samples_used": len(r["samples"])} for r in records]
-    return {**accuracy(records), "unparsed": sum(r["abstained"] for r in records), "ties": sum(r["tie"] for r in records),
-            "samples_used_mean": sum(len(r["samples"]) for r in records) / len(records),
-            "tokens_mean": None if not tokens or None in tokens else sum(tokens) / len(records), "items": items}
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
