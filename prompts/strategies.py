@@ -124,8 +124,8 @@ def self_consistency(problem: Row, style: Style, examples: Sequence[Row] = (), *
         size = round_size or _fewest(enough, forms, n - len(samples))
         drawn = yield chains(problem, style, examples, range(len(samples), min(n, len(samples) + size)), temperature)
         samples += drawn
-        answers += [extract(sample.text, type) for sample in drawn]
-        forms = [normalize(answer, type) or None if answer is not None else None for answer in answers]
+        answers += (found := [extract(sample.text, type) for sample in drawn])
+        forms += [normalize(answer, type) or None if answer is not None else None for answer in found]
         if enough(forms) or (round_size and settled(majority(answers, type).counts, n - len(samples))):
             break
     return conclude(samples, type)
