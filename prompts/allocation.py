@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 
 from scipy.special import betainc
 
+from prompts.answers import extract, normalize
 from prompts.records import Request, Result, Solution, Step
-from prompts.standin import extract, normalize
 from prompts.strategies import chains, conclude
 from prompts.templates import WORKED, Row, Style
 

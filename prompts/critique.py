@@ -1,6 +1,6 @@
 """Self-refine (Madaan et al. 2023): the model answers, says what is wrong with its answer, and answers again, until it finds no fault."""
+from prompts.answers import extract
 from prompts.records import Request, Result, Solution, Strategy
-from prompts.standin import extract
 from prompts.strategies import NO_ROOM, about, greedy, ledgered
 from prompts.templates import WORKED, Prompt, Row, Style, render
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prompts.records import Request, Result, Solution, Strategy
-from prompts.standin import majority
 from prompts.strategies import about, ledgered, score_of
 from prompts.templates import Prompt, Row, Style
+from prompts.voting import majority
 
 Thoughts = tuple[str, ...]
 

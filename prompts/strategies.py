@@ -5,15 +5,16 @@ answer, and a strategy of several rounds is an ordinary loop. Tree search is in 
 prompts/critique.py, the budget over many questions in prompts/allocation.py.
 """
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import wraps
 from typing import Any
 
+from prompts.answers import extract, normalize
 from prompts.records import Asked, Request, Result, Score, Solution, Step, Strategy
-from prompts.standin import extract, majority, normalize, stopper
 from prompts.templates import DIRECT, WORKED, Prompt, Row, Style, ask_for_answer, render
-from prompts.voting import settled
+from prompts.voting import Stopper, majority, settled, stopper
 
 NO_ROOM = ("too_long", "missing")  # finishes of a result that holds no text to go on with
 
@@ -106,26 +107,34 @@ def self_consistency(problem: Row, style: Style, examples: Sequence[Row] = (), *
                      round_size: int | None = None, stop: str = "none") -> Strategy:
     """The majority of at most `n` sampled chains (Wang et al. 2023).
 
-    `stop` is a stopping rule of `voting.stopper`, asked after every round; with one, a round is a single chain unless `round_size`
-    says otherwise. `round_size` alone draws that many at a time and stops as soon as the rest cannot change the winner. With
-    neither all chains are drawn at once, which also gives an unbiased accuracy of one sampled chain.
+    `stop` is a stopping rule of `voting.stopper`. With one, a round is as many chains as it takes at the least until the rule can
+    stop, so that none is drawn which one at a time would not be, in far fewer rounds. `round_size` alone draws that many at a time and
+    stops as soon as the rest cannot change the winner. With neither all chains are drawn at once, which also gives an unbiased accuracy
+    of one sampled chain.
     Raises ValueError for settings that cannot vote.
     """
     _can_sample("self-consistency", n, temperature)
     if round_size is not None and round_size < 1:
         raise ValueError(f"self-consistency draws at least one chain a round, got round_size={round_size}")
     enough, type = stopper(stop), problem.get("answer_type")
-    size = round_size or (n if stop == "none" else 1)
     samples: list[Result] = []
     answers: list[str | None] = []
+    forms: list[str | None] = []
     while len(samples) < n:
+        size = round_size or _fewest(enough, forms, n - len(samples))
         drawn = yield chains(problem, style, examples, range(len(samples), min(n, len(samples) + size)), temperature)
         samples += drawn
-        answers += [extract(sample.text, type) for sample in drawn]
-        forms = [normalize(answer, type) or None if answer is not None else None for answer in answers]
+        answers += (found := [extract(sample.text, type) for sample in drawn])
+        forms += [normalize(answer, type) or None if answer is not None else None for answer in found]
         if enough(forms) or (round_size and settled(majority(answers, type).counts, n - len(samples))):
             break
     return conclude(samples, type)
+
+
+def _fewest(enough: Stopper, forms: Sequence[str | None], left: int) -> int:
+    """Samples until the rule can stop at the earliest, which is when all agree with the leader; `left` when it cannot before."""
+    leader = next(iter(Counter(form for form in forms if form is not None).most_common(1)), ("", 0))[0]
+    return next((k for k in range(1, left) if enough([*forms, *[leader] * k])), left)
 
 
 @ledgered

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
+from prompts.answers import extract
 from prompts.search import Puzzle, Thoughts
-from prompts.standin import extract
 from prompts.templates import WORKED, Prompt, Row, Style, begun, render
 
 # One number of the game as it stands in a text: whole, decimal or a fraction.

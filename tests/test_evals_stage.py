@@ -205,6 +205,28 @@ def test_every_strategy_runs_and_costs_no_more_than_announced(stage, capsys):
     assert again.metrics == manifest.metrics
 
 
+def test_a_killed_budget_goes_on_with_the_chains_it_had_drawn(stage, monkeypatch):
+    settings = {"models": {"sft": ["budgeted"]}, "tasks": ["word_problems"], "budget": 60, "batch_size": 1}
+    generate, asked = LocalModel.generate, []
+
+    def generate_and_stop(self, requests):
+        if len(asked) >= 20:
+            raise KeyboardInterrupt
+        asked.extend((r.key, r.sample) for r in requests)
+        return generate(self, requests)
+
+    whole = evaluation.main(stage("whole", **settings))
+    monkeypatch.setattr(LocalModel, "generate", generate_and_stop)
+    killed = stage("killed", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(killed)
+    monkeypatch.setattr(LocalModel, "generate", lambda self, requests: asked.extend(
+        (r.key, r.sample) for r in requests) or generate(self, requests))
+    assert evaluation.main(killed).metrics == whole.metrics
+    total = sum(json.loads(line)["cost"]["requests"] for line in (whole.path / "results/sft/word_problems.budgeted.jsonl").open())
+    assert len(asked) <= total + 7 and len(set(asked)) == total  # only the round in flight was lost, not the three before it
+
+
 def test_a_strategy_that_needs_the_reward_model_needs_its_run(stage, tmp_path):
     (tmp_path / "reward_model" / "manifest.json").unlink()
     evaluation.main(stage(models={"sft": ["direct"]}))

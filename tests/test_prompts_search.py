@@ -1,4 +1,5 @@
 """Strategies of several rounds on fake models whose answers make the right behaviour visible."""
+import random
 import re
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from prompts.records import Cost, Request, Result, Score
 from prompts.search import Puzzle, Search, tree_of_thought
 from prompts.templates import BENCHMARK_CUES, DIRECT, WORKED, Style
 from prompts.thoughts import game_of_24, worked_steps
+from prompts.voting import stopper
 from stages.evals.scheduler import run, solve
 
 PLAIN = Style(chat=False, cues=BENCHMARK_CUES, max_tokens={WORKED: 50, DIRECT: 10})
@@ -66,6 +68,23 @@ def test_adaptive_consistency_stops_when_its_rule_says_so():
     assert len(asked) == 6 and solution.tie
     with pytest.raises(ValueError, match="unknown stopping rule"):
         ask(strategies.self_consistency(ROW, PLAIN, n=6, temperature=1.0, stop="gamma:1"), lambda r: "")
+
+
+@pytest.mark.parametrize("stop", ["beta:0.95", "window:3", "binomial:0.05", "none"])
+def test_rounds_draw_no_chain_that_one_at_a_time_would_not(stop):
+    for seed in range(40):
+        answers = random.Random(seed).choices(["1", "2", "3"], weights=[6, 3, 1], k=20)
+        enough, used = stopper(stop), 1
+        while used < 20 and not enough(answers[:used]):
+            used += 1
+        solution, asked = ask(strategies.self_consistency(ROW, PLAIN, n=20, temperature=1.0, stop=stop),
+                              lambda r, answers=answers: f"The answer is {answers[r.sample]}.")
+        assert len(asked) == used and solution.answer is not None
+    rounds = []
+    strategy = strategies.self_consistency(ROW, PLAIN, n=20, temperature=1.0, stop=stop)
+    requests = next(strategy)
+    rounds.append(len(requests))
+    assert rounds == [{"beta:0.95": 4, "window:3": 3, "binomial:0.05": 6, "none": 20}[stop]]
 
 
 def test_best_of_n_and_weighted_vote_follow_the_reward_model():

@@ -15,9 +15,9 @@ from prompts.allocation import budgeted
 from prompts.critique import self_refine
 from prompts.records import Request, Strategy
 from prompts.search import Puzzle, Search, check_search, tree_of_thought
-from prompts.standin import stopper
 from prompts.templates import DIRECT, WORKED, Style
 from prompts.thoughts import game_of_24, worked_steps
+from prompts.voting import stopper
 from stages.evals import journal, scoring
 from stages.evals.backends import LocalModel
 from stages.evals.endpoint import Endpoint
@@ -204,6 +204,7 @@ def ask(config: AskingConfig, run_: Run, tasks: Sequence[Task]) -> None:
     if is_main():
         for cell in missing:
             journal.repair(parts_of(run_.directory, cell))
+            journal.repair(draws_of(run_.directory, cell))
         announce(config, by_name, missing)
     barrier()  # all have looked before the first cell is written, and no line is cut
     done = {cell: set(journal.places(parts_of(run_.directory, cell))) for cell in missing}
@@ -250,10 +251,10 @@ def _answer(config: AskingConfig, directory: Path, by_name: Mapping[str, Task], 
             task, chat = by_name[cell[1]], MODELS[cell[0]][1]
             rows = _share(cell, missing, task.rows)
             if cell[2] == "budgeted":
-                if any(row["id"] not in done[cell] for row in rows):  # begun again from the first question: its budget is one
+                if any(row["id"] not in done[cell] for row in rows):  # begun again: its questions share a budget
                     owners[place] = (cell, list(rows))
                     place += 1
-                    yield budgeted_of(config, task, chat, rows)
+                    yield journal.remembered(budgeted_of(config, task, chat, rows), draws_of(directory, cell))
                 continue
             make = strategy_of(config, task, chat, cell[2])
             for row in rows:
@@ -274,6 +275,10 @@ def _answer(config: AskingConfig, directory: Path, by_name: Mapping[str, Task], 
 
 def parts_of(directory: Path, cell: Cell) -> Path:
     return directory / "asked" / cell[0] / f"{cell[1]}.{cell[2]}"
+
+
+def draws_of(directory: Path, cell: Cell) -> Path:
+    return directory / "asked" / "draws" / cell[0] / f"{cell[1]}.{cell[2]}"
 
 
 def announce(config: AskingConfig, by_name: Mapping[str, Task], chosen: Sequence[Cell]) -> None:

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from prompts.records import Request, Result
@@ -86,7 +87,7 @@ class Endpoint:
             return text, choice["finish_reason"], answer.get("usage") or {}
         found = self._post("completions" if plain else "chat/completions", body, read)
         if found is None or isinstance(found, Result):
-            return found or MISSING
+            return found or replace(MISSING)
         text, reason, usage = found
         if not {"prompt_tokens", "completion_tokens"} <= usage.keys():
             raise ValueError(f"{self.url} does not say how many tokens it used, so its cost cannot be counted: it has to send usage")

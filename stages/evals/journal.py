@@ -2,9 +2,14 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
+
+from prompts.records import Result
+
+T = TypeVar("T")
 
 SYNC_S = 5.0  # seconds of work that a power cut may cost; a killed process loses nothing that was appended
 
@@ -32,6 +37,29 @@ class Journal:
             os.fsync(self.file.fileno())
             self.file.close()
             self.file = None
+
+
+def remembered(strategy: Generator[Any, Any, T], folder: Path) -> Generator[Any, Any, T]:
+    """The strategy, with every result it was given appended to a file in `folder` and not asked for again when it is run anew.
+
+    For a strategy over many questions, which has nothing finished to show until its end. One process at a time may run it.
+    """
+    path = folder / "0.jsonl"
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.is_file() else ()
+    known = {(line.pop("key"), line.pop("number")): Result(**line) for line in lines}
+    journal = Journal(folder, 0)
+    try:
+        asked = next(strategy)
+        while True:
+            new = [request for request in asked if (request.key, request.sample) not in known]
+            for request, result in zip(new, (yield new), strict=True):
+                known[request.key, request.sample] = result
+                journal.append({"key": request.key, "number": request.sample, **asdict(result)})
+            asked = strategy.send([known[request.key, request.sample] for request in asked])
+    except StopIteration as finished:
+        return finished.value
+    finally:
+        journal.close()
 
 
 def repair(folder: Path) -> None:
