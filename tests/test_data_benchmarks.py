@@ -71,8 +71,8 @@ def test_floats_are_compared_with_a_tolerance(tmp_path):
 
 
 def test_game_of_24(tmp_path):
-    (row,) = read(tmp_path, "game24", "Rank,Puzzles\n7,3 3 8 8\n", "24.csv")
-    assert row["id"] == "game24-7" and row["numbers"] == [3, 3, 8, 8] and row["answer_type"] == "expression"
+    (row,) = read(tmp_path, "game24", "Rank,Puzzles\n901,3 3 8 8\n", "24.csv")
+    assert (row["id"], row["difficulty"]) == ("game24-901", 10) and row["numbers"] == [3, 3, 8, 8] and row["answer_type"] == "expression"
     assert right(row, row["answer"]) and right(row, "8/(3-8/3) = 24") and right(row, " 8 ÷ (3 − 8 ÷ 3).")
     assert row["solutions"] == [["8 / 3 = 8/3 (left: 3 8 8/3).", "3 - 8/3 = 1/3 (left: 8 1/3).", "8 / 1/3 = 24 (left: 24)."]]
     assert gold_score(row, f"The answer is {row['answer']}.", finished=True).correct

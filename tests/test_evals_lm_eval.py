@@ -1,6 +1,6 @@
 """Our checkpoints under lm-eval as they are: the same prompts, stops and greedy decoding give the same answer to every document.
 
-lm-eval is an optional extra (`pip install -c requirements.lock -r requirements-lm-eval.lock`): without it this is skipped.
+lm-eval is an optional extra with an environment of its own (`make test-lm-eval`): elsewhere this is skipped.
 """
 import importlib.util
 import json
@@ -20,7 +20,7 @@ from stages.evals.scheduler import solve
 from stages.evals.tasks import load_task
 from stages.run.manifest import Manifest
 
-needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
+needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed here: make test-lm-eval")
 MAX_TOKENS = {WORKED: 64, DIRECT: 12}
 
 

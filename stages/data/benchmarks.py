@@ -141,7 +141,7 @@ def _game24(record: dict) -> dict:
     """Yao et al. 2023 (Tree of Thoughts): four numbers to make 24 of, from the column Puzzles of their table.
 
     The answer is one solution, found here, so that such rows can serve as examples; answers are judged by the program, not held against
-    it. Where a rank is given it is the difficulty's order: the tree search of the paper is measured on ranks 901 to 1000.
+    it. The rank is the order of difficulty: ranks 901 to 1000, on which the paper measures, are of difficulty 10.
     """
     numbers = [int(n) for n in str(record["Puzzles"]).split()]
     if len(numbers) != 4 or min(numbers) < 0:
@@ -150,7 +150,7 @@ def _game24(record: dict) -> dict:
     if found is None:
         raise ValueError(f"no expression of {record['Puzzles']} equals 24")
     expression, steps = found
-    rank = {"difficulty": int(record["Rank"]), "id": f"game24-{int(record['Rank'])}"} if "Rank" in record else {}
+    rank = {"difficulty": (int(record["Rank"]) + 99) // 100, "id": f"game24-{int(record['Rank'])}"} if "Rank" in record else {}
     return {"question": f"Use the numbers {' '.join(map(str, numbers))}, each exactly once, with + - * / and brackets to make 24.",
             "answer": expression, "solutions": [steps], "numbers": numbers, "verifier": "game24", **rank}
 
