@@ -38,7 +38,7 @@ def main(config: EvaluationConfig) -> Manifest:
     check(config)
     if not config.tasks:
         raise ValueError("nothing to evaluate: give at least one task, and one model with a strategy")
-    needed = {"prepare"} | {MODELS[model][0] for model, chosen in config.models.items() if chosen}
+    needed = {"prepare"} | {MODELS[model][0] for model, chosen in config.models.items() if chosen} - {""}
     problems = Manifest(config.parents["prepare"]).product("problems")
     tasks = [load_task(spec, problems=problems, difficulties=config.difficulties, num_problems=config.num_problems,
                        seed=config.seed, examples=config.exemplars.get(task_name(spec))) for spec in config.tasks]

@@ -1,5 +1,6 @@
 """Shared fixtures: the smoke recipe, run once a session through the real command line."""
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -80,3 +81,35 @@ def model_folder(tmp_path_factory):
         torch.nn.init.normal_(parameter, std=0.3)
     save_model(model, tokenizer, folder)
     return folder
+
+
+@pytest.fixture
+def stage(model_folder, tmp_path):
+    """A config of the stage over parents that all hold the random model."""
+    from transformers import AutoTokenizer
+
+    from reward.model import from_language_model
+    from stages import evaluation
+    from stages.data import curriculum
+
+    problems = tmp_path / "prepare" / "problems"
+    problems.mkdir(parents=True)
+    for split, drawn_from in (("sft", "train"), ("test", "test")):
+        made = {p.id: p.as_row() for p in itertools.islice(curriculum.problems(0, split=drawn_from, difficulties=(1, 2)), 200)}
+        (problems / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made.values()))
+    reward = from_language_model(model_folder, pad_id=0, seed=0, random_head=True)
+    reward.save_pretrained(tmp_path / "reward")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "reward")
+    own = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(9)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    for parent, product in [("prepare", {"problems": {"path": "problems"}}), *((name, {"model": {"path": str(model_folder)}})
+                                                                              for name in ("pretrain", "sft", "ppo")),
+                            ("reward_model", {"model": {"path": str(tmp_path / "reward")}})]:
+        (tmp_path / parent).mkdir(exist_ok=True)
+        (tmp_path / parent / "manifest.json").write_text(json.dumps(
+            {"stage": parent, "fingerprint": f"sha256:{parent}", "products": product}))
+    settings = {"models": {"base": ["direct", "few_shot_cot"], "sft": ["zero_shot_cot", "self_consistency"], "ppo": ["zero_shot_cot"]},
+                "tasks": ["word_problems", f"own=gsm8k:{tmp_path / 'own.jsonl'}"], "difficulties": [1, 2], "num_problems": 7, "shots": 1,
+                "num_samples": 3, "max_tokens_worked": 12, "max_tokens_direct": 6, "batch_size": 16, "seed": 5,
+                "parents": {name: str(tmp_path / name) for name in evaluation.EvaluationConfig.PARENTS}}
+    return lambda name="evaluation", **more: evaluation.EvaluationConfig(run_dir=str(tmp_path / name), **settings | more)

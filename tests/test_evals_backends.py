@@ -1,8 +1,11 @@
 """Backends other than the local model's text: log-probabilities, replay of recorded samples, an endpoint, the reward model as judge."""
+import importlib.util
 import json
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torch
 from prompts import strategies
 from prompts.records import Request, Score
 from prompts.templates import BENCHMARK_CUES, DIRECT, WORKED, Style
+from stages import evaluation
 from stages.evals import scoring
 from stages.evals.backends import LocalModel
 from stages.evals.endpoint import Endpoint
@@ -139,6 +143,17 @@ def test_endpoint_that_is_not_there_counts_as_missing(server):
     assert backend.generate([Request(prompt="?", question="a")])[0].finish == "missing" and backend.missing == 1
 
 
+def test_an_endpoint_is_a_model_of_the_stage(server, stage):
+    server.answers = lambda path, body, number: said("The answer is 5.", chat=True)
+    where = {"url": server.url, "model": "m", "wait_s": 0.01}
+    manifest = evaluation.main(stage(models={"endpoint": ["direct", "self_consistency"]}, endpoint=where, tasks=["word_problems"]))
+    assert manifest.metrics["endpoint/word_problems/direct/finished"]["value"] == 1 and len(server.calls) == 7 * (1 + 3)
+    with pytest.raises(ValueError, match="needs to know where it is"):
+        evaluation.main(stage(models={"endpoint": ["direct"]}))
+    with pytest.raises(ValueError, match="choose transformers or vllm"):
+        evaluation.main(stage(engine="tgi"))
+
+
 def test_endpoint_says_what_no_retry_can_mend(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     for answer, message in (((401, b"no"), "401 .*set OPENAI_API_KEY in the environment"), ((404, b"no model m"), "404 .*no model m"),
@@ -209,3 +224,44 @@ def test_judge_scores_as_the_reward_model_does(model_folder, tmp_path):
     assert [r.score for r in results[:2]] == pytest.approx(normalize(model.config, score_ids(model, rows)), abs=1e-5)
     assert [r.prompt_tokens for r in results] == [len(rows[0]), len(rows[1]), 0] and results[2].finish == "too_long"
     assert results[2].score is None
+
+
+def fake_vllm(model_folder):
+    """A module in vLLM's place: it samples with transformers, by the seeds that it is given."""
+    from transformers import AutoModelForCausalLM
+
+    from stages.models.sampling import sample
+
+    class LLM:
+        def __init__(self, model, dtype, seed, enable_prefix_caching):
+            self.model = AutoModelForCausalLM.from_pretrained(model)
+
+        def generate(self, prompts, settings, use_tqdm):
+            outputs = []
+            for prompt, given in zip(prompts, settings, strict=True):
+                ids = prompt["prompt_token_ids"]
+                if given.more.get("prompt_logprobs") is not None:
+                    logprobs = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+                    known = [None] + [{ids[at]: SimpleNamespace(logprob=float(logprobs[at - 1, ids[at]]))} for at in range(1, len(ids))]
+                    outputs.append(SimpleNamespace(prompt_logprobs=known))
+                    continue
+                [drawn] = sample(self.model, [ids], keys=[(given.more["seed"], 0)], seed=0, temperature=given.more["temperature"], pad_id=0,
+                                 max_new_tokens=given.more["max_tokens"], eos_ids=given.more["stop_token_ids"])
+                outputs.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(drawn))]))
+            return outputs
+
+    return SimpleNamespace(LLM=LLM, SamplingParams=lambda **more: SimpleNamespace(more=more), __spec__=SimpleNamespace())
+
+
+def test_vllm_is_asked_for_the_same_and_says_when_it_is_not_there(model_folder, monkeypatch):
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(ValueError, match="vllm, which is not installed: pip install"):
+            LocalModel(model_folder, seed=0, batch_size=4, engine="vllm")
+    monkeypatch.setitem(sys.modules, "vllm", fake_vllm(model_folder))
+    own, theirs = (LocalModel(model_folder, seed=0, batch_size=4, engine=engine) for engine in ("transformers", "vllm"))
+    greedy = [Request(prompt="Tom has 2.", question="a", max_tokens=9, stop=("\n\n",)), Request(prompt="Ann", question="b", max_tokens=300)]
+    assert theirs.generate(greedy) == own.generate(greedy) and theirs.too_long == 1
+    draws = [Request(prompt="Tom has 2.", question="a", sample=i, temperature=1.0, max_tokens=9) for i in range(4)]
+    found = theirs.generate(draws)
+    assert found[::-1] == theirs.generate(draws[::-1]) and len({r.text for r in found}) > 1  # a seed a sample, whatever the order
+    assert theirs.score("Tom has 2.", " Tom buys") == pytest.approx(own.score("Tom has 2.", " Tom buys"), abs=1e-5)

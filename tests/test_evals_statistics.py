@@ -168,6 +168,12 @@ def test_a_clustered_comparison_by_hand():
     assert found["mde"] == pytest.approx(2.8016 / 4, abs=1e-4) and found["p"] == 1.0  # one cluster differs: either sign is as likely
 
 
+def test_a_share_of_clusters_by_hand():
+    # mean 3/4, deviations in sums three 1/2 and -3/2, variance 1/16 as above: worth .75 * .25 * 16 = 3 trials; t(3) in Wilson's place of z
+    found = share_interval([1, 1, 1, 1, 1, 1, 0, 0], list("aabbccdd"))
+    assert found == pytest.approx((0.75, *wilson(2.25, 3, 3.18245)), abs=1e-5)
+
+
 def test_clusters_of_one_are_questions():
     a, b = [1, 1, 0, 0, 1], [1, 0, 0, 1, 0]
     assert compare(a, b, list("abcde")) == compare(a, b)

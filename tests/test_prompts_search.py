@@ -258,3 +258,17 @@ def test_scheduler_keeps_few_strategies_alive_and_lets_each_go_on():
     assert most[0] <= 10 and began == list(range(1000)) and sorted(finished) == [(i, i) for i in range(1000)]
     assert [0 in batch for batch in batches[:8]] == [True] * 7 + [False]  # its next round is in the very next batch
     assert {len(batch) for batch in batches[:-1]} == {10}  # and what it does not need goes to others
+
+
+def test_a_wide_round_of_others_does_not_hold_back_who_began_first():
+    batches = []
+
+    def strategy(i):  # a narrow round, a wide one, a narrow one
+        for stage, width in enumerate((1, 10, 1)):
+            yield [Request(prompt="", question=str(i), stage=str(stage), sample=n) for n in range(width)]
+
+    def generate(requests):
+        batches.append([(int(r.question), r.stage) for r in requests])
+        return [Result(text="", prompt_tokens=1, generated_tokens=1, finish="stop") for _ in requests]
+    list(run((strategy(i) for i in range(10)), SimpleNamespace(generate=generate), batch_size=10))
+    assert (0, "2") in batches[2]  # its last round follows its wide one; in a plain queue it would wait for nine of them

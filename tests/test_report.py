@@ -67,8 +67,8 @@ def records(strategy: str, right: float, seed: int) -> list[dict]:
         samples = []
         for _ in range(8 if strategy == "self_consistency" else 1):
             answer = "7" if rng.random() < right else "8"
-            samples.append({"text": "", "tokens": 5 if strategy == "direct" else 40, "finished": True, "answer": answer,
-                            "gold_score": float(answer == "7"), "faults": []})
+            samples.append({"text": "", "tokens": 5 if strategy == "direct" else 40, "prompt_tokens": 30, "finished": True,
+                            "finish": "stop", "answer": answer, "gold_score": float(answer == "7"), "faults": []})
         votes = [s["answer"] for s in samples]
         answer = max(sorted(set(votes)), key=votes.count)
         found.append({"id": str(i), "task": "word_problems", "difficulty": 1 + i % 4, "gold": "7", "answer": answer,

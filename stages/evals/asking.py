@@ -20,15 +20,18 @@ from prompts.templates import DIRECT, WORKED, Style
 from prompts.thoughts import game_of_24, worked_steps
 from stages.evals import journal, scoring
 from stages.evals.backends import LocalModel
+from stages.evals.endpoint import Endpoint
 from stages.evals.judge import reward_judge
-from stages.evals.scheduler import Judge, run
+from stages.evals.scheduler import Backend, Judge, run
 from stages.evals.tasks import Task
+from stages.evals.vllm_engine import check_installed
 from stages.models.training import barrier, rank, world_size
 from stages.run.config import StageConfig, fill, option
 from stages.run.console import table
 from stages.run.manifest import Run, is_main, say
 
-MODELS = {"base": ("pretrain", False), "base_chat": ("pretrain", True), "sft": ("sft", True), "ppo": ("ppo", True)}  # run, chat
+MODELS = {"base": ("pretrain", False), "base_chat": ("pretrain", True), "sft": ("sft", True), "ppo": ("ppo", True),
+          "endpoint": ("", True)}  # run, chat
 USUAL = ("direct", "few_shot", "zero_shot_cot", "few_shot_cot", "self_consistency")
 STRATEGIES = (*USUAL, "two_stage_cot", "adaptive_consistency", "weighted_vote", "best_of_n", "budgeted", "self_refine", "tree_of_thought")
 Cell = tuple[str, str, str]  # model, task, strategy
@@ -58,6 +61,9 @@ class AskingConfig(StageConfig):
     system: str | None = option(None, "system turn of every chat")
     batch_size: int = option(256, "rows decoded together; changes speed only", recorded_only=True)
     dtype: str = option("float32", "precision of the model: float32 or bfloat16")
+    engine: str = option("transformers", "what runs the models: transformers, or vllm where it is installed")
+    endpoint: dict[str, Any] = option({}, "of the model `endpoint`, asked over HTTP in OpenAI's protocol: url, model; timeout_s, retries, "
+                                      "wait_s, connections, key_variable as you like")
 
 
 def check(config: AskingConfig) -> None:
@@ -73,6 +79,12 @@ def check(config: AskingConfig) -> None:
         raise ValueError("nothing to evaluate: give at least one task, and one model with a strategy")
     if config.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {config.dtype!r}: choose float32 or bfloat16")
+    if config.engine not in ("transformers", "vllm"):
+        raise ValueError(f"engine {config.engine!r}: choose transformers or vllm")
+    if config.engine == "vllm":
+        check_installed()
+    if config.models.get("endpoint") and not {"url", "model"} <= config.endpoint.keys():
+        raise ValueError("the model `endpoint` needs to know where it is: set endpoint to {url: http://localhost:8000/v1, model: its name}")
     stopper(config.stop)
     fill(Search, config.tree, where="tree")
 
@@ -204,8 +216,9 @@ def ask(config: AskingConfig, run_: Run, tasks: Sequence[Task]) -> None:
                desc="answers", disable=not is_main(), leave=False, mininterval=.5 if sys.stderr.isatty() else 10)
     for parent in dict.fromkeys(MODELS[model][0] for model, _, _ in missing):
         chosen = [cell for cell in missing if MODELS[cell[0]][0] == parent]
-        backend = LocalModel(run_.parents[parent].product("model"), seed=config.seed, batch_size=config.batch_size, device=device,
-                             dtype=config.dtype)
+        backend: Backend = LocalModel(
+            run_.parents[parent].product("model"), seed=config.seed, batch_size=config.batch_size, device=device, dtype=config.dtype,
+            engine=config.engine) if parent else Endpoint(seed=config.seed, **config.endpoint)
         _answer(config, run_.directory, by_name, chosen, missing, done, backend, judge, bar)
         barrier()
         if is_main():
@@ -226,7 +239,7 @@ def _share(cell: Cell, missing: Sequence[Cell], rows: Sequence[dict]) -> Sequenc
 
 
 def _answer(config: AskingConfig, directory: Path, by_name: Mapping[str, Task], chosen: Sequence[Cell], missing: Sequence[Cell],
-            done: Mapping[Cell, set[str]], backend: LocalModel, judge: Judge | None, bar: Any) -> None:
+            done: Mapping[Cell, set[str]], backend: Backend, judge: Judge | None, bar: Any) -> None:
     """All cells of one model at once: their requests share batches. A generator is made when its turn comes, and no earlier."""
     journals = {cell: journal.Journal(parts_of(directory, cell), rank()) for cell in chosen}
     owners: dict[int, tuple[Cell, list[dict]]] = {}  # of the strategies at work

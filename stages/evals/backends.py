@@ -1,33 +1,39 @@
-"""Where requests are answered: a local transformers model behind the one sampler."""
+"""Where requests are answered: a local model, by transformers behind the one sampler or by vLLM (stages/evals/vllm_engine.py)."""
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from prompts.records import Request, Result
 from prompts.templates import Prompt
 from stages.data.tokenizer import END
+from stages.evals.vllm_engine import VllmEngine
 from stages.models.sampling import prompt_key, sample
 
 
 class LocalModel:
     """Answers requests with the model and the tokenizer saved in one folder, or (`of`) already in memory.
 
-    Plain prompts end at the tokenizer's end of text or at a stop text; chat prompts at the end-of-turn token. A prompt that
-    leaves no room for its answer in the model's context is not cut: it gets an empty result that says "too_long", counted in `too_long`.
+    `engine` is transformers or vllm. Plain prompts end at the tokenizer's end of text or at a stop text; chat prompts at the
+    end-of-turn token. A prompt that leaves no room for its answer in the model's context is not cut: it gets an empty result that says
+    "too_long", counted in `too_long`.
     """
 
-    def __init__(self, path: str | Path, *, seed: int, batch_size: int, device: str = "cpu", dtype: str = "float32"):
+    def __init__(self, path: str | Path, *, seed: int, batch_size: int, device: str = "cpu", dtype: str = "float32",
+                 engine: str = "transformers"):
         disable_progress_bar()  # of loading weights: it would cut through the bar of the answers
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-        self._take(model.to(device), AutoTokenizer.from_pretrained(path), seed, batch_size)
-        configured = self.model.generation_config.eos_token_id
+        self.vllm = VllmEngine(path, dtype=dtype, seed=seed) if engine == "vllm" else None
+        model: Any = None if self.vllm else AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        if model is not None:
+            model.to(device)
+        self._take(model, AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path), seed, batch_size)
+        configured = GenerationConfig.from_pretrained(path).eos_token_id if (Path(path) / "generation_config.json").is_file() else None
         own = configured if isinstance(configured, int) else self.tokenizer.eos_token_id
         self.end_of_text = [self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else own]
         self.end_of_turn = [self.tokenizer.get_vocab().get(END, own)]
@@ -36,14 +42,15 @@ class LocalModel:
     def of(cls, model: Any, tokenizer: Any, *, stop_ids: Sequence[int], seed: int, batch_size: int) -> "LocalModel":
         """A backend over a model where it is, as it is; every answer, plain or chat, ends at one of `stop_ids`."""
         backend = cls.__new__(cls)
-        backend._take(model, tokenizer, seed, batch_size)
+        backend.vllm = None
+        backend._take(model, tokenizer, model.config, seed, batch_size)
         backend.end_of_text = backend.end_of_turn = list(stop_ids)
         return backend
 
-    def _take(self, model: Any, tokenizer: Any, seed: int, batch_size: int) -> None:
+    def _take(self, model: Any, tokenizer: Any, config: Any, seed: int, batch_size: int) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.seed, self.batch_size, self.too_long = seed, batch_size, 0
-        self.context = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+        self.context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def generate(self, requests: list[Request]) -> list[Result]:
@@ -59,9 +66,10 @@ class LocalModel:
                 groups[(isinstance(request.prompt, str), request.temperature, request.max_tokens, request.stop)].append(i)
         for (plain, temperature, max_tokens, stop), rows in groups.items():
             ends = self.end_of_text if plain else self.end_of_turn
-            drawn = sample(self.model, [prompts[i] for i in rows], seed=self.seed, temperature=temperature,
-                           keys=[(prompt_key(requests[i].key), requests[i].sample) for i in rows], max_new_tokens=max_tokens,
-                           eos_ids=[*ends, *self.stop_ids(stop)], pad_id=self.pad_id, batch_size=self.batch_size)
+            draw = self.vllm.sample if self.vllm else partial(sample, self.model, seed=self.seed, pad_id=self.pad_id,
+                                                              batch_size=self.batch_size)
+            drawn = draw([prompts[i] for i in rows], temperature=temperature, max_new_tokens=max_tokens,
+                         keys=[(prompt_key(requests[i].key), requests[i].sample) for i in rows], eos_ids=[*ends, *self.stop_ids(stop)])
             for i, ids in zip(rows, drawn, strict=True):
                 results[i] = replace(self.read(ids, ends, stop), prompt_tokens=len(prompts[i]))
         return [results[i] for i in range(len(requests))]
@@ -107,6 +115,8 @@ class LocalModel:
             raise ValueError(f"nothing to score: the context has {len(before)} tokens and the continuation {len(after)}; both need one")
         if len(before) + len(after) > self.context:
             raise ValueError(f"{len(before)} + {len(after)} tokens do not fit in a context of {self.context}: shorten one of them")
+        if self.vllm:
+            return self.vllm.logprobs(before + after, len(before))
         training = self.model.training
         self.model.eval()
         logits = self.model(input_ids=torch.tensor([before + after], device=self.model.device), use_cache=False,

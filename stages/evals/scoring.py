@@ -3,8 +3,7 @@
 Records are what `results/*.jsonl` hold, in the Samples format with more keys, so every figure recomputes from them:
 {"id", "task", "difficulty", "gold", "answer", "correct", "tie",
  "cost": {"requests", "prompt_tokens", "generated_tokens"}, of all that was asked,
- "samples": [{"text", "tokens", "prompt_tokens", "finished", "finish", "answer", "correct",
-  "gold_score", "faults"}],
+ "samples": [{"text", "tokens", "prompt_tokens", "finished", "finish", "answer", "correct", "gold_score", "faults"}],
  "steps": [{"stage", "sample", "text", "tokens", "prompt_tokens", "finish", "score"?}], of what is no sample}
 """
 import json
@@ -47,7 +46,7 @@ def record(row: Mapping[str, Any], solution: Solution) -> dict:
     correct = right(row, solution.answer)
     return {"id": row["id"], "task": row["task"], "difficulty": row["difficulty"], "gold": row["answer"],
             "answer": solution.answer, "correct": correct, "tie": solution.tie, "samples": samples, "cost": vars(solution.cost),
-            **({"steps": steps} if steps else {})}
+            **({"steps": steps} if steps else {}), **{key: row[key] for key in ("answer_type", "template") if key in row}}
 
 
 def accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
