@@ -4,11 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import datasets
 import pytest
 
 from prompts.answers import extract
 from prompts.templates import exemplars
 from reward.verifiers import gold_score, makes, right
+from stages.data import corpora
 from stages.data.benchmarks import BENCHMARKS, fits, make_24
 from stages.data.problems import load_problems
 
@@ -75,14 +77,14 @@ def test_game_of_24(tmp_path):
     assert (row["id"], row["difficulty"]) == ("game24-901", 10) and row["numbers"] == [3, 3, 8, 8] and row["answer_type"] == "expression"
     assert right(row, row["answer"]) and right(row, "8/(3-8/3) = 24") and right(row, " 8 ÷ (3 − 8 ÷ 3).")
     assert row["solutions"] == [["8 / 3 = 8/3 (left: 3 8 8/3).", "3 - 8/3 = 1/3 (left: 8 1/3).", "8 / 1/3 = 24 (left: 24)."]]
-    assert gold_score(row, f"The answer is {row['answer']}.", finished=True).correct
+    assert gold_score(row, "The answer is 8/(3-8/3).", finished=True).correct
     assert not gold_score(row, "The answer is 24.", finished=True).correct
 
 
 @pytest.mark.parametrize("wrong", [
     "24", "3 * 8", "(3 * 8) * (8 / 8)", "3 + 3 + 8 + 8", "8 / (3 - 8 / 3) = 25", "8 / (3 - 3) + 8", "3 * 8 +", "", "__import__('os')",
     "3 * 8 + (8 > 9) * 3", "-3 + 3 + 8 * 3", "33 - 8 - 8", "8.0 / (3 - 8 / 3)", "8 // (3 - 8 / 3)", "3 ** 3 - 8 + 8", "(" * 5000 + "3",
-    "9" * 100_000, "3+3+8+" + "8" * 190])
+    "9" * 100_000, "3+3+8+" + "8" * 190, f"8 / (3 - {'(' * 110}8{')' * 110} / 3)"])
 def test_what_does_not_make_24(wrong):
     assert not makes(wrong, [3, 3, 8, 8], 24)
 
@@ -151,6 +153,21 @@ def test_made_problems_are_distinct_and_splits_never_meet(spec):
     assert len({row["answer"] for row in test}) >= 2
     digest = {hashlib.sha256(question.encode()).digest()[0] % 2 for question in questions["test"]}
     assert digest == {0}
+
+
+def test_small_spaces_give_each_problem_once():
+    rows = load_problems("coin_flip:1?size=30", hub_split="test")
+    assert len({row["question"] for row in rows}) == len(rows) == 30
+
+
+def test_of_hub_benchmarks_the_split_with_answers_is_asked(monkeypatch):
+    asked = []
+    monkeypatch.setattr(corpora, "hub_revision", lambda source, repo_type: "abc123")
+    monkeypatch.setattr(datasets, "load_dataset", lambda source, config, *, split, **more: asked.append((source, split)) or [
+        {"question": "Where?", "choices": CHOICES, "answerKey": "B"}])
+    for split in ("test", "train"):
+        assert load_problems("commonsense_qa:tau/commonsense_qa", hub_split=split)[0]["answer"] == "B"
+    assert asked == [("tau/commonsense_qa", "validation"), ("tau/commonsense_qa", "train")]
 
 
 @pytest.mark.parametrize("spec, message", [

@@ -82,7 +82,12 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def shares(records: Sequence[Mapping[str, Any]]) -> list[float]:
     """For each problem the share of its samples that are right: the accuracy of one sampled chain."""
-    return [sum(s["correct"] for s in r["samples"]) / len(r["samples"]) for r in records]
+    return [sum(is_right(s, r["gold"]) for s in r["samples"]) / len(r["samples"]) for r in records]
+
+
+def is_right(sample: Mapping[str, Any], gold: str) -> bool:
+    """What the sample says of itself; one of a file without verdicts is compared with the gold answer."""
+    return bool(sample["correct"] if "correct" in sample else equal(sample["answer"] or "", gold))
 
 
 def sampled_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
