@@ -1,66 +1,11 @@
-"""The score command: votes over samples from anywhere, worked by hand; and the figures of a cell."""
-import json
-import subprocess
-import sys
+"""The figures of a cell, and paired comparisons of cells, worked by hand. (Samples from elsewhere: test_evals_recorded.py.)"""
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from prompts.intervals import wilson
 from prompts.records import Request, Result, Step
 from prompts.strategies import conclude
-from stages import evaluation
 from stages.evals import scoring
-
-ROOT = Path(__file__).resolve().parents[1]
-SAMPLES = [
-    # three spellings of one number beat two abstentions and another number
-    {"id": "a", "gold": "18", "samples": ["The answer is 18.", "[invalid]", "so #### 18.0", "no idea", "The answer is 7.", "$18"]},
-    {"id": "b", "gold": "x = 2\n#### 2", "samples": ["The answer is 3.", "The answer is 2."]},  # a tie: the first seen, 3, is wrong
-    {"id": "c", "gold": 5, "samples": ["I do not know.", "42 or so"]},  # nothing to vote for: wrong
-    {"id": "d", "gold": "B", "samples": [{"text": "The answer is (A).", "answer": "B", "tokens": 5}]},  # a given answer counts
-    {"id": "e", "gold": "1", "samples": []}]
-
-
-def write(tmp_path, rows):
-    path = tmp_path / "samples.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def test_score_by_hand(tmp_path):
-    result = scoring.score(write(tmp_path, SAMPLES))
-    assert [(i["id"], i["answer"], i["correct"], i["samples_used"]) for i in result["items"]] == [
-        ("a", "18", True, 6), ("b", "3", False, 2), ("c", None, False, 2), ("d", "B", True, 1), ("e", None, False, 0)]
-    assert (result["accuracy"], result["n"], tuple(result["wilson95"])) == (0.4, 5, wilson(2, 5))
-    assert (result["unparsed"], result["unanswered"], result["ties"]) == (4, 2, 1)
-    assert result["samples_used_mean"] == 11 / 5 and result["tokens_mean"] is None
-
-
-def test_tokens_are_per_question(tmp_path):
-    rows = [{"id": i, "gold": "1", "samples": [{"text": "The answer is 1.", "tokens": t} for t in tokens]}
-            for i, tokens in enumerate([[4, 6], [5, 7], [[1, 2, 3]]])]
-    assert scoring.score(write(tmp_path, rows))["tokens_mean"] == 25 / 3
-
-
-@pytest.mark.parametrize("rows, message", [
-    ([{"id": "a", "gold": "1"}], r"line 1: no key 'samples'"), ([SAMPLES[0], SAMPLES[0]], r"line 2: id 'a' was there before"),
-    ([{"id": "a", "gold": "1", "samples": [3]}], r"line 1: expected each sample to be a text"), ([], "holds no samples"),
-    ([{"id": "a", "gold": None, "samples": []}], r"line 1: expected a gold answer"),
-    ([{"id": "a", "gold": "1", "samples": "x"}], r"line 1: expected a gold answer and a list of samples")])
-def test_bad_samples(tmp_path, rows, message):
-    with pytest.raises(ValueError, match=message):
-        scoring.score(write(tmp_path, rows))
-
-
-def test_command(tmp_path):
-    arguments = ["score", "--samples", str(write(tmp_path, SAMPLES)), "--out", str(tmp_path / "new" / "result.json")]
-    evaluation.score(arguments[1:])
-    assert json.loads((tmp_path / "new" / "result.json").read_text()) == json.loads(json.dumps(scoring.score(arguments[2])))
-    (tmp_path / "samples.jsonl").write_text("{}\nx\n")
-    done = subprocess.run([sys.executable, "-m", "stages.evaluation", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "samples.jsonl, line 1" in done.stderr
 
 
 def made(id, gold, *texts):
@@ -95,8 +40,7 @@ def test_comparisons_pair_by_problem():
 def test_cells_count_what_the_program_says_where_equality_cannot_judge():
     row = {"id": "a", "task": "game24", "difficulty": 1, "question": "?", "answer": "(1 * 1) * (4 * 6)", "solutions": [],
            "numbers": [1, 1, 4, 6], "verifier": "game24"}
-    results = [Result(text=f"The answer is {answer}.", prompt_tokens=9, generated_tokens=5, finish="stop")
-               for answer in ("4 * 6 / 1 / 1", "24", "6 * 4 * 1")]
+    results = [Result(text=f"The answer is {answer}.", prompt_tokens=4, generated_tokens=5, finish="stop") for answer in ("4 * 6 / 1 / 1", "24", "6 * 4 * 1")]
     records = [scoring.record(row, conclude([result])) for result in results]
     assert [r["correct"] for r in records] == [r["samples"][0]["correct"] for r in records] == [True, False, False]
     cell = scoring.summary(records)

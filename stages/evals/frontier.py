@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from prompts.answers import normalize
 from prompts.intervals import mean_interval, share_interval, wilson
 from prompts.voting import count
 from stages.evals.pairs import Cells, Records, aligned, clusters_of
-from stages.evals.scoring import is_right
 from stages.evals.statistics import compare, maj_at_k
 
 
@@ -54,9 +54,10 @@ def points_of(strategy: str, records: Records) -> list[Point]:
 
 
 def _votes(record: Mapping[str, Any]) -> list[float]:
-    counts, written, abstained = count(sample["answer"] for sample in record["samples"])
-    right = {sample["answer"]: is_right(sample, record["gold"]) for sample in record["samples"]}
-    return maj_at_k([(number, right[written[form]]) for form, number in counts.items()], abstained)
+    type = record.get("answer_type")
+    counts, _, abstained = count([sample["answer"] for sample in record["samples"]], type)
+    right = {normalize(sample["answer"] or "", type): sample["correct"] for sample in record["samples"]}
+    return maj_at_k([(number, right[form]) for form, number in counts.items()], abstained)
 
 
 def pareto(costs: ArrayLike, accuracy: Sequence[float]) -> list[bool]:

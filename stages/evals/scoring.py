@@ -82,12 +82,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def shares(records: Sequence[Mapping[str, Any]]) -> list[float]:
     """For each problem the share of its samples that are right: the accuracy of one sampled chain."""
-    return [sum(is_right(s, r["gold"]) for s in r["samples"]) / len(r["samples"]) for r in records]
-
-
-def is_right(sample: Mapping[str, Any], gold: str) -> bool:
-    """What the sample says of itself; one of a file without verdicts is compared with the gold answer."""
-    return bool(sample["correct"] if "correct" in sample else equal(sample["answer"] or "", gold))
+    return [sum(s["correct"] for s in r["samples"]) / len(r["samples"]) for r in records]
 
 
 def sampled_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
