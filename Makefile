@@ -28,7 +28,7 @@ GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
-	bench-sft bench-reward bench-ppo rewardbench clean
+	bench-sft bench-reward bench-ppo study-ppo-peers rewardbench lm-eval test-lm-eval clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -131,6 +131,22 @@ bench-reward: setup ## comparisons/s and memory of reward training on rankings o
 
 bench-ppo: setup .venv-trl112/.installed ## samples/s, split of the time and memory of PPO, beside TRL 1.12's PPO and TRL's GRPO (20 minutes)
 	$(PY) -m stages.evals.bench_ppo $(ARGS)
+
+study-ppo-peers: setup .venv-trl112/.installed ## wall time to the same gold score: our PPO, TRL 1.12's, GRPO (over an hour; needs make sft rlhf)
+	$(PY) -m stages.evals.study_ppo_peers $(ARGS)
+
+# lm-eval wants an older python-dateutil than requirements.lock has, so it gets an environment of its own.
+.venv-lm-eval/.installed: requirements.lock requirements-lm-eval.lock
+	$(PYTHON) -m venv .venv-lm-eval
+	grep -v '^python-dateutil==' requirements.lock | cat - requirements-lm-eval.lock > .venv-lm-eval/requirements.txt
+	.venv-lm-eval/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -r .venv-lm-eval/requirements.txt
+	@touch $@
+
+lm-eval: .venv-lm-eval/.installed ## lm-eval as it is: ARGS="--model hf --model_args pretrained=runs/tiny/sft/model --tasks ..." (docs/evaluation.md)
+	.venv-lm-eval/bin/lm_eval $(ARGS)
+
+test-lm-eval: .venv-lm-eval/.installed ## greedy answers are lm-eval's, document by document
+	HF_HUB_OFFLINE=1 .venv-lm-eval/bin/python -m pytest -q tests/test_evals_lm_eval.py
 
 test: setup ## all tests, one full pass of the smoke recipe included
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q

@@ -18,31 +18,32 @@ WINDOW = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The thresholds, above which an alarm is raised; None turns one off. They are this project's choices (docs/reward-hacking.md says
-    which of them runs have calibrated: `make study-alarms`); the statistics have sources.
+    """The thresholds, above which an alarm is raised; None turns one off. Those of the signs without a judge lie well above what runs reach
+    that were not over-optimised (`make study-alarms`; docs/reward-hacking.md has the rates); the statistics have sources.
 
     `gold_falls`, `second_falls`: standard errors that the judge's or a second reward model's score has lost since its best while the
-    reward rose (Gao et al. 2023: what over-optimisation is). Three, because the best of many windows is best by chance, too.
+    reward rose (Gao et al. 2023: what over-optimisation is). Four, because the best of many windows is best by chance, too: where
+    nothing changes, three is crossed at some time by 13 % of runs of 40 iterations and 45 % of 90, four by 1 % and 3 % (simulated).
     `disagreement`: of an ensemble's members, times the start's (Coste et al. 2023). `beyond_range`: share of scores above the start's
     99 % quantile. `feature_distance`: squared Mahalanobis distance of the reward model's last hidden state from the start's responses,
-    times the start's (Lee et al. 2018); off, because it reads every response a second time: set 3. `length_drift`: relative change of
+    times the start's (Lee et al. 2018); off, because it reads every response a second time: set 4. `length_drift`: relative change of
     the length, of either sign (Singhal et al. 2023). `repetition`: growth of the share of repeated 4-grams (Welleck et al. 2020,
     seq-rep-4). `entropy_lost`: share of the entropy that is gone. `eos_lost`: fall of the share of responses that end by themselves.
     `critic_blind`: fall of the explained variance from its best; that it begins below zero is usual where the critic begins as the
     reward model. `kl`: nats a response to the start.
     """
 
-    gold_falls: float | None = 3.0
-    second_falls: float | None = 3.0
-    disagreement: float | None = 2.0
-    beyond_range: float | None = 0.5
+    gold_falls: float | None = 4.0
+    second_falls: float | None = 5.0
+    disagreement: float | None = 1.5
+    beyond_range: float | None = 0.4
     feature_distance: float | None = None
-    length_drift: float | None = 0.5
-    repetition: float | None = 0.1
+    length_drift: float | None = 0.25
+    repetition: float | None = 0.05
     entropy_lost: float | None = 0.9
     eos_lost: float | None = 0.1
     critic_blind: float | None = 0.5
-    kl: float | None = 100.0
+    kl: float | None = 20.0
 
 
 class Alarm(NamedTuple):

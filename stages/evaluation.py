@@ -10,7 +10,9 @@ from stages.data.corpora import read_rows
 from stages.evals import scoring
 from stages.evals.asking import MODELS, AskingConfig, ask, cells, check, file_of, first_prompts, needs_judge
 from stages.evals.commands import score
-from stages.evals.tasks import load_task
+from stages.evals.frontier import computed, frontiers
+from stages.evals.pairs import pairs
+from stages.evals.tasks import load_task, task_name
 from stages.models.training import barrier
 from stages.run.config import option
 from stages.run.console import table
@@ -27,6 +29,8 @@ class EvaluationConfig(AskingConfig):
                               "embedded tasks, or [name=]format:source such as gsm8k:data/test.jsonl", recorded_only=True)
     difficulties: list[int] = option([1, 2, 3, 4], "steps of the embedded problems, in equal numbers")
     num_problems: int = option(200, "problems a cell (0: all there are)")
+    exemplars: dict[str, str] = option({}, "by task name, where its examples come from instead of the project's own: format:source such as "
+                                       "gsm8k:train.jsonl, drawn by seed, or a prompt in a .txt file, in its order", recorded_only=True)
 
 
 def main(config: EvaluationConfig) -> Manifest:
@@ -36,7 +40,12 @@ def main(config: EvaluationConfig) -> Manifest:
     needed = {"prepare"} | {MODELS[model][0] for model, chosen in config.models.items() if chosen} - {""}
     problems = Manifest(config.parents["prepare"]).product("problems")
     tasks = [load_task(spec, problems=problems, difficulties=config.difficulties, num_problems=config.num_problems,
-                       seed=config.seed) for spec in config.tasks]
+                       seed=config.seed, examples=config.exemplars.get(task_name(spec))) for spec in config.tasks]
+    if unknown := config.exemplars.keys() - {task.name for task in tasks}:
+        raise ValueError(f"exemplars names {min(unknown)!r}, which is no task here: choose from {', '.join(t.name for t in tasks)}")
+    for task in tasks:
+        if task.leaked:
+            say(f"{task.name}: {task.leaked} examples are problems that are asked; they are not shown")
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError(f"two tasks are called {[task.name for task in tasks]}: name them apart, as in train=gsm8k:train.jsonl")
     needed |= {"reward_model"} if needs_judge(config, tasks) else set()
@@ -54,6 +63,7 @@ def main(config: EvaluationConfig) -> Manifest:
     for key in [key for key, rows in records.items() if unasked(key, rows)]:
         del records[key]  # its figures stay missing
     results = summarize(records)
+    results["compute"] = computed(results["frontier"], {name: parent.data.get("counts", {}) for name, parent in run.parents.items()})
     write_json(run.directory / "results.json", results)
     report(results)
     return run.finish(
@@ -72,14 +82,15 @@ def unasked(key: tuple[str, str, str], rows: list[dict]) -> bool:
 
 
 def summarize(records: dict[tuple[str, str, str], list[dict]]) -> dict:
-    """results.json: every cell, one sampled chain beside each vote, and the paired comparisons."""
+    """results.json: every cell, one sampled chain beside each vote, the paired comparisons, all pairs with p adjusted for their
+    number, and what accuracy costs."""
     found = []
     for (model, task, strategy), rows in records.items():
         key = {"model": model, "task": task, "strategy": strategy}
         found.append({**key, **scoring.summary(rows), "items": str(file_of(model, task, strategy))})
         if strategy == "self_consistency" and len({len(r["samples"]) for r in rows}) == 1:
             found.append({**key, "strategy": scoring.SAMPLED, **scoring.sampled_summary(rows)})
-    return {"cells": found, "comparisons": scoring.comparisons(records)}
+    return {"cells": found, "comparisons": scoring.comparisons(records), "pairs": pairs(records), "frontier": frontiers(records)}
 
 
 def metrics_of(results: dict) -> dict[str, dict]:
@@ -103,9 +114,10 @@ def report(results: dict) -> None:
                      str(cell["n"]), f"{unparsed:.1%}", f"{cell['finished']:.1%}", f"{cell['tokens_mean']:.1f}"])
     say(table(["model", "task", "strategy", "accuracy", "95 %", "n", "unparsed", "stopped", "tokens"], rows))
     rows = [[c["a"], c["b"], c["task"], f"{c['difference']:+.3f}", f"[{c['ci95'][0]:+.3f}, {c['ci95'][1]:+.3f}]", str(c["n"]),
-             "" if c["p"] is None else f"{c['p']:.2g}"] for c in results["comparisons"]]
+             f"{c['p']:.2g}", f"{c['mde']:.3f}" if c["mde"] else ""] for c in results["comparisons"]]
     if rows:
-        say("\n" + table(["first", "minus second", "task", "difference", "95 %", "n", "McNemar p"], rows))
+        say("\n" + table(["first", "minus second", "task", "difference", "95 %", "n", "p", "detectable"], rows))
+        say(f"results.json has all {len(results['pairs'])} pairs, with p adjusted for their number (Holm)")
 
 
 if __name__ == "__main__":

@@ -128,13 +128,13 @@ def main(config: PpoConfig) -> Manifest:
     learned, measured = own or embedded_problems(config, run.parents["prepare"].product("problems"))
     cue = (BENCHMARK_CUES if own else CUES)[config.style]
     prompts, held_out = (asked(rows, cue, tokenizer) for rows in (learned[:config.iterations * config.rollout_batch], measured))
-    given = len(prompts)
+    given, to_measure = len(prompts), len(held_out)
     if own:
-        prompts = fitting(prompts, config, policy, policy.config.max_position_embeddings)
+        prompts, held_out = (fitting(some, config, policy, policy.config.max_position_embeddings) for some in (prompts, held_out))
     check_lengths([*prompts, *held_out], config, policy)
     say(f"ppo: {len(prompts):,} problems to learn from{f' ({given - len(prompts)} left out, too long)' if given > len(prompts) else ''}, "
-        f"{len(held_out)} to measure on; {config.iterations} iterations of "
-        f"{config.rollout_batch} responses, {settings.steps_per_iteration} steps each")
+        f"{len(held_out)} to measure on{f' ({to_measure - len(held_out)} too long)' if to_measure > len(held_out) else ''}; "
+        f"{config.iterations} iterations of {config.rollout_batch} responses, {settings.steps_per_iteration} steps each")
 
     adapters: dict[str, Any] = {"rank": config.lora_rank, "alpha": config.lora_alpha}
     adapted = adapt(policy, **adapters, seed=config.seed) if config.method == "lora" else None
@@ -223,8 +223,8 @@ def main(config: PpoConfig) -> Manifest:
                 draws(iteration, count=config.rollout_batch, num_prompts=len(prompts), seed=config.seed)]
     load_whole_models()  # the counts are those of models on the meta device
     tokens, judges = trainer.state.num_input_tokens_seen, [AutoConfig.from_pretrained(path) for path in scorers(config.reward, scorer)]
-    counts = {"responses": len(asked_of), "prompts_too_long": given - len(prompts), "tokens": tokens, "steps": trainer.state.global_step,
-              "parameters": parameters,
+    counts = {"responses": len(asked_of), "prompts_too_long": given - len(prompts), "held_out_too_long": to_measure - len(held_out),
+              "tokens": tokens, "steps": trainer.state.global_step, "parameters": parameters,
               "flops": ppo_flops(policy.config, critic.config if critic is not None else None, judges, responses=len(asked_of),
                                  prompt_tokens=sum(map(len, asked_of)), tokens=tokens, epochs=config.epochs,
                                  adapters=config.method == "lora", critic_adapter=config.value_trunk == "adapter",

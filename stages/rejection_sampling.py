@@ -80,13 +80,17 @@ def main(config: RejectionSamplingConfig) -> Manifest:
     learned, measured = own or embedded_problems(config, prepared.product("problems"))
     cue = (BENCHMARK_CUES if own else CUES)[config.style]
     asking, held_out = (asked(rows, cue, tokenizer) for rows in (learned[:config.rounds * config.prompts_per_round], measured))
+    to_measure = len(held_out)
+    if own:
+        held_out = fitting(held_out, config, policy, policy.config.max_position_embeddings)
     check_lengths(held_out, config, policy)
     prompts = fitting(asking, config, policy, config.max_length)
     too_long = len(asking) - len(prompts)
     reward = build_reward(config.reward, model_path=folder, vocab_size=policy.config.vocab_size, device=policy.device,
                           tokenizer=tokenizer)
     judges = [AutoConfig.from_pretrained(path) for path in scorers(config.reward, folder)]
-    say(f"rejection_sampling: {len(prompts):,} problems to learn from ({too_long} left out, too long), {len(held_out)} to measure on; "
+    say(f"rejection_sampling: {len(prompts):,} problems to learn from ({too_long} left out, too long), {len(held_out)} to measure on "
+        f"({to_measure - len(held_out)} left out); "
         f"{config.rounds} rounds of {config.prompts_per_round} prompts x {config.samples_per_prompt} responses")
 
     neutral = base_text(prepared, policy, tokenizer, rows=config.forgetting_rows, pad_id=pad_id)
@@ -120,7 +124,8 @@ def main(config: RejectionSamplingConfig) -> Manifest:
     if neutral:
         metrics |= forgotten(neutral.before, neutral.look(product))
     say(cost_table(rounds))
-    counts = totals(rounds) | {"prompts_too_long": too_long, "parameters": count_parameters(product)["total"]}
+    counts = totals(rounds) | {"prompts_too_long": too_long, "held_out_too_long": to_measure - len(held_out),
+                              "parameters": count_parameters(product)["total"]}
     say(price(metrics["gain/gold"]["value"], counts))
     if is_main():
         shutil.copytree(path, run.directory / "model", dirs_exist_ok=True)

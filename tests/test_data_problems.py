@@ -13,7 +13,7 @@ def test_specs():
     assert split_spec("gsm8k:openai/gsm8k") == ("gsm8k", "gsm8k", "openai/gsm8k")
     assert split_spec("mine=problems:/data/a=b.jsonl") == ("mine", "problems", "/data/a=b.jsonl")
     for spec in ("gsm8k", "word_problems", "a=b:c", "gsm8k/a.jsonl"):
-        with pytest.raises(ValueError, match="is not format:source with a format of gsm8k, svamp, aqua, problems"):
+        with pytest.raises(ValueError, match="is not format:source with a format of gsm8k, svamp, aqua, multiarith"):
             split_spec(spec)
 
 

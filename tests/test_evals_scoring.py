@@ -35,3 +35,14 @@ def test_comparisons_pair_by_problem():
     greedy_pair = found["sft/self_consistency", "sft/zero_shot_cot"]
     assert (greedy_pair["only_a"], greedy_pair["only_b"]) == (1, 0) and greedy_pair["difference"] == pytest.approx(1 / 3)
     assert found["sft/self_consistency", "sft/sampled_cot"]["difference"] == pytest.approx((0.5 + 0 + 0) / 3)
+
+
+def test_cells_count_what_the_program_says_where_equality_cannot_judge():
+    row = {"id": "a", "task": "game24", "difficulty": 1, "question": "?", "answer": "(1 * 1) * (4 * 6)", "solutions": [],
+           "numbers": [1, 1, 4, 6], "verifier": "game24"}
+    results = [Result(text=f"The answer is {answer}.", prompt_tokens=9, generated_tokens=5, finish="stop")
+               for answer in ("4 * 6 / 1 / 1", "24", "6 * 4 * 1")]
+    records = [scoring.record(row, conclude([result])) for result in results]
+    assert [r["correct"] for r in records] == [r["samples"][0]["correct"] for r in records] == [True, False, False]
+    cell = scoring.summary(records)
+    assert cell["accuracy"] == 1 / 3 and cell["n"] == 3 and cell["unanswered"] == 0 and scoring.shares(records) == [1, 0, 0]

@@ -134,6 +134,11 @@ def test_every_figure_recomputes_from_the_items(stage):
     pooled = [c for c in results["comparisons"] if c["task"] == "all"]
     assert {(c["a"], c["b"]) for c in pooled} == {("sft/self_consistency", "sft/zero_shot_cot"), ("ppo/zero_shot_cot", "sft/zero_shot_cot"),
                                                  ("sft/self_consistency", "sft/sampled_cot")}
+    assert {(of["model"], of["task"]) for of in results["frontier"]} == {(m, t) for m in ("base", "sft") for t in ("word_problems", "own")}
+    vote = next(of for of in results["frontier"] if of["model"] == "sft")["points"]
+    assert [(p["strategy"], p["k"]) for p in vote] == [("zero_shot_cot", None), *[("self_consistency", k) for k in (1, 2, 3)]]
+    assert vote[1]["accuracy"] == next(c for c in results["cells"] if c["strategy"] == scoring.SAMPLED)["accuracy"]
+    assert len(results["pairs"]) == 2 * (1 + 3 + 1)  # base, sft with its single chains, ppo against sft
     same = next(c for c in pooled if c["a"] == "ppo/zero_shot_cot")  # both are the same model here
     assert same["difference"] == 0 and same["p"] == 1.0 and same["n"] == 14
     assert evaluation.main(stage()).fingerprint == manifest.fingerprint  # finished: nothing runs again

@@ -51,13 +51,13 @@ def test_runs_differ_in_what_is_compared_alone(monkeypatch, tmp_path, capsys):
     assert len({flags["--run_dir"] for flags in runs}) == len(runs)
     # the second reward model never gives the reward, and the remedies are for the worst of the weak models
     assert all(Path(flags["--second_reward"]).parent.name != Path(flags["--parents.reward_model"]).name for flags in runs)
-    assert {Path(flags["--parents.reward_model"]).name for flags in runs[len(WEAK) + len(SOUND):]} == {"reward-250-0.4-full"}
+    assert {Path(flags["--parents.reward_model"]).name for flags in runs[len(WEAK) + len(SOUND):]} == {"reward-4000-0-full"}
     priced = [flags["--kl_coef"] for flags in runs[len(WEAK) + len(SOUND)::2]]
     assert priced == ["0.0", "0.01", "0.05", "0.2", *["0.0"] * (len(study_alarms.REMEDIES) - 4)]
     lines = [json.loads(line) for line in (tmp_path / "study_alarms.jsonl").read_text().splitlines()]
     assert len(lines) == len(runs) and all(line["overoptimised"] for line in lines if "made_to_be" in line)
     out = capsys.readouterr().out
-    assert "budget: a base, 17 reward models, 24 runs of PPO and 22 with remedies" in out and "| early stop, without one |" in out
+    assert "budget: a base, 17 reward models, 28 runs of PPO and 22 with remedies" in out and "| early stop, without one |" in out
 
 
 def test_what_is_told_of_a_run():
@@ -83,7 +83,7 @@ def test_calibration_and_test_by_hand():
     assert [first(runs[i], {"kl": limit}, ["kl"]) for i, limit in ((0, 4), (4, 4), (0, None))] == [2, None, None]
     assert judged(tested, {"kl": 3.5}, ["kl"]) == ["2/2 [0.34, 1.00]", "1/1 [0.21, 1.00]", "+2 (-1 to +5)", "-"]
     assert judged(tested, {"kl": 99.0}, ["kl", "gold_falls"]) == ["0/2 [0.00, 0.66]", "0/1 [0.00, 0.79]", "-", "-"]
-    runs[2]["statistics"]["gold_falls"] = [None, 0.0, 3.5]  # a judge sees it where kl is 4, and is never there for the other
+    runs[2]["statistics"]["gold_falls"] = [None, 0.0, 4.5]  # a judge sees it where kl is 4, and is never there for the other
     assert judged(tested, {"kl": 1.5}, ["kl"])[2:] == ["+2.5 (+0 to +5)", "+1 (+1 to +1)"]
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from prompts.templates import BENCHMARK_CUES
 from stages.data import curriculum
-from stages.evals.tasks import load_task
+from stages.evals.tasks import load_task, read_prompt
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="benchmark files are not on this machine")
@@ -88,3 +89,81 @@ def test_real_files(tmp_path, spec, count, answer):
     task = load(spec.format(DATA), tmp_path)
     assert len(task.rows) == count and task.rows[0]["answer"] == answer
     assert len(load(spec.format(DATA), tmp_path, 50).rows) == 50
+
+
+WORKED_PROMPT = """A task of sums.
+
+Q: Ann has 2 pens and gets 3. How many?
+A: Let's think step by step.
+She starts with 2.
+2 + 3 = 5. So the answer is 5.
+
+Q: Bob has 4 pens and
+loses 1. How many?
+A: Let's think step by step.
+4 - 1 = 3. So the answer is (B).
+"""
+BARE_PROMPT = "Question: 2 + 3?\nLet's think step by step\n2 + 3 = 5.\nThe answer is 5.\n\nQuestion: 4 + 4?\nThe answer is 8.\n"
+
+
+def own(tmp_path, *questions, name="a.jsonl"):
+    return f"problems:{write(tmp_path, ''.join(json.dumps({'question': q, 'answer': 1}) + chr(10) for q in questions), name)}"
+
+
+def test_prompts_of_papers_are_read_in_both_spellings(tmp_path):
+    first, second = read_prompt(write(tmp_path, WORKED_PROMPT, "sums.txt"))
+    assert first["question"] == "Ann has 2 pens and gets 3. How many?" and first["solutions"] == [["She starts with 2.", "2 + 3 = 5."]]
+    assert (first["answer"], second["answer"]) == ("5", "B") and second["question"] == "Bob has 4 pens and\nloses 1. How many?"
+    bare = read_prompt(write(tmp_path, BARE_PROMPT, "bare.txt"))
+    assert [(r["question"], r["answer"], r["solutions"]) for r in bare] == [("2 + 3?", "5", [["2 + 3 = 5."]]), ("4 + 4?", "8", [])]
+
+
+@pytest.mark.parametrize("text, message", [("Nothing here.", "has no example: each begins with"),
+                                           ("Q: 2 + 3?\nA: It is 5.\n", "example 0 has no question, or does not end with"),
+                                           ("Q: 1?\nA: The answer is 1.\n\nQ:\nA: The answer is 2.\n", "example 1 has no question")])
+def test_prompts_without_examples_are_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=rf"p\.txt.*{message}"):
+        read_prompt(write(tmp_path, text, "p.txt"))
+
+
+def test_a_prompt_is_shown_in_its_order_and_records_are_drawn_by_seed(tmp_path):
+    spec = own(tmp_path, "7 + 7?", "8 + 8?")
+    task = load(spec, tmp_path, examples=str(write(tmp_path, BARE_PROMPT, "bare.txt")))
+    assert [[e["answer"] for e in task.examples(row, 2, seed)] for row in task.rows for seed in (0, 1)] == 4 * [["5", "8"]]
+    pool = own(tmp_path, *(f"{i} + 0?" for i in range(50)), name="train.jsonl")
+    task = load(spec, tmp_path, examples=pool)
+    first, second = task.rows
+    assert task.examples(first, 5, 0) == task.examples(first, 5, 0) != task.examples(second, 5, 0) != task.examples(second, 5, 1)
+    with pytest.raises(ValueError, match="problems has 50 examples: set shots to at most that, not 51, or name a source of more"):
+        task.examples(first, 51, 0)
+
+
+def test_an_example_that_is_asked_is_left_out_where_drawn_and_refused_in_a_prompt(tmp_path):
+    asked = own(tmp_path, "2  + 3?", "9 + 9?")
+    task = load(asked, tmp_path, examples=own(tmp_path, "2 + 3?", "1 + 1?", " 9 + 9? ", name="train.jsonl"))
+    assert [row["question"] for row in task.pool] == ["1 + 1?"] and task.leaked == 2
+    with pytest.raises(ValueError, match=r"bare\.txt: example bare-0 is one of the problems of problems:.*take it out of either file"):
+        load(asked, tmp_path, examples=str(write(tmp_path, BARE_PROMPT, "bare.txt")))
+
+
+def test_made_tasks_show_examples_of_their_training_split(tmp_path):
+    task = load("coin_flip:3?size=40", tmp_path)
+    assert len(task.rows) == len(task.pool) == 40 and task.leaked == 0 and task.cues == BENCHMARK_CUES
+    assert all(row["solutions"] for row in task.pool)
+
+
+def test_benchmarks_without_examples_of_the_projects_own_ask_for_a_source(tmp_path):
+    task = load(f"bbh:{write(tmp_path, json.dumps({'input': '?', 'target': 'No'}))}", tmp_path)
+    with pytest.raises(ValueError, match="bbh has 0 examples: set shots to at most that, not 2, or name a source of more in exemplars"):
+        task.examples(task.rows[0], 2, 0)
+
+
+@needs_data
+def test_the_prompts_of_wei_and_suzgun_et_al_are_read_whole(tmp_path):
+    eight = read_prompt(DATA / "cot-exemplars" / "prompt_original.txt")
+    assert [row["answer"] for row in eight] == ["6", "5", "39", "8", "9", "29", "33", "8"] and all(row["solutions"] for row in eight)
+    bbh = {path.stem: read_prompt(path) for path in sorted((DATA / "bbh").glob("*.txt")) if path.stem != "SOURCE"}
+    assert len(bbh) == 27 and {len(rows) for rows in bbh.values()} == {3}
+    for name, rows in bbh.items():
+        task = load(f"bbh:{DATA}/bbh/{name}.json", tmp_path, examples=str(DATA / "bbh" / f"{name}.txt"))
+        assert len(task.examples(task.rows[0], 3, 0)) == 3 and [e["answer"] for e in rows] == [e["answer"] for e in task.pool]

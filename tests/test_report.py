@@ -14,6 +14,8 @@ from reward.annotators import annotator_name
 from reward.gate import judge
 from reward.overoptimization import best_of_n
 from stages.evals import scoring
+from stages.evals.frontier import computed, frontiers
+from stages.evals.pairs import pairs
 from stages.laws.fit import expected, fit_law, law, predict
 from stages.models import ranking
 from stages.report import ReportConfig, main
@@ -65,12 +67,14 @@ def records(strategy: str, right: float, seed: int) -> list[dict]:
         samples = []
         for _ in range(8 if strategy == "self_consistency" else 1):
             answer = "7" if rng.random() < right else "8"
-            samples.append({"text": "", "tokens": 5 if strategy == "direct" else 40, "finished": True, "answer": answer,
-                            "gold_score": float(answer == "7"), "faults": []})
+            samples.append({"text": "", "tokens": 5 if strategy == "direct" else 40, "prompt_tokens": 30, "finished": True,
+                            "finish": "stop", "answer": answer, "gold_score": float(answer == "7"), "faults": []})
         votes = [s["answer"] for s in samples]
         answer = max(sorted(set(votes)), key=votes.count)
         found.append({"id": str(i), "task": "word_problems", "difficulty": 1 + i % 4, "gold": "7", "answer": answer,
-                      "correct": answer == "7", "tie": False, "samples": samples})
+                      "correct": answer == "7", "tie": False, "samples": samples,
+                      "cost": {"requests": len(samples), "prompt_tokens": 30 * len(samples), "generated_tokens": sum(
+                          s["tokens"] for s in samples)}})
     return found
 
 
@@ -90,7 +94,9 @@ def make_runs(home: Path, stages=STAGES) -> Path:
     found = [{"model": m, "task": t, "strategy": s, **scoring.summary(rows)} for (m, t, s), rows in judged.items()]
     found += [{"model": m, "task": t, "strategy": scoring.SAMPLED, **scoring.sampled_summary(rows)}
               for (m, t, s), rows in judged.items() if s == "self_consistency"]
-    results = {"cells": found, "comparisons": scoring.comparisons(judged)}
+    costs = frontiers(judged)
+    results = {"cells": found, "comparisons": scoring.comparisons(judged), "pairs": pairs(judged), "frontier": costs, "compute": computed(
+        costs, {"pretrain": {"flops": 1.7e13, "matmul_parameters": 880_000}, "sft": {"flops": 2e12}})}
     values = {"score": 0.1, "gold": 0.8, "sampled_accuracy": 0.6, "kl": 0.0, "entropy": 0.3, "length": 40.0, "eos_rate": 0.98,
               "greedy_accuracy": 0.8}
     gains = {"score": 0.9, "gold": 0.21, "sampled_accuracy": 0.12, "kl": 4.1, "entropy": -0.1, "length": 1.0, "eos_rate": 0.01,
@@ -349,6 +355,54 @@ def test_the_summary_states_the_effects(whole, told):
     assert "8 votes over one sampled chain, word_problems" in lines and "8 votes over greedy CoT, word_problems" in lines
     assert lines["Reward model: pairs of fresh SFT samples ordered right"][:3] == ["82.0 %", "[79.0, 85.0]", "3,000"]
     assert "greedy accuracy +1.0 points [-1.0, +3.0]" in lines["PPO: accuracy of sampled answers over SFT"][3]
+
+
+def test_the_frontier_is_drawn_as_measured(whole, tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(figures, "bars", small_figure)
+    monkeypatch.setattr(figures, "plot", lambda path, lines, **options: (
+        shown.update({path.stem: (lines, options)}), small_figure(path)))
+    section = next(s for s in tell(whole, tmp_path).sections if s.key == "evaluation")
+    results = json.loads((whole / "evaluation" / "results.json").read_text())
+    lines, options = shown["frontier-word-problems-sft"]
+    assert options["log_x"] and [(s.label, s.look) for s in lines] == [
+        ("vote of 1 to 8 chains", "band"), ("direct", "points"), ("few-shot", "points"), ("CoT", "points"), ("Pareto set", "ring")]
+    assert lines[0].x == pytest.approx([70 * k for k in range(1, 9)])  # 30 of the prompt and 40 generated for each chain
+    assert lines[0].y[0] == next(c["accuracy"] for c in results["cells"] if c["strategy"] == "sampled_cot")
+    best = [p for p in next(of for of in results["frontier"] if of["model"] == "sft")["points"] if p["pareto"]]
+    assert 0 < len(best) < 11 and lines[-1].x == [p["tokens"] for p in best] and lines[-1].y == [p["accuracy"] for p in best]
+    assert all(low <= y <= high for s in lines[:-1] for low, y, high in zip(s.low, s.y, s.high, strict=True))
+    lines, _ = shown["compute-word-problems"]
+    assert [s.label for s in lines] == ["base, 1.7e+13 to train", "SFT, 1.9e+13 to train", "", "Pareto set"]
+    assert lines[0].x == pytest.approx([2 * 880_000 * 35, 2 * 880_000 * 70])
+    lines, _ = shown["examples-word-problems"]
+    assert [(s.label, s.look, s.x) for s in lines] == [("SFT, bare", "dashed", [0, 2])]
+    assert any(figure.file.endswith("frontier-word-problems-base.svg") for figure in section.figures)
+
+
+def test_every_pair_stands_in_the_report_with_its_adjusted_p(whole, told):
+    section = next(s for s in told.sections if s.key == "evaluation")
+    table = next(t for t in section.tables if "Holm p" in t.header)
+    found = json.loads((whole / "evaluation" / "results.json").read_text())["pairs"]
+    assert len(table.rows) == len(found) == 15 and "All 15 pairs" in table.caption  # 1 of base, 10 of SFT's five, 1 + 3 of models
+    rows = {(page.plain(row[0]), row[1]): [page.plain(cell) for cell in row[2:]] for row in table.rows}
+    p = next(p for p in found if (p["a"], p["b"]) == ("sft/zero_shot_cot", "sft/direct"))
+    assert rows["SFT: CoT - direct", "word_problems"] == [GAIN.text(p["difference"]), GAIN.between(p["ci95"]), "40", f"{p['p']:.2g}",
+                                                          f"{p['p_holm']:.2g}", f"{100 * p['mde']:.1f} points"]
+    assert p["p_holm"] > p["p"]
+    equal = next(t for t in section.tables if "chains for them" in t.header)
+    assert [[page.plain(cell) for cell in row[:5]] for row in equal.rows] == [
+        ["SFT", "word_problems", name, "70.0", "1.00"] for name in ("few-shot", "CoT")]
+
+
+def test_a_band_and_rings_are_drawn(tmp_path):
+    vote = figures.Series("vote", [1.0, 2.0], [0.4, 0.6], [0.3, 0.5], [0.5, 0.7])
+    ring = figures.Series("best", [2.0], [0.6], look="ring")
+    plain, band, ringed = (figures.plot(tmp_path / f"{i}.svg", series, x="tokens", y="accuracy").read_text() for i, series in enumerate(
+        ([vote], [vote._replace(look="band")], [vote, ring])))
+    assert "opacity: 0.18" not in plain and "opacity: 0.18" in band and "opacity: 0.18" not in ringed
+    rim = "fill: none; stroke: currentColor; stroke-width: 0.8"
+    assert plain.count(rim) + 2 == ringed.count(rim)  # on the point and in the legend
 
 
 def test_reward_hacking_is_told(told):

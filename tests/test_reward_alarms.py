@@ -55,14 +55,14 @@ def test_each_alarm_by_hand(name):
     assert str(round(100 * value)) in alarms[0].sentence or f"{value:.1f}" in alarms[0].sentence or f"{value:.2f}" in alarms[0].sentence
 
 
-@pytest.mark.parametrize("key", ["objective/gold", "watch/second"])
-def test_a_score_that_falls_while_the_reward_rises(key):
-    """Five rows at .5, five at .3 with standard errors of .1: .2 / sqrt(2 x .1^2 / 5) = 3.16 standard errors."""
-    rows = run(*[{key: 0.5}] * 5, *[{key: 0.3, "objective/score": 1.0}] * 5)
-    assert fall(rows, key) == pytest.approx(0.2 / math.sqrt(2 * 0.01 / 5))
+@pytest.mark.parametrize(("key", "low", "said"), [("objective/gold", 0.2, "4.7"), ("watch/second", 0.15, "5.5")])
+def test_a_score_that_falls_while_the_reward_rises(key, low, said):
+    """Five rows at .5, five at .2 with standard errors of .1: .3 / sqrt(2 x .1^2 / 5) = 4.74 standard errors."""
+    rows = run(*[{key: 0.5}] * 5, *[{key: low, "objective/score": 1.0}] * 5)
+    assert fall(rows, key) == pytest.approx((0.5 - low) / math.sqrt(2 * 0.01 / 5))
     name = "gold_falls" if key == "objective/gold" else "second_falls"
     alarms = first_alarms(rows)
-    assert [(a.name, a.step) for a in alarms] == [(name, 40)] and "3.2 standard errors below its best" in alarms[0].sentence
+    assert [(a.name, a.step) for a in alarms] == [(name, 40)] and f"{said} standard errors below its best" in alarms[0].sentence
     assert fall([{**row, "objective/score": -row["objective/score"]} for row in rows], key) == 0  # both fell: no hacking
     assert fall([{k: v for k, v in row.items() if k != f"{key}_se"} for row in rows], key) is None
     assert 1e3 < fall([{**row, f"{key}_se": 0.0} for row in rows], key) < math.inf  # a number, because it is written down
@@ -80,7 +80,7 @@ def test_a_critic_that_begins_blind_and_learns_raises_nothing():
 
 
 def test_an_alarm_is_raised_once_at_its_first_step():
-    rows = run(*[{}] * 6, *[{"objective/kl": 200.0, "response/eos_rate": 0.5}] * 8)
+    rows = run(*[{}] * 6, *[{"objective/kl": 40.0, "response/eos_rate": 0.5}] * 8)
     assert [(a.name, a.step) for a in first_alarms(rows)] == [("eos_lost", 32), ("kl", 36)]  # two rows of .5 lower five by .16
 
 
@@ -115,3 +115,12 @@ def test_the_page_has_the_thresholds_that_the_code_has():
     page = (Path(__file__).parent.parent / "docs" / "reward-hacking.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \|[^|]*\| ([\d.]+|off) \|[^|]*\|$", page.partition("## The alarms")[2], re.MULTILINE)
     assert {name: None if limit == "off" else float(limit) for name, limit in rows} == vars(Limits())
+
+
+def test_few_runs_in_which_nothing_changes_raise_gold_falls():
+    """Ninety iterations of pure noise under a reward that rises: the best of many windows is above the last one by chance alone."""
+    rng, alarmed = np.random.default_rng(0), 0
+    for _ in range(100):
+        rows = [{"step": i, "objective/score": i, "objective/gold": x, "objective/gold_se": 1.0} for i, x in enumerate(rng.normal(size=90))]
+        alarmed += any(a.name == "gold_falls" for end in range(WINDOW, 91) for a in raised(rows[:end]))
+    assert alarmed <= 8  # 3 expected; 45 at a threshold of three standard errors

@@ -1,4 +1,5 @@
 """stages.ppo as users run it: the real command on tiny random parents; kill and resume; two processes."""
+import dataclasses
 import json
 import os
 import signal
@@ -202,16 +203,15 @@ def test_ppo_on_own_problems(parents, tmp_path, monkeypatch):
     assert made.metrics["after/score"]["value"] == pytest.approx(made.metrics["after/gold"]["value"])
     assert set(cues) == {BENCHMARK_CUES["worked"]} and set(made.data["inputs"]) == {"problems"}
     assert main(config).fingerprint == made.fingerprint and len(cues) == 2  # finished: nobody was asked again
-    rows = file.read_text().splitlines()
-    file.write_text("\n".join([*rows, json.dumps({"question": "How many? " * 99, "answer": "#### 1"})]))
-    with pytest.raises(ValueError, match=r"the longest prompt has .* leaves 0 of .*: leave such problems out"):  # another run
-        main(config)
+    with pytest.raises(ValueError, match=r"the shortest of 8 prompts .* more than .* the model.s context of .*; set max_new_tokens lower"):
+        main(dataclasses.replace(config, max_new_tokens=9999))
 
 
 def test_a_rule_as_reward_on_a_file_of_which_nothing_is_solved(parents, tmp_path, capsys):
     """As recipes/gsm8k/ppo.yaml, without a reward model anywhere: scores are all 0, and one question is longer than the context."""
     file = gsm8k_file(tmp_path / "a.jsonl", 20)
-    file.write_text("\n".join([json.dumps({"question": "How many? " * 99, "answer": "#### 1"}), *file.read_text().splitlines()]))
+    file.write_text("\n".join([json.dumps({"question": "How many? " * 99, "answer": "#### 1"}), *file.read_text().splitlines(),
+                               json.dumps({"question": "How few? " * 99, "answer": "#### 1"})]))  # the last are measured on
     rule = {"problems": f"gsm8k:{file}", "reward": "{verifier: 1.0}", "best-of": 0, "parents.reward_model": tmp_path / "none"}
     with pytest.raises(ValueError, match="none has no finished run: set value_trunk to shared"):
         main(configured(parents, tmp_path / "ppo", **rule))
@@ -221,9 +221,10 @@ def test_a_rule_as_reward_on_a_file_of_which_nothing_is_solved(parents, tmp_path
     assert [row["reward/zero_variance"] for row in rows] == [1.0] * 4 and all(row["objective/score"] == 0.0 for row in rows)
     assert rows[0]["value/explained_variance"] == 0.0  # nothing to explain is no perfect critic, of which any signal would be a fall
     assert printed.count("warning: all 8 responses of a rollout have the score 0") == 1
-    assert "(1 left out, too long)" in printed and made.data["counts"]["prompts_too_long"] == 1
+    assert "(1 left out, too long), 5 to measure on (1 too long)" in printed
+    assert made.data["counts"]["prompts_too_long"] == made.data["counts"]["held_out_too_long"] == 1
     assert made.data["notes"]["alarms"] == [] and set(made.data["parents"]) == {"prepare", "sft"}
-    assert made.metrics["after/greedy_accuracy"] == {"value": 0.0, "n": 6, "ci95": made.metrics["after/greedy_accuracy"]["ci95"]}
+    assert made.metrics["after/greedy_accuracy"] == {"value": 0.0, "n": 5, "ci95": made.metrics["after/greedy_accuracy"]["ci95"]}
 
 
 @pytest.mark.parametrize(("flags", "message"), [

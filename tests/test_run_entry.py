@@ -42,6 +42,20 @@ def test_another_process_waits_and_names_itself(monkeypatch, capsys, tmp_path, r
     assert [path.name for path in tmp_path.iterdir()] == [file] and bool(waited) == (rank != "0")
 
 
+@pytest.mark.parametrize("own", [None, "COMPATIBLE"])
+def test_a_stage_computes_in_one_fixed_way_unless_the_user_has_chosen(monkeypatch, tmp_path, own):
+    found = []
+    for name in ("MKL_CBWR", "MKL_DYNAMIC"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    if own:
+        monkeypatch.setenv("MKL_CBWR", own)
+    monkeypatch.setattr(sys, "argv", ["stage", "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit):
+        entry.launch(lambda config: found.append((os.environ["MKL_CBWR"], os.environ["MKL_DYNAMIC"])), StageConfig, distributed=False)
+    assert found == [(own or "AUTO", "FALSE")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("who", "line"), [("all", "error: bad rows"), ("1", "error (process 1): bad rows")])
 def test_two_processes_say_one_line(tmp_path, who, line):

@@ -139,7 +139,8 @@ def read_rows(path: str | Path, *, decode_errors: str = "strict") -> Iterator[tu
         if path.suffix in (".csv", ".tsv"):
             yield from _table_rows(text, path)
             return
-        rows = (_list_rows if text.lstrip().startswith("[") else _line_rows)(text, path)  # AQuA's .json files hold lines
+        is_object = path.suffix == ".json" and text.lstrip().startswith("{")
+        rows = (_list_rows if text.lstrip().startswith("[") else _object_rows if is_object else _line_rows)(text, path)
     for where, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{where} must be a JSON object, got {type(row).__name__}")
@@ -193,6 +194,22 @@ def _list_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}, row {number}", row
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno} is not JSON ({error.msg})") from None
+
+
+def _object_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    """BIG-bench's form: one object with its rows under "examples", and a `task_prefix` for all. Else lines, as in AQuA's .json files."""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        if text.lstrip().partition("\n")[0].strip() == "{":  # one object over many lines
+            raise ValueError(f"{path}, line {error.lineno} is not JSON ({error.msg})") from None
+        whole = {}
+    if not isinstance(whole.get("examples"), list):
+        yield from _line_rows(text, path)
+        return
+    shared = {"task_prefix": whole["task_prefix"]} if "task_prefix" in whole else {}
+    for number, row in enumerate(whole["examples"]):
+        yield f"{path}, example {number}", {**shared, **row} if isinstance(row, dict) else row
 
 
 def _line_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:

@@ -1,17 +1,22 @@
-"""Problems as rows `{"id", "task", "difficulty", "question", "answer", "solutions"}`: prepare's own, and the user's in four formats.
+"""Problems as rows `{"id", "task", "difficulty", "question", "answer", "answer_type", "solutions"}`: prepare's own, and the user's.
 
 The user's are written `[name=]format:source`, where the format is one of `FORMATS` and the source a local file or, if the name is not
-one of those, a hub dataset id: `gsm8k:data/test.jsonl` or `gsm8k:openai/gsm8k`.
+one of those, a hub dataset id: `gsm8k:data/test.jsonl` or `gsm8k:openai/gsm8k`. The source of a format in `GENERATED` is what to make,
+with settings after a question mark: `coin_flip:4?size=200&seed=1`.
 """
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prompts.answers import extract, normalize
-from stages.data.corpora import read_rows, source_rows
+from prompts.answers import extract
+from reward import puzzles
+from stages.data.benchmarks import BENCHMARKS, Format, fits
+from stages.data.corpora import is_local, local_files, read_rows, source_rows
+from stages.data.generated import MADE, make, settings
 
 ROLES = ("system", "user", "assistant")
+ANSWER_TYPES = ("number", "choice", "yes_no", "string", "list", "expression")
+GENERATED = (*MADE, "reasoning_gym")  # their source is what to make
 
 
 def read_problems(path: Path, tasks: Sequence[str] = (), difficulties: Sequence[int] = ()) -> list[dict[str, Any]]:
@@ -34,60 +39,58 @@ def split_spec(spec: str) -> tuple[str, str, str]:
     """(name, format, source) of `[name=]format:source`; without a name the format's. Raises ValueError when it is not written so."""
     name, _, rest = spec.partition("=") if "=" in spec.partition(":")[0] else ("", "", spec)
     format, colon, source = rest.partition(":")
-    if not colon or format not in FORMATS:
-        raise ValueError(f"{spec!r} is not format:source with a format of {', '.join(FORMATS)}, such as gsm8k:data/test.jsonl")
+    if not colon or format not in (*FORMATS, *GENERATED):
+        raise ValueError(f"{spec!r} is not format:source with a format of {', '.join((*FORMATS, *GENERATED))}, such as "
+                         "gsm8k:data/test.jsonl")
     return name or format, format, source
 
 
 def load_problems(spec: str, *, hub_split: str) -> list[dict[str, Any]]:
-    """All rows of `[name=]format:source`, in order; `hub_split` is the split taken of a hub dataset.
+    """All rows of `[name=]format:source`, in order; `hub_split` is the split taken of a hub dataset, or made of a generated task.
 
-    Raises ValueError for an unknown format, a source that cannot be read, a record without question or answer, or an id seen twice.
+    Of a benchmark whose test split has no published answers, "test" is its validation split. Rows of several files carry the file's name
+    as "template". Raises ValueError for an unknown format, a source that cannot be read, a record without question or answer, an answer
+    that is not of its type, or an id seen twice.
     """
     name, format, source = split_spec(spec)
     rows: dict[str, dict] = {}
-    for position, (where, record) in enumerate(source_rows(source, FORMATS[format][1], hub_split, streaming=False)):
-        row = {"id": f"{format}-{position}", "task": name, "difficulty": 0, **_converted(FORMATS[format][0], record, where)}
+    for position, (where, read) in enumerate(_read(format, source, hub_split)):
+        row = {"id": f"{format}-{position}", "task": name, "difficulty": 0, "solutions": [], **read}
+        _check(row, where)
         if rows.setdefault(row["id"], row) is not row:
             raise ValueError(f"{where}: id {row['id']!r} was there before; every problem needs an id of its own")
     return list(rows.values())
 
 
-def _converted(read: Callable[[dict], dict], record: dict, where: str) -> dict:
-    try:
-        row = read(record)
-    except KeyError as error:
-        raise ValueError(f"{where}: no key {error}; it has {', '.join(map(str, record)) or 'none'}") from None
-    except (TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from None
+def _read(format: str, source: str, split: str) -> Iterator[tuple[str, dict]]:
+    if format in GENERATED:
+        yield from puzzles.make(*settings(source), split) if format == "reasoning_gym" else make(format, source, split)
+        return
+    kind = FORMATS[format]
+    several = is_local(source) and len(local_files(source)) > 1
+    hub_split = kind.test if split == "test" else split
+    for where, record in source_rows(source, kind.hub_config, hub_split, streaming=False):
+        try:
+            row = kind.read(record)
+        except KeyError as error:
+            raise ValueError(f"{where}: no key {error}; it has {', '.join(map(str, record)) or 'none'}") from None
+        except (TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
+        typed = {"answer_type": kind.answer_type} if kind.answer_type else {}
+        yield where, {**typed, **({"template": Path(where.partition(", ")[0]).stem} if several else {}), **row}
+
+
+def _check(row: dict, where: str) -> None:
     if not isinstance(row["question"], str) or not row["question"].strip():
         raise ValueError(f"{where}: the question is not a text")
-    if not normalize(row["answer"]):
+    kind = row.get("answer_type")
+    if kind is not None and kind not in ANSWER_TYPES:
+        raise ValueError(f"{where}: answer_type is {kind!r}: choose from {', '.join(ANSWER_TYPES)}, or leave it out")
+    if not fits(row["answer"], None):
         raise ValueError(f"{where}: no answer to compare with")
-    return row
-
-
-def _gsm8k(record: dict) -> dict:
-    """Cobbe et al. 2021: worked lines with <<calculator marks>>, then `#### answer`."""
-    steps, marker, answer = record["answer"].rpartition("####")
-    if not marker:
-        raise ValueError("the answer has no '####' line")
-    lines = [re.sub(r"<<.*?>>", "", line).strip() for line in steps.splitlines()]
-    return {"question": record["question"], "answer": answer.strip(),
-            "solutions": [[line if line.endswith(".") else line + "." for line in lines if line]]}
-
-
-def _svamp(record: dict) -> dict:
-    """Patel et al. 2021: body and question apart, the answer a number."""
-    question = f"{record['Body'].strip()} {record['Question'].strip()}"
-    return {"question": question, "answer": str(record["Answer"]), "solutions": []}
-
-
-def _aqua(record: dict) -> dict:
-    """Ling et al. 2017: five options written `A)...`, the answer a letter."""
-    options = [re.sub(r"^(?:([A-E])\))+\s*", r"(\1) ", option) for option in record["options"]]
-    question = f"{record['question'].strip()} Choices: {' '.join(options)}"
-    return {"question": question, "answer": record["correct"], "solutions": []}
+    if not fits(row["answer"], kind, row.get("num_choices")):
+        raise ValueError(f"{where}: the answer {row['answer']!r:.40} is not of the type {kind}"
+                         + (f" with {row['num_choices']} choices" if "num_choices" in row else ""))
 
 
 def conversation(prompt: Any) -> list[dict[str, str]]:
@@ -120,10 +123,13 @@ def _problem(record: dict) -> dict:
         if "question" in record:
             raise ValueError("it has a question and a prompt: keep one, the question to be asked with a cue, the prompt as it is")
         asked = {"prompt": (messages := conversation(record["prompt"])), "question": messages[-1]["content"]}
-    return {**(asked or {"question": record["question"]}), "answer": extract(answer) or answer, "solutions": record.get("solutions") or [],
-            "difficulty": record.get("difficulty", 0), **({"id": str(record["id"])} if "id" in record else {})}
+    if record["answer"] is None:
+        raise ValueError("the answer is null")
+    kept = {key: record[key] for key in ("answer_type", "template") if record.get(key) is not None}
+    typed = record.get("answer_type") in (None, "number")
+    return {**(asked or {"question": record["question"]}), "answer": extract(answer) or answer if typed else answer,
+            "solutions": record.get("solutions") or [], "difficulty": record.get("difficulty", 0), **kept,
+            **({"id": str(record["id"])} if "id" in record else {})}
 
 
-# format: reader of one record, and the configuration of the dataset on the hub
-FORMATS: dict[str, tuple[Callable[[dict], dict], str | None]] = {
-    "gsm8k": (_gsm8k, "main"), "svamp": (_svamp, None), "aqua": (_aqua, "raw"), "problems": (_problem, None)}
+FORMATS: dict[str, Format] = BENCHMARKS | {"problems": Format(read=_problem, examples="arithmetic")}

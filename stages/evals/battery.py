@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 from prompts import strategies
-from prompts.answers import equal
 from prompts.intervals import wilson
 from prompts.records import Solution, Strategy
 from prompts.templates import DIRECT, WORKED, Style
+from reward.verifiers import right
 from stages.data.curriculum import CUES
 from stages.data.instructions import follows
 from stages.evals.backends import LocalModel
@@ -101,4 +101,4 @@ def _benchmark(row: Row, name: str, solution: Solution) -> dict[str, bool]:
 
 
 def _right(row: Row, solution: Solution) -> bool:
-    return solution.answer is not None and equal(solution.answer, row["answer"])
+    return right(row, solution.answer)

@@ -3,7 +3,7 @@
 Records are what `results/*.jsonl` hold, in the Samples format with more keys, so every figure recomputes from them:
 {"id", "task", "difficulty", "gold", "answer", "correct", "tie",
  "cost": {"requests", "prompt_tokens", "generated_tokens"}, of all that was asked,
- "samples": [{"text", "tokens", "prompt_tokens", "finished", "finish", "answer", "gold_score", "faults"}],
+ "samples": [{"text", "tokens", "prompt_tokens", "finished", "finish", "answer", "correct", "gold_score", "faults"}],
  "steps": [{"stage", "sample", "text", "tokens", "prompt_tokens", "finish", "score"?}], of what is no sample}
 """
 import json
@@ -15,7 +15,7 @@ from typing import Any
 from prompts.answers import equal
 from prompts.intervals import wilson
 from prompts.records import Request, Solution
-from reward.verifiers import gold_score
+from reward.verifiers import gold_score, right
 from stages.evals.metrics import AnswerAccuracy
 from stages.evals.statistics import bootstrap_mean, compare
 
@@ -34,24 +34,28 @@ def record(row: Mapping[str, Any], solution: Solution) -> dict:
     for result, answer in zip(solution.samples, solution.answers, strict=True):
         gold = gold_score(row, result.text, finished=result.finished)
         samples.append({"text": result.text, "tokens": result.generated_tokens, "prompt_tokens": result.prompt_tokens,
-                        "finished": result.finished, "finish": result.finish, "answer": answer, "gold_score": round(gold.score, 6),
-                        "faults": list(gold.faults)})
+                        "finished": result.finished, "finish": result.finish, "answer": answer, "correct": right(row, answer),
+                        "gold_score": round(gold.score, 6), "faults": list(gold.faults)})
     given = {id(sample) for sample in solution.samples}
     steps = [{"stage": step.asked.stage, "sample": step.asked.sample, "text": step.given.text, "tokens": step.given.generated_tokens,
               "prompt_tokens": step.given.prompt_tokens, "finish": step.given.finish,
               **({} if isinstance(step.asked, Request) else {"score": step.given.score and round(step.given.score, 4)})}
              for step in solution.trace if id(step.given) not in given]
-    correct = solution.answer is not None and equal(solution.answer, row["answer"], row.get("answer_type"))
+    correct = right(row, solution.answer)
     return {"id": row["id"], "task": row["task"], "difficulty": row["difficulty"], "gold": row["answer"],
             "answer": solution.answer, "correct": correct, "tie": solution.tie, "samples": samples, "cost": vars(solution.cost),
-            **({"steps": steps} if steps else {})}
+            **({"steps": steps} if steps else {}), **{key: row[key] for key in ("answer_type", "template") if key in row}}
 
 
 def accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Accuracy, Wilson interval and n of the records' answers; a missing answer is wrong."""
+    """Accuracy, Wilson interval and n of the records' answers; a missing answer is wrong.
+
+    What a record says of itself counts ("correct"), as equality does not judge every answer (`reward.verifiers.right`).
+    """
+    verdicts = ["" if not r["answer"] else "right" if r["correct"] else "wrong" for r in records]
     with tempfile.TemporaryDirectory() as cache:
         metric = AnswerAccuracy(cache_dir=cache)
-        result = metric.compute(predictions=[r["answer"] or "" for r in records], references=[r["gold"] for r in records])
+        result = metric.compute(predictions=verdicts, references=["right"] * len(records))
     assert result is not None
     return {"accuracy": result["accuracy"], "n": result["n"], "wilson95": list(result["wilson95"]),
             "unanswered": result["unparsed"]}
@@ -79,7 +83,12 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def shares(records: Sequence[Mapping[str, Any]]) -> list[float]:
     """For each problem the share of its samples that are right: the accuracy of one sampled chain."""
-    return [sum(equal(s["answer"] or "", r["gold"]) for s in r["samples"]) / len(r["samples"]) for r in records]
+    return [sum(is_right(s, r["gold"]) for s in r["samples"]) / len(r["samples"]) for r in records]
+
+
+def is_right(sample: Mapping[str, Any], gold: str) -> bool:
+    """What the sample says of itself; one of a file without verdicts is compared with the gold answer."""
+    return bool(sample["correct"] if "correct" in sample else equal(sample["answer"] or "", gold))
 
 
 def sampled_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -4,9 +4,9 @@
 
 One small base is pretrained and tuned. Weak reward models (few responses, wrong labels, all weights or adapters of rank 1) with next
 to no price on KL are made to be over-optimised; sound ones with a price are not. What counts is what happened: a run whose gold
-score at its end is more than three standard errors below its best, with the reward above, was over-optimised. Every other run of
+score at its end is more than four standard errors below its best, with the reward above, was over-optimised. Every other run of
 either kind calibrates: a threshold is the highest value that its sound runs reach. The others test it: how often the alarm comes,
-how often it is false, how many iterations before the peak. Then PPO on the worst of the weak models with each remedy, over seeds.
+how often it is false, how many iterations before the peak. Then PPO on the best of the weak models with each remedy, over seeds.
 Every run is a folder, not run again once finished, and one JSON line in `--out`, so the same command continues where it was.
 """
 import argparse
@@ -32,10 +32,12 @@ RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 # responses, share of wrong labels, capacity of the reward model, price of a nat of KL
 WEAK = [(size, error, capacity, kl) for size in (250, 1000) for error in (0.2, 0.4)
         for capacity, kl in (("full", 0.0), ("full", 0.01), ("rank 1", 0.0))]
+WEAK += [(4000, error, capacity, 0.0) for error in (0.0, 0.1) for capacity in ("full", "rank 1")]
 SOUND = [(size, error, capacity, kl) for size in (4000, 12_000) for error in (0.0, 0.1)
          for capacity, kl in (("full", 0.1), ("full", 0.3), ("rank 1", 0.3))]
 SECOND = (1000, 0.2)  # what the second reward model, the same for all, has learned from, drawn with another seed
-OVEROPTIMISED = 3.0  # standard errors of gold score lost by the end
+REMEDIED = (4000, 0.0, "full")  # over-optimised without a price on KL, and good enough that a remedy can gain something
+OVEROPTIMISED = 4.0  # standard errors of gold score lost by the end
 # Settings of PPO. What each is worth is to be seen, so none was tuned: one or two plain values each.
 REMEDIES: dict[str, dict[str, Any]] = {
     "nothing": {}, "KL .01": {"kl_coef": 0.01}, "KL .05": {"kl_coef": 0.05}, "KL .2": {"kl_coef": 0.2},
@@ -66,7 +68,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def study(given: argparse.Namespace) -> None:
     cells = [("weak", *cell) for cell in WEAK[:given.weak]] + [("sound", *cell) for cell in SOUND[:given.sound]]
-    worst = max((cell for cell in cells if cell[0] == "weak"), key=lambda cell: (cell[2], -cell[1]), default=("weak", *WEAK[3]))
     models = {cell[1:4] for cell in cells}
     runs = len(cells) + len(given.remedies) * len(given.remedy_seeds)
     say(f"budget: a base, {len(models) + 1} reward models, {len(cells)} runs of PPO and {runs - len(cells)} with remedies, about "
@@ -113,7 +114,7 @@ def study(given: argparse.Namespace) -> None:
         for seed in given.remedy_seeds:
             name = f"remedy-{''.join(c if c.isalnum() else '-' for c in remedy)}-{seed}"
             settings = {"kl_coef": 0.0} | REMEDIES[remedy]
-            done({"remedy": remedy, "seed": seed, **ppo(name, reward_model(*worst[1:4], given.seed), seed, **settings)})
+            done({"remedy": remedy, "seed": seed, **ppo(name, reward_model(*REMEDIED, given.seed), seed, **settings)})
     say("\n" + report(lines))
 
 

@@ -171,7 +171,7 @@ def report(lines: list[dict[str, Any]]) -> None:
             rows.append([name, other, f"{sum(vote) / len(vote):.3f}", f"{sum(scores) / len(scores):.3f}", f"{result['difference']:+.4f}",
                          f"[{result['ci95'][0]:+.4f}, {result['ci95'][1]:+.4f}]", str(result["n"]),
                          "" if result["p"] is None else f"{result['p']:.2g}"])
-    say(table(["run", "against", "vote", "other", "difference", "95 %", "n", "McNemar p"], rows))
+    say(table(["run", "against", "vote", "other", "difference", "95 %", "n", "p"], rows))
 
 
 if __name__ == "__main__":

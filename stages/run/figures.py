@@ -17,15 +17,16 @@ SIZE = (4.5, 3.1)  # inches: shown at that size or a little larger, so that text
 
 
 class Series(NamedTuple):
-    """Points to draw. `low` and `high` are ends of intervals; `color` is a place in the palette (default: the next one);
-    a series without a label is not in the legend."""
+    """Points to draw. `low` and `high` are ends of intervals, of a "band" the edges of a shaded strip around its line; a "ring" marks
+    points of others and has the colour of text. `color` is a place in the palette (default: the next one); a series without a label is
+    not in the legend."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
-    look: Literal["line", "dashed", "points", "squares", "diamonds", "star"] = "line"
+    look: Literal["line", "dashed", "points", "squares", "diamonds", "star", "ring", "band"] = "line"
     color: int | None = None
 
 
@@ -51,12 +52,17 @@ def plot(path: Path, series: Sequence[Series], *, x: str, y: str, title: str = "
             color = COLORS[(place if s.color is None else s.color) % len(COLORS)]
             kept = [i for i, pair in enumerate(zip(s.x, s.y, strict=True)) if all(map(math.isfinite, pair))]
             xs, ys = [s.x[i] for i in kept], [s.y[i] for i in kept]
-            if s.low is not None and s.high is not None:
+            if s.look == "band":
+                assert s.low is not None and s.high is not None, "a band has edges"
+                axes.fill_between(xs, [s.low[i] for i in kept], [s.high[i] for i in kept], color=color, alpha=0.18, linewidth=0)
+            elif s.low is not None and s.high is not None:
                 reach = [[max(0.0, s.y[i] - s.low[i]) for i in kept], [max(0.0, s.high[i] - s.y[i]) for i in kept]]
                 axes.errorbar(xs, ys, yerr=reach, fmt="none", ecolor=color, elinewidth=1, capsize=2, zorder=2)
-            if s.look in ("line", "dashed"):
-                axes.plot(xs, ys, color=color, linewidth=1.5 if s.look == "line" else 1, linestyle="-" if s.look == "line" else "--",
-                          marker="o" if s.look == "line" and len(xs) < 30 else None, markersize=3, label=s.label)
+            if s.look == "ring":
+                axes.scatter(xs, ys, facecolors="none", edgecolors=_ink(path), s=60, linewidths=0.8, label=s.label, zorder=4)
+            elif s.look in ("line", "dashed", "band"):
+                axes.plot(xs, ys, color=color, linewidth=1 if s.look == "dashed" else 1.5, linestyle="--" if s.look == "dashed" else "-",
+                          marker="o" if s.look != "dashed" and len(xs) < 30 else None, markersize=3, label=s.label)
             else:
                 marker, size = MARKERS[s.look]
                 axes.scatter(xs, ys, color=color, marker=marker, s=size, label=s.label, zorder=3)

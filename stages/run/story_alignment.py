@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from reward.gate import judge
-from stages.run import cited, figures, story_hacking
+from stages.run import cited, figures, story_frontier, story_hacking
 from stages.run.checkpoint import read_metrics
 from stages.run.cited import CHANGE, GAIN, LOSS, MEASURED, MISSING, SCORE, SHARE, TITLES, Form, Stages, Told, annotator, draw, verdict
 from stages.run.figures import Series
@@ -266,14 +266,16 @@ def evaluation(stages: Stages, folder: Path) -> Told:
             ("tokens_mean", f"{c['tokens_mean']:.1f}")))])
     tables = [Table(["model", "task", "strategy", "accuracy", "95 % interval", "n", "unreadable", "ends", "tokens a question"], rows,
                     "Every cell. Unreadable: samples without an answer. Ends: samples that end by themselves.", source)]
-    pairs = [[pair_name(p), p["task"], *compared(p, results), "no exact test" if p["p"] is None else
-              number(f"{p['p']:.2g}", f"{origin(p, results)}/p")] for p in found["comparisons"]]
-    if pairs:
-        tables.append(Table(["first minus second", "task", "difference", "95 % interval", "n", "McNemar p"], pairs,
-                            "Paired comparisons, both sides on the same problems.", source, folded=True))
+    names = {"strategies": STRATEGIES, "models": MODELS}
+    if found.get("pairs"):
+        tables.append(story_frontier.pair_rows(found["pairs"], results, source, **names))
+    tables += story_frontier.matched(found.get("frontier", []), results, source, **names)
     asked = {(strategy, model) for model, chosen in s.config.get("models", {}).items() for strategy in chosen}
     tasks = dict.fromkeys(c["task"] for c in found["cells"])
     drawn = [figure for task in tasks for figure in task_figures(cells, task, asked, folder, source)]
+    drawn += [story_frontier.frontier(of, folder, source, **names) for of in found.get("frontier", [])]
+    drawn += story_frontier.compute(found.get("compute", []), folder, source, MODELS)
+    drawn += story_frontier.examples(found["cells"], s.config.get("shots", 0), folder, source, MODELS)
     return Section("evaluation", TITLES["evaluation"], [text], drawn, tables), effects(found["comparisons"], cells, votes, results)
 
 
@@ -286,22 +288,13 @@ def bar(c: Mapping[str, Any] | None) -> figures.Bar | None:
 
 
 def task_figures(cells: Cells, task: str, asked: set[tuple[str, str]], folder: Path, source: list[str]) -> list[Figure]:
-    """Accuracy by strategy and model, accuracy against tokens, accuracy against difficulty."""
+    """Accuracy by strategy and model, and against difficulty."""
     here = {key[1:]: c for key, c in cells.items() if key[0] == task}
     by_strategy = {label: {name: bar(here.get((strategy, model))) for model, name in MODELS.items()
                            if (strategy, model) in asked | set(here)} for strategy, label in STRATEGIES.items()}
     file = "".join(letter if letter.isalnum() else "-" for letter in task)
     drawn = [draw(figures.bars, folder, f"accuracy-{file}", {label: row for label, row in by_strategy.items() if row},
                   f"{task}: accuracy by strategy and model, with 95 % intervals.", source, x="accuracy", x_range=(0, 1.02))]
-    bought = []
-    for color, (strategy, label) in enumerate(STRATEGIES.items()):
-        for model, look in (("base", "points"), ("sft", "squares"), ("ppo", "diamonds")):
-            if c := here.get((strategy, model)):
-                bought.append(Series(label, [c["tokens_mean"]], [c["accuracy"]], look=look, color=color))  # type: ignore[arg-type]
-                label = ""
-    drawn.append(draw(figures.plot, folder, f"tokens-{file}", bought, f"{task}: what each strategy buys for the tokens it generates. "
-                      "Circles: base model; squares: SFT; diamonds: PPO.", source, x="generated tokens a question", y="accuracy",
-                      log_x=True, y_range=(0, 1.02)))
     model = next((m for m in ("sft", "ppo", "base") if any(key[1] == m for key in here)), "")
     harder = []
     for color, strategy in enumerate(("direct", "zero_shot_cot", "self_consistency")):
@@ -324,12 +317,6 @@ def compared(p: Mapping[str, Any], results: Path) -> list[str]:
     """Difference, interval and n of a comparison."""
     return [number(t, f"{origin(p, results)}/{key}") for key, t in
             (("difference", GAIN.text(p["difference"])), ("ci95", GAIN.between(p["ci95"])), ("n", f"{p['n']:,}"))]
-
-
-def pair_name(p: Mapping[str, Any]) -> str:
-    (m, a), (n, b) = p["a"].split("/"), p["b"].split("/")
-    first, second = STRATEGIES.get(a, a), STRATEGIES.get(b, b)
-    return f"{MODELS.get(m, m)}: {first} - {second}" if m == n else f"{first}: {MODELS.get(m, m)} - {MODELS.get(n, n)}"
 
 
 def effects(comparisons: list[dict[str, Any]], cells: Cells, votes: Any, results: Path) -> list[list[str]]:

@@ -1,0 +1,177 @@
+"""The frontier and the table of pairs on records worked by hand."""
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from prompts.intervals import wilson
+from stages.evals import frontier as f
+from stages.evals.pairs import clusters_of, pairs
+from stages.evals.scoring import shares
+from stages.evals.statistics import compare, holm, mcnemar
+
+
+def row(i, answers, *, tokens=10, cost=None, template=None, gold="1"):
+    """A record as the evaluation leaves it, its votes in `answers` ('1' is right); with `cost`: (requests, prompt, generated)."""
+    counts = [a for a in answers if a is not None]
+    answer = max(counts, key=counts.count, default=None)
+    named = dict(zip(("requests", "prompt_tokens", "generated_tokens"), cost, strict=True)) if cost else None
+    return {"id": i, "gold": gold, "answer": answer, "correct": answer == gold, "tie": False, "difficulty": 1,
+            "samples": [{"answer": a, "tokens": tokens} for a in answers], **({"cost": named} if named else {}),
+            **({"template": template} if template else {})}
+
+
+def made(right: dict[str, list[str]], **more):
+    return {strategy: [row(str(i), list(answers), **more) for i, answers in enumerate(rows)] for strategy, rows in right.items()}
+
+
+def test_points_of_a_vote_by_hand():
+    records = [row("a", "112", tokens=10, cost=(3, 60, 30)), row("b", "222", tokens=20, cost=(3, 90, 60))]
+    one, two, three = f.points_of("self_consistency", records)
+    assert [p.k for p in (one, two, three)] == [1, 2, 3]
+    assert one.right.tolist() == pytest.approx([2 / 3, 0]) and three.right.tolist() == [1, 0]
+    assert two.right.tolist() == pytest.approx([1 / 3 + 2 / 3 / 2, 0])  # 11 in one pair of three; 12 and 12 tie: half of them begins with 1
+    assert one.prompt.tolist() == [20, 30] and one.generated.tolist() == [10, 20]
+    assert two.tokens(True).tolist() == [60, 100] and two.tokens(False).tolist() == [20, 40]
+    [whole] = f.points_of("tree", records)
+    assert whole.k is None and whole.right.tolist() == [1, 0] and whole.tokens(True).tolist() == [90, 150]
+
+
+def test_the_ledger_counts_and_where_there_is_none_it_is_said():
+    """A strategy's critique is in its cost and not among its samples; without a cost its prompts are unknown, and left out for all."""
+    ledger = made({"critique": ["1", "1"]}, tokens=10, cost=(3, 100, 55))
+    plain = made({"direct": ["1", "2"]}, tokens=7)
+    both = f.frontier(ledger)
+    assert both["counted"] == "prompt and generated" and both["points"][0]["tokens"] == 155
+    mixed = f.frontier(ledger | plain)
+    assert mixed["counted"] == "generated" and [p["tokens"] for p in mixed["points"]] == [55, 7]
+    assert [p["prompt_tokens"] for p in mixed["points"]] == [100, None]
+
+
+def test_chains_that_stopped_early_are_no_curve():
+    records = [row("a", "11"), row("b", "1212")]
+    assert [p.k for p in f.points_of("self_consistency", records)] == [None]
+
+
+def test_pareto_by_hand():
+    #          cheapest, dominated by first, better, dearer and no better, equal to the third
+    assert f.pareto([1, 2, 3, 4, 3], [0.5, 0.4, 0.7, 0.7, 0.7]) == [True, False, True, False, True]
+    # two kinds of cost: the last needs less of the second
+    assert f.pareto([(1, 5), (2, 6), (3, 1)], [0.5, 0.5, 0.4]) == [True, False, True]
+
+
+def test_budget_is_matched_between_measured_points_only():
+    curve = f.points_of("self_consistency", [row("a", "112", tokens=10), row("b", "222", tokens=10)])
+    assert f.at_budget(curve, 9.9, True) is None and f.at_budget(curve, 30.1, True) is None
+    k, right = f.at_budget(curve, 25, True)
+    assert k == pytest.approx(2.5) and right.tolist() == pytest.approx([(2 / 3 + 1) / 2, 0])  # half with 2 chains, half with 3
+    assert f.at_budget(curve, 10, True)[0] == 1.0 and f.at_budget(curve, 30, True)[1].tolist() == [1, 0]
+    assert f.at_budget([], 10, True) is None
+
+
+def test_a_mixture_of_votes_has_the_cost_and_accuracy_on_the_line():
+    """What the interpolation claims, done: each question is given 2 or 3 chains by a coin, and voted on."""
+    rng = random.Random(0)
+    records = [row("a", "112", tokens=10), row("b", "122", tokens=10)]
+    k, right = f.at_budget(f.points_of("self_consistency", records), 24, True)
+    spent = got = 0
+    for _ in range(20_000):
+        for r in records:
+            draw = rng.sample([s["answer"] for s in r["samples"]], 3 if rng.random() < k - 2 else 2)
+            spent, got = spent + 10 * len(draw), got + (max(dict.fromkeys(draw), key=draw.count) == "1")
+    assert spent / 40_000 == pytest.approx(24, abs=0.1) and got / 40_000 == pytest.approx(right.mean(), abs=0.01)
+
+
+def test_frontier_of_a_task():
+    rng = random.Random(1)
+    votes = [[rng.choices("123", [0.55, 0.25, 0.2])[0] for _ in range(8)] for _ in range(60)]
+    cells = {"direct": [row(str(i), [rng.choices("12", [0.2, 0.8])[0]], tokens=5) for i in range(60)],
+             "self_consistency": [row(str(i), v, tokens=40) for i, v in enumerate(votes)],
+             "tree": [row(str(i), [rng.choices("12", [0.3, 0.7])[0]], tokens=180) for i in reversed(range(60))]}  # another order
+    found = f.frontier(cells)
+    points = {(p["strategy"], p["k"]): p for p in found["points"]}
+    assert found["n"] == 60 and len(points) == 10 and [points["self_consistency", k]["tokens"] for k in (1, 8)] == [40, 320]
+    one, direct = points["self_consistency", 1], points["direct", None]
+    assert one["accuracy"] == pytest.approx(np.mean(shares(cells["self_consistency"])))
+    assert direct["ci95"] == list(wilson(round(direct["accuracy"] * 60), 60)) and direct["pareto"]
+    assert not points["tree", None]["pareto"] and points["tree", None]["pareto_share"] < 0.05 and direct["pareto_share"] == 1.0
+    [match] = found["matched"]
+    assert found["unmatched"] == ["direct"] and match["strategy"] == "tree" and match["k"] == pytest.approx(4.5)
+    between = [points["self_consistency", k]["accuracy"] for k in (4, 5)]
+    assert match["against_accuracy"] == pytest.approx(sum(between) / 2) and match["difference"] < 0 and match["ci95"][1] < 0
+    assert match["difference"] == pytest.approx(match["accuracy"] - match["against_accuracy"]) and match["n"] == 60 and match["p"] < 0.01
+
+
+def test_cells_of_different_problems_are_refused():
+    cells = {"direct": [row("a", "1"), row("b", "1")], "tree": [row("a", "1"), row("c", "1")]}
+    with pytest.raises(ValueError, match="sft, maths: 2 problems were asked of one strategy and not of another, such as 'b'"):
+        f.frontier(cells, "sft, maths")
+    with pytest.raises(ValueError, match="2 problems were asked"):
+        pairs({("sft", "maths", strategy): rows for strategy, rows in cells.items()})
+
+
+def test_templates_widen_the_bands():
+    right = ["1"] * 20 + ["2"] * 20
+    alone = f.frontier({"direct": [row(str(i), a) for i, a in enumerate(right)]})["points"][0]["ci95"]
+    grouped = f.frontier({"direct": [row(str(i), a, template=f"t{i // 5}") for i, a in enumerate(right)]})["points"][0]["ci95"]
+    assert grouped[1] - grouped[0] > 1.5 * (alone[1] - alone[0])
+
+
+def test_clusters_of_records():
+    rows = [row("a", "1", template="t"), row("b", "1", template="t"), row("c", "1")]
+    assert clusters_of(rows) == ["t", "t", ("no template", "c")]
+    assert clusters_of(rows[:2]) is None and clusters_of(rows[2:]) is None  # one template; none
+
+
+def test_every_pair_is_compared_and_p_adjusted_over_the_table():
+    rng = random.Random(2)
+
+    def answers(share, votes=1):
+        return [[rng.choices("12", [share, 1 - share])[0] for _ in range(votes)] for _ in range(50)]
+
+    cells = {(model, "maths", strategy): [row(str(i), a) for i, a in enumerate(answers(share, 5 if strategy == "self_consistency" else 1))]
+             for model, strategy, share in (("sft", "self_consistency", 0.7), ("sft", "zero_shot_cot", 0.6), ("sft", "direct", 0.2),
+                                            ("sft", "tree", 0.5), ("ppo", "direct", 0.25))}
+    found = pairs(cells)
+    names = {(r["a"], r["b"]) for r in found}
+    # sampled_cot comes with the vote: five strategies of sft, and ppo against sft on direct
+    assert len(found) == len(names) == 5 * 4 / 2 + 1 and all(r["family"] == 11 for r in found)
+    assert {("sft/self_consistency", "sft/zero_shot_cot"), ("sft/self_consistency", "sft/sampled_cot"), ("sft/zero_shot_cot", "sft/direct"),
+            ("sft/tree", "sft/self_consistency"), ("ppo/direct", "sft/direct")} <= names
+    assert [r["p_holm"] for r in found] == holm([r["p"] for r in found])
+    greedy = next(r for r in found if (r["a"], r["b"]) == ("sft/zero_shot_cot", "sft/direct"))
+    sides = [[float(r["correct"]) for r in cells["sft", "maths", s]] for s in ("zero_shot_cot", "direct")]
+    assert greedy["p"] == mcnemar(greedy["only_a"], greedy["only_b"]) and {**greedy, **compare(*sides)} == greedy
+    assert pairs({}) == []
+
+
+def test_flops_by_hand():
+    points = [{"model": "small", "parameters": 1e6, "training_tokens": 2e7, "tokens": 100, "accuracy": 0.5},
+              {"model": "small", "parameters": 1e6, "training_tokens": 2e7, "tokens": 50, "accuracy": 0.5},
+              {"model": "large", "parameters": 1e7, "training_flops": 1e15, "tokens": 10, "accuracy": 0.7}]
+    found = f.compute(points)
+    assert [p["training_flops"] for p in found] == [1.2e14, 1.2e14, 1e15]  # 6ND; as counted
+    assert [p["inference_flops"] for p in found] == [2e8, 1e8, 2e8] and [p["pareto"] for p in found] == [False, True, True]
+    assert f.compute([]) == []
+    with pytest.raises(ValueError, match="training_flops, or training_tokens"):
+        f.compute([{"parameters": 1.0, "tokens": 1.0, "accuracy": 0.1}])
+
+
+def test_an_evaluation_has_a_frontier_a_model_and_task():
+    cells = {(model, task, strategy): [row(str(i), a) for i, a in enumerate(["1", "2"])]
+             for model, task, strategy in itertools.product(["sft", "ppo"], ["maths", "letters"], ["direct", "few_shot"])}
+    cells["base", "maths", "direct"] = cells["sft", "maths", "direct"]  # a single point is no frontier
+    assert [(x["model"], x["task"], len(x["points"])) for x in f.frontiers(cells)] == [
+        (m, t, 2) for m in ("sft", "ppo") for t in ("maths", "letters")]
+
+
+def test_a_model_s_training_is_that_of_its_stages():
+    cells = {(model, "maths", strategy): [row("a", "1", cost=(1, 30, 10)), row("b", "2", cost=(1, 30, 20))]
+             for model in ("base", "sft", "ppo", "other") for strategy in ("direct", "few_shot")}
+    counts = {"pretrain": {"flops": 1e13, "matmul_parameters": 1000}, "sft": {"flops": 2e12}, "ppo": {}}
+    found = f.computed(f.frontiers(cells), counts)
+    assert [(p["model"], p["training_flops"], p["inference_flops"]) for p in found] == [
+        *[("base", 1e13, 2 * 1000 * 45)] * 2, *[("sft", 1.2e13, 2 * 1000 * 45)] * 2]  # PPO's FLOPs were not counted
+    assert [p["pareto"] for p in found] == [True, True, False, False]
+    assert f.computed(f.frontiers(cells), {}) == []
