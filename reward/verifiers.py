@@ -102,7 +102,7 @@ def gold_score(problem: Mapping[str, Any], response: str, *, finished: bool) -> 
     stated = ANSWER_SENTENCE.search(response)
     steps = split_steps(response[:stated.start()] if stated else response.partition("The answer is")[0])
     solutions = [split_steps(" ".join(solution)) for solution in problem["solutions"]]
-    answer = extract(response)
+    answer = extract(response, problem.get("answer_type"))
     correct = right(problem, answer)
     steps_right = max((share_of_steps(steps, solution) for solution in solutions), default=0.0)
     faults = []

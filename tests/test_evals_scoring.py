@@ -40,7 +40,8 @@ def test_comparisons_pair_by_problem():
 def test_cells_count_what_the_program_says_where_equality_cannot_judge():
     row = {"id": "a", "task": "game24", "difficulty": 1, "question": "?", "answer": "(1 * 1) * (4 * 6)", "solutions": [],
            "numbers": [1, 1, 4, 6], "verifier": "game24"}
-    results = [Result(text=f"The answer is {answer}.", prompt_tokens=4, generated_tokens=5, finish="stop") for answer in ("4 * 6 / 1 / 1", "24", "6 * 4 * 1")]
+    results = [Result(text=f"The answer is {answer}.", prompt_tokens=4, generated_tokens=5, finish="stop")
+               for answer in ("4 * 6 / 1 / 1", "24", "6 * 4 * 1")]
     records = [scoring.record(row, conclude([result])) for result in results]
     assert [r["correct"] for r in records] == [r["samples"][0]["correct"] for r in records] == [True, False, False]
     cell = scoring.summary(records)

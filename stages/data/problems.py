@@ -8,14 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prompts.answers import extract
+from prompts.answers import ANSWER_TYPES, extract
 from reward import puzzles
 from stages.data.benchmarks import BENCHMARKS, Format, fits
 from stages.data.corpora import is_local, local_files, read_rows, source_rows
 from stages.data.generated import MADE, make, settings
 
 ROLES = ("system", "user", "assistant")
-ANSWER_TYPES = ("number", "choice", "yes_no", "string", "list", "expression")
 GENERATED = (*MADE, "reasoning_gym")  # their source is what to make
 
 
