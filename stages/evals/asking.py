@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -62,8 +62,8 @@ class AskingConfig(StageConfig):
     cues: dict[str, str] = option({}, "phrases for `worked` and `direct`, instead of those that belong to the task")
     system: str | None = option(None, "system turn of every chat")
     batch_size: int = option(256, "rows decoded together; changes speed only", recorded_only=True)
-    dtype: str = option("float32", "precision of the model: float32 or bfloat16")
-    engine: str = option("transformers", "what runs the models: transformers, or vllm where it is installed")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "precision of the model")
+    engine: Literal["transformers", "vllm"] = option("transformers", "what runs the models: transformers, or vllm where it is installed")
     endpoint: dict[str, Any] = option({}, "of the model `endpoint`, asked over HTTP in OpenAI's protocol: url, model; timeout_s, retries, "
                                       "wait_s, connections, key_variable as you like")
 
@@ -79,10 +79,6 @@ def check(config: AskingConfig) -> None:
         raise ValueError(f"unknown cue {sorted(unknown)[0]!r}: choose from worked, direct")
     if not any(config.models.values()):
         raise ValueError("nothing to evaluate: give at least one task, and one model with a strategy")
-    if config.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype {config.dtype!r}: choose float32 or bfloat16")
-    if config.engine not in ("transformers", "vllm"):
-        raise ValueError(f"engine {config.engine!r}: choose transformers or vllm")
     if config.engine == "vllm":
         check_installed()
     if config.models.get("endpoint") and not {"url", "model"} <= config.endpoint.keys():
