@@ -59,7 +59,7 @@ def main(config: EvaluationConfig) -> Manifest:
     ask(config, run, tasks)
     if not is_main():
         return run.finish(metrics={})
-    records = {key: [row for _, row in read_rows(run.directory / file_of(*key))] for key in cells(config, tasks)}
+    records = {key: [scoring.without_texts(row) for _, row in read_rows(run.directory / file_of(*key))] for key in cells(config, tasks)}
     for key in [key for key, rows in records.items() if unasked(key, rows)]:
         del records[key]  # its figures stay missing
     results = summarize(records)

@@ -193,7 +193,10 @@ def test_every_strategy_runs_and_costs_no_more_than_announced(stage, capsys):
     for name in asking.STRATEGIES:
         records = [json.loads(line) for line in (manifest.path / cells[name]["items"]).read_text().splitlines()]
         requests, tokens = asking.at_most(config, rows[records[0]["id"]], name)
-        assert f"{name}" in said and f"{7 * requests:,}" in said and f"{7 * tokens:,}" in said
+        [line] = [line.split() for line in said.splitlines() if line.split()[2:4] == [name, "7"]]  # of the announcement
+        assert line[4] == f"{7 * requests:,}" and line[6] == f"{7 * tokens:,}"
+        if name in ("direct", "self_consistency"):  # nothing is added to their prompts on the way
+            assert int(line[5]) == pytest.approx(sum(r["cost"]["prompt_tokens"] for r in records), abs=1)
         assert cells[name]["tokens_mean"] <= tokens and all(r["cost"]["requests"] <= requests for r in records)
         for r in records:  # the ledger holds the samples and everything else that was asked
             own = [s for s in r["samples"] if s["prompt_tokens"]] + r.get("steps", [])
@@ -225,6 +228,31 @@ def test_a_killed_budget_goes_on_with_the_chains_it_had_drawn(stage, monkeypatch
     assert evaluation.main(killed).metrics == whole.metrics
     total = sum(json.loads(line)["cost"]["requests"] for line in (whole.path / "results/sft/word_problems.budgeted.jsonl").open())
     assert len(asked) <= total + 7 and len(set(asked)) == total  # only the round in flight was lost, not the three before it
+
+
+def test_game_of_24_is_searched_by_proposals_and_values(stage, tmp_path, monkeypatch):
+    """A model that knows the game, in the place of the random one: the tree finds what the task's own judge accepts."""
+    def generate(self, requests):
+        results = []
+        for request in requests:
+            numbers = request.prompt[0]["content"].rpartition("Numbers: ")[2].split("\n")[0].split()
+            text = "sure" if request.stage.startswith("value") else "\n".join(
+                f"{a} {sign} {b} = {eval(a + sign + b)}" for i, a in enumerate(numbers) for j, b in enumerate(numbers)
+                if i != j and "/" not in a + b for sign in "*+-")
+            if request.stage.startswith("value") and len(numbers) == 1 and numbers != ["24"]:
+                text = "impossible"
+            results.append(Result(text=text, prompt_tokens=9, generated_tokens=9, finish="stop"))
+        return results
+
+    monkeypatch.setattr(LocalModel, "generate", generate)
+    (tmp_path / "24.csv").write_text("Rank,Puzzles\n1,1 1 4 6\n2,2 3 4 1\n")
+    config = stage(models={"sft": ["tree_of_thought"]}, tasks=[f"game24:{tmp_path / '24.csv'}"], num_problems=0,
+                   tree={"width": 40, "beam": 60, "judgements": 1})
+    manifest = evaluation.main(config)
+    assert "reward_model" not in manifest.data["parents"]
+    assert manifest.metrics["sft/game24/tree_of_thought"]["value"] == 1
+    record = json.loads((manifest.path / "results/sft/game24.tree_of_thought.jsonl").read_text().splitlines()[0])
+    assert record["answer_type"] == "expression" and {step["stage"].partition("/")[0] for step in record["steps"]} == {"thought", "value"}
 
 
 def test_a_strategy_that_needs_the_reward_model_needs_its_run(stage, tmp_path):

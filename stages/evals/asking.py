@@ -1,11 +1,12 @@
 """Which questions an evaluation asks, by which strategy, and how their answers get to disk as they come."""
+import hashlib
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -28,12 +29,13 @@ from stages.evals.vllm_engine import check_installed
 from stages.models.training import barrier, rank, world_size
 from stages.run.config import StageConfig, fill, option
 from stages.run.console import table
-from stages.run.manifest import Run, is_main, say
+from stages.run.manifest import Run, hash_data, is_main, say
 
 MODELS = {"base": ("pretrain", False), "base_chat": ("pretrain", True), "sft": ("sft", True), "ppo": ("ppo", True),
           "endpoint": ("", True)}  # run, chat
 USUAL = ("direct", "few_shot", "zero_shot_cot", "few_shot_cot", "self_consistency")
 STRATEGIES = (*USUAL, "two_stage_cot", "adaptive_consistency", "weighted_vote", "best_of_n", "budgeted", "self_refine", "tree_of_thought")
+PROBE = 50  # prompts measured to foresee the tokens of all
 Cell = tuple[str, str, str]  # model, task, strategy
 
 
@@ -60,8 +62,8 @@ class AskingConfig(StageConfig):
     cues: dict[str, str] = option({}, "phrases for `worked` and `direct`, instead of those that belong to the task")
     system: str | None = option(None, "system turn of every chat")
     batch_size: int = option(256, "rows decoded together; changes speed only", recorded_only=True)
-    dtype: str = option("float32", "precision of the model: float32 or bfloat16")
-    engine: str = option("transformers", "what runs the models: transformers, or vllm where it is installed")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "precision of the model")
+    engine: Literal["transformers", "vllm"] = option("transformers", "what runs the models: transformers, or vllm where it is installed")
     endpoint: dict[str, Any] = option({}, "of the model `endpoint`, asked over HTTP in OpenAI's protocol: url, model; timeout_s, retries, "
                                       "wait_s, connections, key_variable as you like")
 
@@ -77,10 +79,6 @@ def check(config: AskingConfig) -> None:
         raise ValueError(f"unknown cue {sorted(unknown)[0]!r}: choose from worked, direct")
     if not any(config.models.values()):
         raise ValueError("nothing to evaluate: give at least one task, and one model with a strategy")
-    if config.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype {config.dtype!r}: choose float32 or bfloat16")
-    if config.engine not in ("transformers", "vllm"):
-        raise ValueError(f"engine {config.engine!r}: choose transformers or vllm")
     if config.engine == "vllm":
         check_installed()
     if config.models.get("endpoint") and not {"url", "model"} <= config.endpoint.keys():
@@ -97,19 +95,21 @@ def file_of(model: str, task: str, strategy: str) -> Path:
     return Path("results") / model / f"{task}.{strategy}.jsonl"
 
 
-def first_prompts(config: AskingConfig, tasks: Sequence[Task]) -> list[list[str]]:
-    """What each cell asks first, problem by problem: cells answered under other words are out of date."""
-    by_name = {task.name: task for task in tasks}
-    return [[str(request.prompt) for request in first_requests(config, by_name[task], MODELS[model][1], strategy, by_name[task].rows)]
-            for model, task, strategy in cells(config, tasks)]
+def first_prompts(config: AskingConfig, tasks: Sequence[Task]) -> list[str]:
+    """A hash of what each cell asks first, over its problems: cells answered under other words are out of date."""
+    by_name, hashes = {task.name: task for task in tasks}, []
+    for model, task, strategy in cells(config, tasks):
+        digest = hashlib.sha256()
+        for request in first_requests(config, by_name[task], MODELS[model][1], strategy, by_name[task].rows):
+            digest.update(hash_data(request.prompt).encode())
+        hashes.append(digest.hexdigest())
+    return hashes
 
 
-def first_requests(config: AskingConfig, task: Task, chat: bool, name: str, rows: Sequence[dict]) -> list[Request]:
+def first_requests(config: AskingConfig, task: Task, chat: bool, name: str, rows: Sequence[dict]) -> Iterator[Request]:
     """The first request of each of these problems."""
-    if name == "budgeted":
-        name = "self_consistency"  # the same chains
-    make = strategy_of(config, task, chat, name)
-    return [next(make(row))[0] for row in rows]  # type: ignore[misc]
+    make = strategy_of(config, task, chat, "self_consistency" if name == "budgeted" else name)  # the same chains
+    return (next(make(row))[0] for row in rows)  # type: ignore[misc]
 
 
 def searches_by_reward(config: AskingConfig, tasks: Sequence[Task]) -> bool:
@@ -205,7 +205,6 @@ def ask(config: AskingConfig, run_: Run, tasks: Sequence[Task]) -> None:
         for cell in missing:
             journal.repair(parts_of(run_.directory, cell))
             journal.repair(draws_of(run_.directory, cell))
-        announce(config, by_name, missing)
     barrier()  # all have looked before the first cell is written, and no line is cut
     done = {cell: set(journal.places(parts_of(run_.directory, cell))) for cell in missing}
     barrier()  # and all know what is there before the first appends
@@ -220,6 +219,8 @@ def ask(config: AskingConfig, run_: Run, tasks: Sequence[Task]) -> None:
         backend: Backend = LocalModel(
             run_.parents[parent].product("model"), seed=config.seed, batch_size=config.batch_size, device=device, dtype=config.dtype,
             engine=config.engine) if parent else Endpoint(seed=config.seed, **config.endpoint)
+        if is_main():
+            announce(config, by_name, chosen, backend)
         _answer(config, run_.directory, by_name, chosen, missing, done, backend, judge, bar)
         barrier()
         if is_main():
@@ -281,11 +282,17 @@ def draws_of(directory: Path, cell: Cell) -> Path:
     return directory / "asked" / "draws" / cell[0] / f"{cell[1]}.{cell[2]}"
 
 
-def announce(config: AskingConfig, by_name: Mapping[str, Task], chosen: Sequence[Cell]) -> None:
-    """What the cells will cost at most, before they are asked."""
-    rows = []
-    for model, task, strategy in chosen:
-        each = [at_most(config, row, strategy) for row in by_name[task].rows]
-        rows.append([model, task, strategy, f"{len(each):,}", f"{sum(r for r, _ in each):,}", f"{sum(t for _, t in each):,}"])
-    if rows:
-        say(table(["model", "task", "strategy", "problems", "requests at most", "tokens at most"], rows))
+def announce(config: AskingConfig, by_name: Mapping[str, Task], chosen: Sequence[Cell], backend: Backend) -> None:
+    """What the cells of a model will cost at most, before they are asked. Prompts are taken to be as long as the first ones, which is
+    too little where later ones hold what was said before (reviews, trees)."""
+    shown = []
+    for model, name, strategy in chosen:
+        task = by_name[name]
+        each = [at_most(config, row, strategy) for row in task.rows]
+        requests = sum(r for r, _ in each)
+        prompts = "?"
+        if isinstance(backend, LocalModel):
+            lengths = [len(backend.encode(r.prompt)) for r in first_requests(config, task, MODELS[model][1], strategy, task.rows[:PROBE])]
+            prompts = f"{requests * sum(lengths) / len(lengths):,.0f}"
+        shown.append([model, name, strategy, f"{len(each):,}", f"{requests:,}", prompts, f"{sum(t for _, t in each):,}"])
+    say(table(["model", "task", "strategy", "problems", "requests at most", "prompt tokens", "generated at most"], shown))

@@ -46,6 +46,12 @@ def record(row: Mapping[str, Any], solution: Solution) -> dict:
             **({"steps": steps} if steps else {}), **{key: row[key] for key in ("answer_type", "template") if key in row}}
 
 
+def without_texts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with what figures follow from alone: of 100,000 questions the texts would not fit in memory."""
+    samples = [{key: value for key, value in sample.items() if key != "text"} for sample in record["samples"]]
+    return {key: value for key, value in record.items() if key != "steps"} | {"samples": samples}
+
+
 def accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Accuracy, Wilson interval and n of the records' answers; a missing answer is wrong.
 
