@@ -152,6 +152,30 @@ def test_fsdp2_in_bf16_measures_before_and_after_with_the_same_rounding(tmp_path
     assert metrics["after/kl_to_base"]["value"] == metrics["after/kl"]["value"] == 0.0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("engine", ["ddp", *ENGINE_NAMES])
+def test_gpus_measure_what_one_of_them_measures(engine, tmp_path):
+    """The stage under the launch configs that ship, in bf16, on all GPUs there are, beside gpu.yaml on one: what is measured before any
+    training differs by rounding alone, all runs end, and plain transformers loads what they save."""
+    parents = write_parents(tmp_path / "parents")
+    given = FLAGS | {f"parents.{name}": parents / name for name in ("prepare", "sft", "reward_model")}
+    flags = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    gpus = {"gpu": 1, engine: torch.cuda.device_count()}
+    environment = {key: value for key, value in ENVIRONMENT.items() if key != "CUDA_VISIBLE_DEVICES"}
+    for name, count in gpus.items():
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate/{name}.yaml"]
+        stage = ["-m", "stages.ppo", "--config", "recipes/tiny/ppo.yaml", "--run-dir", str(tmp_path / name), *flags]
+        subprocess.run([*launcher, "--num_processes", str(count), *stage], cwd=ROOT, env=environment, check=True, timeout=900)
+    alone, together = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in gpus)
+    assert together["provenance"]["world_size"] == gpus[engine]
+    for key, entry in alone["metrics"].items():
+        if key.startswith("before/") and key.endswith(("entropy", "loss")):
+            assert together["metrics"][key]["value"] == pytest.approx(entry["value"], rel=0.02), key
+    for folder, kind in (("model", AutoModelForCausalLM), ("critic", AutoModelForSequenceClassification)):
+        assert all(torch.isfinite(p).all() for p in kind.from_pretrained(tmp_path / engine / folder).parameters())
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "has fsdp_cpu_ram_efficient_loading: set it to false"),
     ({"FSDP_VERSION": "1", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}, "has fsdp_version 1: set it to 2")])
