@@ -119,6 +119,15 @@ def test_endpoint_answers_plain_and_chat_in_order(server, monkeypatch, capfd):
     assert "sk-secret" not in "".join(capfd.readouterr())
 
 
+def test_endpoint_is_told_to_go_on_with_an_open_turn(server):
+    server.answers = lambda path, body, number: said("on", chat=True)
+    asked = {"role": "user", "content": "Hi"}
+    endpoint(server).generate([Request(prompt=(asked, {"role": "assistant", "content": "Start 2."}), question="a")])
+    endpoint(server).generate([Request(prompt=(asked,), question="a")])
+    assert [(body.get("continue_final_message"), body.get("add_generation_prompt")) for _, body, _ in server.calls] == [
+        (True, False), (None, None)]
+
+
 def test_endpoint_tries_again_and_then_counts_as_missing(server):
     server.answers = lambda path, body, number: [(503, b"busy"), (200, b"{half"), said("The answer is 5.")][min(number, 2)]
     backend = endpoint(server)
@@ -224,6 +233,7 @@ def test_judge_scores_as_the_reward_model_does(model_folder, tmp_path):
     assert [r.score for r in results[:2]] == pytest.approx(normalize(model.config, score_ids(model, rows)), abs=1e-5)
     assert [r.prompt_tokens for r in results] == [len(rows[0]), len(rows[1]), 0] and results[2].finish == "too_long"
     assert results[2].score is None
+    assert reward_judge(tmp_path)(asked[2:]) == results[2:]  # a batch in which nothing fits
 
 
 def fake_vllm(model_folder):
