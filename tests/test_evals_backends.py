@@ -233,7 +233,6 @@ def test_judge_scores_as_the_reward_model_does(model_folder, tmp_path):
     assert [r.score for r in results[:2]] == pytest.approx(normalize(model.config, score_ids(model, rows)), abs=1e-5)
     assert [r.prompt_tokens for r in results] == [len(rows[0]), len(rows[1]), 0] and results[2].finish == "too_long"
     assert results[2].score is None
-    assert reward_judge(tmp_path)(asked[2:]) == results[2:]  # a batch in which nothing fits
 
 
 def fake_vllm(model_folder):
