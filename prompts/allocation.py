@@ -62,12 +62,10 @@ def budgeted(problems: Sequence[Row], examples: Sequence[Sequence[Row]], style: 
         raise ValueError(f"a budget of {budget} tokens over {len(problems)} questions, at most {most} samples each at temperature "
                          f"{temperature}: give at least {longest} tokens a question, one sample and a temperature above 0")
     questions = [_Question(problem, shown) for problem, shown in zip(problems, examples, strict=True)]
+    waiting = [(-question.worth(), i) for i, question in enumerate(questions)]  # a heap: a sample changes the worth of its question alone
     spent = 0
-    while affordable := min(round_size, (budget - spent) // longest):
-        open_questions = [i for i, question in enumerate(questions) if len(question.samples) < most and not _unanswerable(question)]
-        chosen = heapq.nsmallest(affordable, open_questions, key=lambda i: (-questions[i].worth(), i))
-        if not chosen:
-            break
+    while waiting and (affordable := min(round_size, (budget - spent) // longest)):
+        chosen = [heapq.heappop(waiting)[1] for _ in range(min(affordable, len(waiting)))]
         requests = [request for i in chosen for request in chains(
             questions[i].problem, style, questions[i].examples, [len(questions[i].samples)], temperature)]
         results = yield requests
@@ -80,6 +78,8 @@ def budgeted(problems: Sequence[Row], examples: Sequence[Sequence[Row]], style: 
                 question.counts[form] = question.counts.get(form, 0) + 1
             question.spent += result.generated_tokens
             spent += result.generated_tokens
+            if len(question.samples) < most and not _unanswerable(question):
+                heapq.heappush(waiting, (-question.worth(), i))
     return [_solution(question) for question in questions]
 
 

@@ -151,7 +151,8 @@ def best_of_n(problem: Row, style: Style, examples: Sequence[Row] = (), *, n: in
 def weighted_vote(problem: Row, style: Style, examples: Sequence[Row] = (), *, n: int, temperature: float) -> Strategy:
     """The majority of `n` chains, each with the weight that the reward model gives it (Li et al. 2023, section 3.2).
 
-    The weight is exp(score): a Bradley-Terry reward is the log of a strength, and strengths add up.
+    The weight is exp(score): a Bradley-Terry reward is the log of a strength, and strengths add up. Scores come in standard deviations
+    of SFT samples, so how sharp the weights are follows from that unit and not from the reward model's own.
     """
     samples, answers, scores = yield from _scored(problem, style, examples, n, temperature)
     most = max(scores, default=0.0)

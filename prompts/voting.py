@@ -103,7 +103,7 @@ def stopper(spec: str) -> Stopper:
         if name == "window" and (size := int(given)) >= 2:
             return lambda answers: bool(answers) and len(answers) % size == 0 and len({*answers[-size:]}) == 1 and answers[-1] is not None
         if name == "binomial" and 0 < (level := float(given)) < 1:
-            return lambda answers: binomial_p(*_leaders(answers)) <= level
+            return lambda answers: binomial_p(*_leaders(answers)) <= level * (1 + 1e-9)  # at the level itself, but for rounding
     except ValueError:
         pass
     if spec == "none":
@@ -121,8 +121,8 @@ def probability_ahead(first: int, second: int) -> float:
 @functools.cache
 def binomial_p(first: int, second: int) -> float:
     """Exact two-sided p of `first` against `second` votes under a fair coin (1 without votes)."""
-    n, most = first + second, max(first, second)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(most, n + 1)) / 2 ** n)
+    most, least = max(first, second), min(first, second)
+    return min(1.0, 2 * float(betainc(most, least + 1, 0.5))) if most else 1.0  # P(X >= most) of `most + least` fair flips
 
 
 def _leaders(answers: Sequence[str | None]) -> tuple[int, int]:

@@ -55,7 +55,7 @@ def right(row: Mapping[str, Any], answer: str | None) -> bool:
         raise ValueError(f"problem {row['id']}: unknown verifier {verifier!r}: expected game24 or reasoning_gym")
     if "tolerance" in row:
         try:
-            if abs(Fraction(normalize(answer)) - Fraction(row["answer"])) <= row["tolerance"]:
+            if abs(Fraction(normalize(answer, "number")) - Fraction(row["answer"])) <= row["tolerance"]:
                 return True
         except ValueError:  # not a number
             return False

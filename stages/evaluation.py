@@ -4,6 +4,7 @@
     python -m stages.evaluation score samples.jsonl --answer-type number --out result.json
 """
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from stages.data.corpora import read_rows
@@ -74,11 +75,11 @@ def main(config: EvaluationConfig) -> Manifest:
 
 def unasked(key: tuple[str, str, str], rows: list[dict]) -> bool:
     """Says how many prompts left no room or got no answer; whether that is so for all of them."""
-    ends = [sample["finish"] for row in rows for sample in row["samples"]]
+    ends = Counter(end for row in rows for end in scoring.finishes(row))
     for finish, what in (("too_long", "prompts leave no room to answer in the model's context"), ("missing", "requests got no answer")):
-        if finish in ends:
-            say(f"{'/'.join(key)}: {ends.count(finish)} {what}")
-    return {"too_long", "missing"} >= set(ends)
+        if ends[finish]:
+            say(f"{'/'.join(key)}: {ends[finish]} {what}")
+    return ends["too_long"] + ends["missing"] > 0 and not any(row["cost"]["generated_tokens"] for row in rows)
 
 
 def summarize(records: dict[tuple[str, str, str], list[dict]]) -> dict:
@@ -88,7 +89,7 @@ def summarize(records: dict[tuple[str, str, str], list[dict]]) -> dict:
     for (model, task, strategy), rows in records.items():
         key = {"model": model, "task": task, "strategy": strategy}
         found.append({**key, **scoring.summary(rows), "items": str(file_of(model, task, strategy))})
-        if strategy == "self_consistency" and len({len(r["samples"]) for r in rows}) == 1:
+        if scoring.equal_votes(strategy, rows):
             found.append({**key, "strategy": scoring.SAMPLED, **scoring.sampled_summary(rows)})
     return {"cells": found, "comparisons": scoring.comparisons(records), "pairs": pairs(records), "frontier": frontiers(records)}
 

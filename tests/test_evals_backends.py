@@ -119,6 +119,15 @@ def test_endpoint_answers_plain_and_chat_in_order(server, monkeypatch, capfd):
     assert "sk-secret" not in "".join(capfd.readouterr())
 
 
+def test_endpoint_is_told_to_go_on_with_an_open_turn(server):
+    server.answers = lambda path, body, number: said("on", chat=True)
+    asked = {"role": "user", "content": "Hi"}
+    endpoint(server).generate([Request(prompt=(asked, {"role": "assistant", "content": "Start 2."}), question="a")])
+    endpoint(server).generate([Request(prompt=(asked,), question="a")])
+    assert [(body.get("continue_final_message"), body.get("add_generation_prompt")) for _, body, _ in server.calls] == [
+        (True, False), (None, None)]
+
+
 def test_endpoint_tries_again_and_then_counts_as_missing(server):
     server.answers = lambda path, body, number: [(503, b"busy"), (200, b"{half"), said("The answer is 5.")][min(number, 2)]
     backend = endpoint(server)

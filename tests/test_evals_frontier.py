@@ -7,8 +7,8 @@ import pytest
 
 from prompts.intervals import wilson
 from stages.evals import frontier as f
-from stages.evals.pairs import clusters_of, pairs
-from stages.evals.scoring import shares
+from stages.evals.pairs import pairs
+from stages.evals.scoring import clusters_of, shares
 from stages.evals.statistics import compare, holm, mcnemar
 
 
@@ -36,6 +36,12 @@ def test_points_of_a_vote_by_hand():
     assert two.tokens(True).tolist() == [60, 100] and two.tokens(False).tolist() == [20, 40]
     [whole] = f.points_of("tree", records)
     assert whole.k is None and whole.right.tolist() == [1, 0] and whole.tokens(True).tolist() == [90, 150]
+
+
+def test_one_form_may_be_right_in_one_way_of_writing_and_wrong_in_another():
+    """In the game of 24 all that makes 24 is one candidate, and some of it uses the wrong numbers: the first seen stands for all."""
+    record = row("a", ["4*6*1*1", "24", "3*8"], gold="4*6*1*1") | {"answer_type": "expression"}
+    assert [p.right.tolist() for p in f.points_of("self_consistency", [record])] == [pytest.approx([1 / 3])] * 3
 
 
 def test_the_ledger_counts_and_where_there_is_none_it_is_said():

@@ -46,3 +46,25 @@ def test_cells_count_what_the_program_says_where_equality_cannot_judge():
     assert [r["correct"] for r in records] == [r["samples"][0]["correct"] for r in records] == [True, False, False]
     cell = scoring.summary(records)
     assert cell["accuracy"] == 1 / 3 and cell["n"] == 3 and cell["unanswered"] == 0 and scoring.shares(records) == [1, 0, 0]
+
+
+def test_chains_of_a_vote_that_stopped_early_are_no_draws_of_their_own():
+    greedy = [made(id, "2", "The answer is 2.") for id in "ab"]
+    early = [made("a", "2", "The answer is 2.", "The answer is 2."), made("b", "2", *["The answer is 2.", "The answer is 1."] * 2)]
+    cells = {("sft", "t", "zero_shot_cot"): greedy, ("sft", "t", "self_consistency"): early}
+    assert [c["b"] for c in scoring.comparisons(cells)] == ["sft/zero_shot_cot"]
+
+
+def test_comparisons_count_templates_as_units():
+    def side(wrong):
+        return [made(str(i), "2", f"The answer is {1 if i // 5 in wrong else 2}.") | {"template": i // 5} for i in range(20)]
+    cells = {("sft", task, strategy): side(wrong) for task in "tu" for strategy, wrong in (("direct", {0, 1}), ("zero_shot_cot", {2}))}
+    found = {c["task"]: c for c in scoring.comparisons(cells)}
+    assert found["t"]["clusters"] == 4 and found["all"]["clusters"] == 8 and found["all"]["n"] == 40  # t's template 0 is not u's
+    assert found["t"]["test"] == "sign flips of clusters"
+
+
+def test_requests_that_are_no_samples_can_lack_room():
+    record = made("a", "2", "The answer is 2.") | {"steps": [{"finish": "too_long"}, {"finish": "missing"}, {"finish": "stop"}]}
+    cell = scoring.summary([record, made("b", "2", "The answer is 2.")])
+    assert (cell["too_long"], cell["missing"]) == (1, 1)

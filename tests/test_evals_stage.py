@@ -300,6 +300,9 @@ def test_two_processes_give_the_figures_of_one(stage, tmp_path):
     ({"models": {"base": ["cot"]}}, "unknown strategy 'cot' for base: choose from direct"),
     ({"models": {"base": []}}, "nothing to evaluate"), ({"tasks": []}, "nothing to evaluate"),
     ({"cues": {"wroked": "x"}}, "unknown cue 'wroked'"),
+    ({"models": {"endpoint": ["direct"]}, "endpoint": {"url": "http://x", "model": "m", "timeout": 3}},
+     "unknown setting 'timeout' of endpoint"),
+    ({"models": {"sft": ["budgeted"]}, "budget": 9, "max_tokens_worked": 24}, "does not pay for one worked answer"),
     ({"tree": {"width": 3, "beem": 2}}, "unknown key 'beem', did you mean 'beam'"), ({"stop": "gamma:1"}, "unknown stopping rule"),
     ({"tasks": ["word_problems", "word_problems"]}, "two tasks are called")])
 def test_bad_settings(stage, change, message):
@@ -311,6 +314,13 @@ def test_a_cell_without_room_stays_missing(stage, capsys):
     manifest = evaluation.main(stage(max_tokens_worked=250, models={"base": ["direct", "few_shot_cot"]}, tasks=["word_problems"]))
     assert "7 prompts leave no room" in capsys.readouterr().out
     assert "base/word_problems/direct" in manifest.metrics and "base/word_problems/few_shot_cot" not in manifest.metrics
+
+
+def test_a_search_without_room_stays_missing(stage, capsys):
+    tree = {"thoughts": "sample", "judge": "value", "width": 2, "depth": 2, "beam": 1}
+    manifest = evaluation.main(stage(step_tokens=250, models={"sft": ["direct", "tree_of_thought"]}, tree=tree, tasks=["word_problems"]))
+    assert "tree_of_thought: 14 prompts leave no room" in capsys.readouterr().out
+    assert "sft/word_problems/direct" in manifest.metrics and "sft/word_problems/tree_of_thought" not in manifest.metrics
 
 
 def test_chains_of_the_study_share_their_examples():

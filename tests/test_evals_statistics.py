@@ -2,12 +2,14 @@
 import itertools
 import math
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from prompts.intervals import mean_variance, share_interval, student95, wilson
 from prompts.voting import majority
+from stages.evals import statistics
 from stages.evals.statistics import (
     bootstrap_mean,
     compare,
@@ -249,6 +251,17 @@ def test_maj_at_k_is_unbiased_for_a_fresh_vote():
         sample = draw(12)
         recorded.append(maj_at_k([(sample.count(x), x == "a") for x in "abc" if x in sample], sample.count(None))[4])
     assert np.mean(recorded) == pytest.approx(fresh, abs=0.015)
+
+
+def test_resampling_takes_bounded_memory_and_the_same_draws(monkeypatch):
+    values = np.random.default_rng(0).normal(size=400).tolist()
+    whole = bootstrap_mean(values), sign_flips(values, draws=2000)
+    monkeypatch.setattr(statistics, "CHUNK", 10_000)
+    tracemalloc.start()
+    assert bootstrap_mean(values) == pytest.approx(whole[0])
+    assert sign_flips(values, draws=2000) == pytest.approx(whole[1], abs=0.03)
+    assert tracemalloc.get_traced_memory()[1] < 2e6  # 4,000 draws of 400 at once are 13 MB
+    tracemalloc.stop()
 
 
 def test_maj_at_k_refuses_what_it_cannot_count():

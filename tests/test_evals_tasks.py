@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from prompts.answers import extract
 from prompts.templates import BENCHMARK_CUES
 from stages.data import curriculum
+from stages.data.benchmarks import fits
 from stages.evals.tasks import load_task, read_prompt
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -167,3 +169,10 @@ def test_the_prompts_of_wei_and_suzgun_et_al_are_read_whole(tmp_path):
     for name, rows in bbh.items():
         task = load(f"bbh:{DATA}/bbh/{name}.json", tmp_path, examples=str(DATA / "bbh" / f"{name}.txt"))
         assert len(task.examples(task.rows[0], 3, 0)) == 3 and [e["answer"] for e in rows] == [e["answer"] for e in task.pool]
+
+
+def test_embedded_problems_say_what_their_answers_are():
+    for name in curriculum.TASKS:
+        row = next(curriculum.problems(0, split="test", tasks={name: 1.0})).as_row()
+        assert row["answer_type"] == ("string" if name == "last_letters" else "number") and fits(row["answer"], row["answer_type"])
+        assert extract(f"The answer is {row['answer']}.", row["answer_type"]) == row["answer"]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from prompts import strategies
+from prompts import allocation, strategies
 from prompts.allocation import budgeted, doubt, gain
 from prompts.critique import finds_no_fault, self_refine
 from prompts.records import Cost, Request, Result, Score
@@ -237,6 +237,15 @@ def test_gain_is_high_where_votes_are_contested_and_few():
     assert doubt({}) == 0.5 and doubt({"a": 1}) == pytest.approx(1 / 4) and doubt({"a": 3}) == pytest.approx(1 / 16)
     order = [gain(counts) for counts in ({}, {"a": 1, "b": 1}, {"a": 1}, {"a": 10, "b": 10}, {"a": 3}, {"a": 9, "b": 1})]
     assert order == sorted(order, reverse=True) and order[0] == pytest.approx(0.25)
+
+
+def test_a_budget_looks_at_a_question_once_a_sample(monkeypatch):
+    looked = []
+    monkeypatch.setattr(allocation, "gain", lambda counts: looked.append(1) or 1.0)
+    rows = [{**ROW, "id": str(i)} for i in range(60)]
+    fake = Fake(lambda r: "The answer is 5.")
+    [(_, solutions)] = run([budgeted(rows, [()] * 60, PLAIN, budget=50 * 60, most=5, temperature=1.0, round_size=4)], fake, batch_size=8)
+    assert len(looked) <= sum(s.cost.requests for s in solutions) and {s.cost.requests for s in solutions} == {5}
 
 
 def test_budget_goes_to_the_contested_question_and_is_kept():

@@ -1,5 +1,6 @@
 """Votes and stopping rules on counts worked by hand."""
 import random
+import time
 
 import pytest
 
@@ -51,6 +52,9 @@ def test_binomial_by_hand():
     assert stops("binomial:0.05", ["1"] * 9) == 6 and stops("binomial:0.0625", ["1"] * 9) == 5  # two-sided, and at the level itself
     assert binomial_p(3000, 0) == 0 and binomial_p(1500, 1500) == 1  # beyond the range of floats
     assert stops("none", ["1"] * 100) is None
+    begun = time.process_time()
+    assert all(0 < binomial_p(k, k + 9) <= 1 for k in range(600))  # every look at a question of 1,200 samples
+    assert time.process_time() - begun < 1
 
 
 def test_the_level_holds_at_one_look_only():

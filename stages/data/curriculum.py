@@ -65,7 +65,8 @@ class Problem:
     def as_row(self) -> dict:
         """Plain record for jsonl and for the verifiers in `reward/`."""
         return {"id": self.id, "task": self.task, "difficulty": self.difficulty, "question": self.question,
-                "answer": self.answer, "solutions": [list(steps) for steps in self.solutions]}
+                "answer": self.answer, "answer_type": "string" if self.task == "last_letters" else "number",
+                "solutions": [list(steps) for steps in self.solutions]}
 
 
 def word_problem(rng: random.Random, steps: int) -> Problem:

@@ -1,5 +1,6 @@
 """Which questions an evaluation asks, by which strategy, and how their answers get to disk as they come."""
 import hashlib
+import inspect
 import os
 import shutil
 import sys
@@ -36,6 +37,7 @@ MODELS = {"base": ("pretrain", False), "base_chat": ("pretrain", True), "sft": (
 USUAL = ("direct", "few_shot", "zero_shot_cot", "few_shot_cot", "self_consistency")
 STRATEGIES = (*USUAL, "two_stage_cot", "adaptive_consistency", "weighted_vote", "best_of_n", "budgeted", "self_refine", "tree_of_thought")
 PROBE = 50  # prompts measured to foresee the tokens of all
+ENDPOINT_SETTINGS = inspect.signature(Endpoint).parameters.keys() - {"seed"}
 Cell = tuple[str, str, str]  # model, task, strategy
 
 
@@ -83,6 +85,11 @@ def check(config: AskingConfig) -> None:
         check_installed()
     if config.models.get("endpoint") and not {"url", "model"} <= config.endpoint.keys():
         raise ValueError("the model `endpoint` needs to know where it is: set endpoint to {url: http://localhost:8000/v1, model: its name}")
+    if unknown := config.endpoint.keys() - ENDPOINT_SETTINGS:
+        raise ValueError(f"unknown setting {min(unknown)!r} of endpoint: choose from {', '.join(sorted(ENDPOINT_SETTINGS))}")
+    if any("budgeted" in chosen for chosen in config.models.values()) and config.budget < config.max_tokens_worked:
+        raise ValueError(f"budgeted: a budget of {config.budget} tokens a question does not pay for one worked answer: set it to at least "
+                         f"max_tokens_worked, {config.max_tokens_worked}")
     stopper(config.stop)
     fill(Search, config.tree, where="tree")
 

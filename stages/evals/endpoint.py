@@ -78,6 +78,8 @@ class Endpoint:
                 "seed": prompt_key(f"{self.seed}/{request.key}/{request.sample}") >> 32,  # servers take 31 bits
                 **({"stop": list(request.stop)} if request.stop else {}),
                 **({"prompt": request.prompt} if plain else {"messages": list(request.prompt)})}
+        if not isinstance(request.prompt, str) and request.prompt[-1]["role"] == "assistant":  # an open turn, in the words of vLLM's server
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
 
         def read(answer: dict) -> tuple[str | None, str, dict]:
             choice = answer["choices"][0]

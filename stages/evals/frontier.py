@@ -3,6 +3,7 @@
 Pure functions of the records that an evaluation leaves (`scoring.record`). A *point* is a strategy with what it got right and what it
 spent on each question; the chains of self-consistency make one for each number K of them, a *curve*. n: questions; K: chains.
 """
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from prompts.answers import normalize
 from prompts.intervals import mean_interval, share_interval, wilson
 from prompts.voting import count
-from stages.evals.pairs import Cells, Records, aligned, clusters_of
+from stages.evals.pairs import Cells, Records, aligned
+from stages.evals.scoring import clusters_of, equal_votes
 from stages.evals.statistics import compare, maj_at_k
 
 
@@ -37,17 +39,17 @@ def points_of(strategy: str, records: Records) -> list[Point]:
 
     A record's `cost` is its ledger (critique, valuation and extraction included); without it the samples' tokens are summed, and prompts
     stay unknown. K of N chains cost K/N of the question's tokens, prompts too (each request reads its own), and are right with the
-    probability of `maj_at_k`: at K = N this is the recorded vote, but for ties, which there go to whichever was seen first.
+    probability of `maj_at_k`: at K = N this is the recorded vote, but for what the recorded order decided there: ties, and which of the
+    ways of writing the winner stands for it (24 can be made of the right numbers or of others).
     """
     costs = [r.get("cost") for r in records]
     generated = np.asarray([c["generated_tokens"] if c else sum(s["tokens"] for s in r["samples"])
                             for r, c in zip(records, costs, strict=True)], dtype=np.float64)
     prompt = np.asarray([c["prompt_tokens"] for c in costs if c], dtype=np.float64) if all(costs) else None
-    sizes = {len(r["samples"]) for r in records}
-    if strategy != "self_consistency" or len(sizes) != 1:
+    if not equal_votes(strategy, records):
         right = np.asarray([float(r["correct"]) for r in records])
         return [Point(strategy=strategy, k=None, right=right, prompt=prompt, generated=generated)]
-    num = sizes.pop()
+    num = len(records[0]["samples"])
     won = np.asarray([_votes(r) for r in records])
     return [Point(strategy=strategy, k=k, right=won[:, k - 1], prompt=None if prompt is None else prompt * k / num,
                   generated=generated * k / num) for k in range(1, num + 1)]
@@ -56,8 +58,10 @@ def points_of(strategy: str, records: Records) -> list[Point]:
 def _votes(record: Mapping[str, Any]) -> list[float]:
     type = record.get("answer_type")
     counts, _, abstained = count([sample["answer"] for sample in record["samples"]], type)
-    right = {normalize(sample["answer"] or "", type): sample["correct"] for sample in record["samples"]}
-    return maj_at_k([(number, right[form]) for form, number in counts.items()], abstained)
+    right: Counter[str] = Counter()
+    for sample in record["samples"]:
+        right[normalize(sample["answer"] or "", type)] += sample["correct"]
+    return maj_at_k([(number, right[form] / number) for form, number in counts.items()], abstained)
 
 
 def pareto(costs: ArrayLike, accuracy: Sequence[float]) -> list[bool]:
@@ -177,7 +181,6 @@ def compute(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return []
     best = pareto([(p["training_flops"], p["inference_flops"]) for p in made], [p["accuracy"] for p in made])
     return [{**p, "pareto": kept} for p, kept in zip(made, best, strict=True)]
-
 
 
 ROAD = {"base": ("pretrain",), "base_chat": ("pretrain",), "sft": ("pretrain", "sft"), "ppo": ("pretrain", "sft", "ppo")}

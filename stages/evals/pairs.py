@@ -1,25 +1,16 @@
 """Every pair of strategies of a model, and of models on a strategy, compared on the same problems: the table that results.json
 keeps of them, with p adjusted for how many there are.
 """
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from stages.evals.scoring import SAMPLED, shares
+from stages.evals.scoring import SAMPLED, clusters_of, equal_votes, shares
 from stages.evals.statistics import compare, holm
 
 Records = Sequence[Mapping[str, Any]]
 Cells = Mapping[tuple[str, str, str], Records]  # by model, task, strategy
 ORDER = ("direct", "few_shot", "zero_shot_cot", "few_shot_cot", SAMPLED, "self_consistency")  # the later is `a`; others come after these
-
-
-def clusters_of(records: Records) -> list[Hashable] | None:
-    """What each record's question was generated from, where rows say so (`template`); a question without is a cluster of its own.
-
-    None where no row says so, or all questions are of one template: figures are then for questions of that template alone.
-    """
-    found: list[Hashable] = [r["template"] if r.get("template") is not None else ("no template", r["id"]) for r in records]
-    return found if any(r.get("template") is not None for r in records) and len(set(found)) > 1 else None
 
 
 def aligned(sides: Sequence[Records], where: str) -> list[list[Mapping[str, Any]]]:
@@ -43,7 +34,7 @@ def pairs(cells: Cells) -> list[dict[str, Any]]:
     sides: dict[tuple[str, str, str], tuple[Records, list[float] | None]] = {}
     for (model, task, strategy), records in cells.items():
         sides[model, task, strategy] = records, None
-        if strategy == "self_consistency" and len({len(r["samples"]) for r in records}) == 1:
+        if equal_votes(strategy, records):
             sides[model, task, SAMPLED] = records, shares(records)
     models = list(dict.fromkeys(model for model, _, _ in sides))
 

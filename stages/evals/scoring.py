@@ -8,7 +8,8 @@ Records are what `results/*.jsonl` hold, in the Samples format with more keys, s
 """
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,13 @@ def record(row: Mapping[str, Any], solution: Solution) -> dict:
 
 def without_texts(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record with what figures follow from alone: of 100,000 questions the texts would not fit in memory."""
-    samples = [{key: value for key, value in sample.items() if key != "text"} for sample in record["samples"]]
-    return {key: value for key, value in record.items() if key != "steps"} | {"samples": samples}
+    return {**record, **{name: [{key: value for key, value in part.items() if key != "text"} for part in record[name]]
+                         for name in ("samples", "steps") if name in record}}
+
+
+def finishes(record: Mapping[str, Any]) -> list[str]:
+    """How each text that was asked for a question ended, those that are no sample included."""
+    return [part["finish"] for part in (*record["samples"], *record.get("steps", ()))]
 
 
 def accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -68,8 +74,9 @@ def accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of one cell. `unparsed` counts samples (`unparsed_rate` is their share of all samples), `unanswered` problems,
-    `too_long` prompts that left no room."""
+    `too_long` and `missing` requests of any kind."""
     samples = [sample for r in records for sample in r["samples"]]
+    ends = Counter(end for r in records for end in finishes(r))
     finished = sum(sample["finished"] for sample in samples)
     in_format = sum(not sample["faults"] for sample in samples)
     golds = [sum(s["gold_score"] for s in r["samples"]) / len(r["samples"]) for r in records]
@@ -80,8 +87,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "prompt_tokens_mean": sum(r["cost"]["prompt_tokens"] for r in records) / len(records),
             "requests_mean": sum(r["cost"]["requests"] for r in records) / len(records),
             "finished": finished / len(samples), "finished_wilson95": list(wilson(finished, len(samples))),
-            "in_format": in_format / len(samples), "too_long": sum(s["finish"] == "too_long" for s in samples),
-            "missing": sum(s["finish"] == "missing" for s in samples),
+            "in_format": in_format / len(samples), "too_long": ends["too_long"], "missing": ends["missing"],
             "gold_score": sum(golds) / len(golds), "gold_score_ci95": list(bootstrap_mean(golds)),
             "by_difficulty": {str(level): accuracy([r for r in records if r["difficulty"] == level]) for level in levels}}
 
@@ -89,6 +95,21 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def shares(records: Sequence[Mapping[str, Any]]) -> list[float]:
     """For each problem the share of its samples that are right: the accuracy of one sampled chain."""
     return [sum(s["correct"] for s in r["samples"]) / len(r["samples"]) for r in records]
+
+
+def equal_votes(strategy: str, records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether these are votes of equally many chains, so that one of them is a draw of its own. Where voting stopped early, which
+    chains there are depends on what they say."""
+    return strategy == "self_consistency" and len({len(r["samples"]) for r in records}) == 1
+
+
+def clusters_of(records: Sequence[Mapping[str, Any]]) -> list[Hashable] | None:
+    """What each record's question was generated from, where rows say so (`template`); a question without is a cluster of its own.
+
+    None where no row says so, or all questions are of one template: figures are then for questions of that template alone.
+    """
+    found: list[Hashable] = [r["template"] if r.get("template") is not None else ("no template", r["id"]) for r in records]
+    return found if any(r.get("template") is not None for r in records) and len(set(found)) > 1 else None
 
 
 def sampled_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -104,12 +125,15 @@ def sampled_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def comparisons(cells: Mapping[tuple[str, str, str], Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Paired comparisons over cells (model, task, strategy): strategies of one model, and PPO with SFT on one strategy.
 
-    Each is made for every task and, as task "all", pooled over the tasks that both sides have.
+    Each is made for every task and, as task "all", pooled over the tasks that both sides have. Questions are clustered by their
+    template where rows name one.
     """
     scores: dict[tuple[str, str, str], dict[str, float]] = {}
+    templates: dict[str, dict[Any, Hashable]] = {}  # by task and problem
     for (model, task, strategy), records in cells.items():
+        templates[task] = {r["id"]: (task, r["template"]) for r in records if r.get("template") is not None}
         scores[model, task, strategy] = {r["id"]: float(r["correct"]) for r in records}
-        if strategy == "self_consistency":
+        if equal_votes(strategy, records):
             scores[model, task, SAMPLED] = dict(zip([r["id"] for r in records], shares(records), strict=True))
     models, tasks = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
     wanted = [((model, a), (model, b)) for model in models for a, b in PAIRS]
@@ -119,8 +143,9 @@ def comparisons(cells: Mapping[tuple[str, str, str], Sequence[Mapping[str, Any]]
         both = [t for t in tasks if (model_a, t, a) in scores and (model_b, t, b) in scores]
         for label, pooled in [(t, [t]) for t in both] + ([("all", both)] if len(both) > 1 else []):
             pairs = [(scores[model_a, t, a][i], scores[model_b, t, b][i]) for t in pooled for i in scores[model_a, t, a]]
+            made_of = clusters_of([{"id": (t, i), "template": templates[t].get(i)} for t in pooled for i in scores[model_a, t, a]])
             found.append({"a": f"{model_a}/{a}", "b": f"{model_b}/{b}", "task": label,
-                          **compare([x for x, _ in pairs], [y for _, y in pairs])})
+                          **compare([x for x, _ in pairs], [y for _, y in pairs], made_of)})
     return found
 
 

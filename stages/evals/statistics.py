@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from prompts.intervals import Z95, mean_variance, student95, wilson
 
 POWER_Z = 0.8416212335729143  # the 80 % point of the normal distribution: the power that a detectable effect is stated for
-CHUNK = 10_000  # random signs drawn at a time, for memory
+CHUNK = 20_000_000  # random numbers drawn at a time, for memory
 Clusters = Sequence[Hashable] | None
 
 
@@ -57,11 +57,15 @@ def bootstrap_mean(values: Sequence[float], clusters: Clusters = None, *, seed: 
     rng = np.random.default_rng(seed)
     if clusters is None:
         distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
-        means = rng.multinomial(len(values), counts / len(values), size=resamples) @ distinct / len(values)
+        sums, sizes, shares = distinct, np.ones(len(distinct)), counts / len(values)
+        units = len(values)
     else:
         sums, sizes = cluster_sums(values, clusters)
-        drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)
-        means = drawn @ sums / (drawn @ sizes)
+        units, shares = len(sums), np.full(len(sums), 1 / len(sums))
+    means = np.empty(resamples)
+    for rows in np.array_split(np.arange(resamples), math.ceil(resamples * len(sums) / CHUNK)):
+        drawn = rng.multinomial(units, shares, size=len(rows))
+        means[rows] = drawn @ sums / (drawn @ sizes)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
@@ -85,9 +89,9 @@ def sign_flips(differences: Sequence[float], clusters: Clusters = None, *, seed:
     sizes, counts = np.unique(np.round(np.abs(units), 12), return_counts=True)
     rng, observed = np.random.default_rng(seed), abs(math.fsum(units))
     often, once = counts > 1, sizes[counts == 1]
-    reached = 0
-    for start in range(0, draws, CHUNK):
-        chunk = min(CHUNK, draws - start)
+    reached, most = 0, max(1, min(10_000, CHUNK // len(sizes)))
+    for start in range(0, draws, most):
+        chunk = min(most, draws - start)
         heads = rng.binomial(counts[often], 0.5, size=(chunk, int(often.sum())))
         flips = rng.integers(0, 2, size=(chunk, len(once)), dtype=np.int8)
         sums = (2 * heads - counts[often]) @ sizes[often] + (2.0 * flips - 1) @ once
@@ -173,10 +177,11 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def maj_at_k(votes: Sequence[tuple[int, bool]], abstained: int = 0) -> list[float]:
+def maj_at_k(votes: Sequence[tuple[int, float]], abstained: int = 0) -> list[float]:
     """For k = 1 to n the probability that the majority of k of a question's n samples, drawn without replacement, is right.
 
-    `votes` holds each distinct answer's count and whether it is right; `abstained` samples gave no answer and never win, so that an
+    `votes` holds each distinct answer's count and whether it is right (a share, where it was written in ways of which not all are: the
+    first seen stands for them, and any of them is as likely to be it); `abstained` samples gave no answer and never win, so that an
     all-silent draw is wrong. The k samples come in random order, which is what k fresh ones would do, and a tie goes to the answer
     first seen in that order: to each of t tied answers with probability 1 / t, for they have equally many samples. So the value is
     exact, counted and not drawn, and unbiased for a fresh vote of k. At k = n it differs from the recorded vote only if that tied.
@@ -188,13 +193,14 @@ def maj_at_k(votes: Sequence[tuple[int, bool]], abstained: int = 0) -> list[floa
                          "between 1 and 1,000 samples in all")
     won = [0.0] * (n + 1)
     for top in range(1, max((count for count, right in votes if right), default=0) + 1):  # votes of the winner
-        ways = Counter({(0, 0, 0): 1})  # samples drawn, answers with `top` of them, how many of these are right
+        # samples drawn, answers with `top` of them, how many of these are right
+        ways: Counter[tuple[int, int, float]] = Counter({(0, 0, 0.0): 1})
         for count, right in votes:
-            more: Counter[tuple[int, int, int]] = Counter()
+            more: Counter[tuple[int, int, float]] = Counter()
             for (drawn, tied, good), number in ways.items():
                 for taken in range(min(count, top) + 1):
                     hit = taken == top
-                    more[drawn + taken, tied + hit, good + (hit and right)] += number * math.comb(count, taken)
+                    more[drawn + taken, tied + hit, good + hit * right] += number * math.comb(count, taken)
             ways = more
         for (drawn, tied, good), number in ways.items():
             for silent in range(abstained + 1 if good else 0):
