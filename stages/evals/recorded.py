@@ -101,6 +101,8 @@ def _sample(sample: Any, where: str, rules: Rules) -> Sample:
         raise ValueError(f"{where}: expected tokens to be a count or a list, got {json.dumps(tokens)[:60]}")
     if rules.vote != "weighted":
         weight = None
+    elif weight is None:
+        raise ValueError(f"{where}: a weighted vote needs a weight for each sample, and this one has none")
     elif isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         raise ValueError(f"{where}: a weighted vote needs a weight that is finite and not negative, got {json.dumps(weight)[:60]}: "
                          "put raw rewards through a sigmoid or exp")
