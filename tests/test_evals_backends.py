@@ -136,11 +136,13 @@ def test_endpoint_that_hangs_times_out(server):
     assert result.finish == "missing" and len(server.calls) == 2
 
 
-def test_endpoint_that_is_not_there_counts_as_missing(server):
+def test_endpoint_that_is_not_there_counts_as_missing(server, capsys):
     server.shutdown()
     server.server_close()
     backend = endpoint(server, retries=0)
     assert backend.generate([Request(prompt="?", question="a")])[0].finish == "missing" and backend.missing == 1
+    assert backend.generate([Request(prompt="?", question="b")])[0].finish == "missing"
+    assert capsys.readouterr().out.count("refused") == 1  # said once, at the first
 
 
 def test_an_endpoint_is_a_model_of_the_stage(server, stage):

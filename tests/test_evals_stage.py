@@ -272,6 +272,7 @@ def test_two_processes_give_the_figures_of_one(stage, tmp_path):
     ({"models": {"base": ["cot"]}}, "unknown strategy 'cot' for base: choose from direct"),
     ({"models": {"base": []}}, "nothing to evaluate"), ({"tasks": []}, "nothing to evaluate"),
     ({"cues": {"wroked": "x"}}, "unknown cue 'wroked'"),
+    ({"endpoint": {"timeout": 3}}, "endpoint has no setting 'timeout': choose from url, model, timeout_s"),
     ({"tree": {"width": 3, "beem": 2}}, "unknown key 'beem', did you mean 'beam'"), ({"stop": "gamma:1"}, "unknown stopping rule"),
     ({"tasks": ["word_problems", "word_problems"]}, "two tasks are called")])
 def test_bad_settings(stage, change, message):
