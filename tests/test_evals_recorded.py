@@ -9,6 +9,7 @@ import pytest
 from prompts.intervals import wilson
 from stages.evals import commands
 from stages.evals.recorded import Rules, score
+from stages.evals.statistics import paired_wilson
 
 ROOT = Path(__file__).resolve().parents[1]
 SOLUTIONS = ROOT.parent / "shared" / "data" / "gsm8k" / "example_model_solutions.jsonl"
@@ -102,6 +103,9 @@ def test_comparison_by_hand(tmp_path):
     assert pair["mcnemar"] == {"both": 1, "only_first": 5, "only_second": 0, "neither": 2, "p": pytest.approx(2 / 32)}
     low, high = pair["bootstrap95"]
     assert low == pytest.approx(5 / 8 - 1.96 * (5 / 8 * 3 / 8 / 8) ** 0.5, abs=0.13) and 5 / 8 < high <= 1
+    assert pair["ci95"] == list(paired_wilson(1, 5, 0, 2))
+    low, high = score(first, other=first)["compare"]["ci95"]
+    assert low < -0.1 and high > 0.1  # eight questions without a difference do not show that there is none
     with pytest.raises(ValueError, match=r"no id in common"):
         score(first, other=write(tmp_path, rows({}, range(20, 22)), "c.jsonl"))
     with pytest.raises(ValueError, match=r"id 0 has the gold answer '1' in .*'2' in"):

@@ -49,7 +49,7 @@ def lines(result: dict[str, Any], samples: int | None) -> list[str]:
     if result["fewer_samples"]:
         said.append(f"{result['fewer_samples']} questions have fewer than {samples} samples: all of theirs were used")
     if pair := result.get("compare"):
-        low, high = pair["bootstrap95"]
+        low, high = pair["ci95"]  # the bootstrap has no width where no question differs
         said.append(f"minus {pair['other']}: {pair['difference']:+.4f} [{low:+.4f}, {high:+.4f}], n {pair['n']}, McNemar p "
                     f"{pair['mcnemar']['p']:.3g} ({pair['mcnemar']['only_first']} against {pair['mcnemar']['only_second']})")
         if lone := pair["only_in_first_file"] + pair["only_in_second_file"]:

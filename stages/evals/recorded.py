@@ -14,7 +14,7 @@ from prompts.answers import ANSWER_TYPES, equal, extract, extract_lenient, norma
 from prompts.intervals import wilson
 from prompts.voting import Vote, majority, stopper
 from stages.data.corpora import read_rows
-from stages.evals.statistics import bootstrap_mean, mcnemar
+from stages.evals.statistics import bootstrap_mean, mcnemar, paired_wilson
 
 VOTES = ("majority", "first", "weighted")
 
@@ -186,8 +186,10 @@ def _compared(items: Sequence[dict], others: Sequence[dict], path: str | Path, o
     only_first = sum(a["correct"] and not b["correct"] for a, b in pairs)
     only_second = sum(b["correct"] and not a["correct"] for a, b in pairs)
     n = len(pairs)
+    neither = n - both - only_first - only_second
     return {"n": n, "only_in_first_file": len(items) - n, "only_in_second_file": len(others) - n,
             "accuracy": [(both + only_first) / n, (both + only_second) / n], "difference": (only_first - only_second) / n,
+            "ci95": list(paired_wilson(both, only_first, only_second, neither)),
             "bootstrap95": list(bootstrap_mean([float(a["correct"]) - float(b["correct"]) for a, b in pairs])),
-            "mcnemar": {"both": both, "only_first": only_first, "only_second": only_second,
-                        "neither": n - both - only_first - only_second, "p": mcnemar(only_first, only_second)}}
+            "mcnemar": {"both": both, "only_first": only_first, "only_second": only_second, "neither": neither,
+                        "p": mcnemar(only_first, only_second)}}
