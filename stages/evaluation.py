@@ -61,6 +61,11 @@ def main(config: EvaluationConfig) -> Manifest:
     if not is_main():
         return run.finish(metrics={})
     records = {key: [scoring.without_texts(row) for _, row in read_rows(run.directory / file_of(*key))] for key in cells(config, tasks)}
+    if lost := [key for key, rows in records.items() if {sample["finish"] for row in rows for sample in row["samples"]} == {"missing"}]:
+        for key in lost:
+            (run.directory / file_of(*key)).unlink()  # else the next run would take it for answered
+        raise ValueError(f"{len(lost)} of {len(records)} cells got no answer at all, {'/'.join(lost[0])} first: see that the server runs "
+                         "and endpoint has its url; the same command then asks them again, and no other")
     for key in [key for key, rows in records.items() if unasked(key, rows)]:
         del records[key]  # its figures stay missing
     results = summarize(records)

@@ -145,11 +145,13 @@ def test_endpoint_that_hangs_times_out(server):
     assert result.finish == "missing" and len(server.calls) == 2
 
 
-def test_endpoint_that_is_not_there_counts_as_missing(server):
+def test_endpoint_that_is_not_there_counts_as_missing(server, capsys):
     server.shutdown()
     server.server_close()
     backend = endpoint(server, retries=0)
     assert backend.generate([Request(prompt="?", question="a")])[0].finish == "missing" and backend.missing == 1
+    assert backend.generate([Request(prompt="?", question="b")])[0].finish == "missing"
+    assert capsys.readouterr().out.count("refused") == 1  # said once, at the first
 
 
 def test_an_endpoint_is_a_model_of_the_stage(server, stage):
@@ -275,3 +277,15 @@ def test_vllm_is_asked_for_the_same_and_says_when_it_is_not_there(model_folder, 
     found = theirs.generate(draws)
     assert found[::-1] == theirs.generate(draws[::-1]) and len({r.text for r in found}) > 1  # a seed a sample, whatever the order
     assert theirs.score("Tom has 2.", " Tom buys") == pytest.approx(own.score("Tom has 2.", " Tom buys"), abs=1e-5)
+
+
+def test_a_cell_without_any_answer_is_asked_again_by_the_same_command(server, stage):
+    server.answers = lambda path, body, number: said("The answer is 5.", chat=True) if "steps" in str(body) else (503, b"down")
+    config = stage(models={"endpoint": ["direct", "zero_shot_cot"]}, tasks=["word_problems"], cues={"worked": "In steps.", "direct": "No."},
+                   endpoint={"url": server.url, "model": "m", "retries": 0})
+    with pytest.raises(ValueError, match="1 of 2 cells got no answer at all, endpoint/word_problems/direct first"):
+        evaluation.main(config)
+    assert len(server.calls) == 7 + 7
+    server.answers = lambda path, body, number: said("The answer is 5.", chat=True)
+    assert evaluation.main(config).metrics["endpoint/word_problems/direct/finished"]["value"] == 1
+    assert len(server.calls) == 7 + 7 + 7  # what was answered was not asked again

@@ -9,6 +9,7 @@ import pytest
 from prompts.intervals import wilson
 from stages.evals import commands
 from stages.evals.recorded import Rules, score
+from stages.evals.statistics import paired_wilson
 
 ROOT = Path(__file__).resolve().parents[1]
 SOLUTIONS = ROOT.parent / "shared" / "data" / "gsm8k" / "example_model_solutions.jsonl"
@@ -102,6 +103,9 @@ def test_comparison_by_hand(tmp_path):
     assert pair["mcnemar"] == {"both": 1, "only_first": 5, "only_second": 0, "neither": 2, "p": pytest.approx(2 / 32)}
     low, high = pair["bootstrap95"]
     assert low == pytest.approx(5 / 8 - 1.96 * (5 / 8 * 3 / 8 / 8) ** 0.5, abs=0.13) and 5 / 8 < high <= 1
+    assert pair["ci95"] == list(paired_wilson(1, 5, 0, 2))
+    low, high = score(first, other=first)["compare"]["ci95"]
+    assert low < -0.1 and high > 0.1  # eight questions without a difference do not show that there is none
     with pytest.raises(ValueError, match=r"no id in common"):
         score(first, other=write(tmp_path, rows({}, range(20, 22)), "c.jsonl"))
     with pytest.raises(ValueError, match=r"id 0 has the gold answer '1' in .*'2' in"):
@@ -118,7 +122,7 @@ def test_comparison_by_hand(tmp_path):
     ([SAMPLES[0], SAMPLES[1]], {"samples": 7}, r"no question has 7 samples: set --samples to at most 6"),
     ([{"id": 1, "gold": "1", "samples": says([1], tokens=-1)}], {}, r"line 1, sample 1: expected tokens to be a count"),
     ([{"id": 1, "gold": "1", "samples": says([1], weight=-2)}], {"vote": "weighted"}, r"sample 1: a weighted vote needs .* got -2"),
-    ([{"id": 1, "gold": "1", "samples": says([1])}], {"vote": "weighted"}, r"sample 1: a weighted vote needs .* got null")])
+    ([{"id": 1, "gold": "1", "samples": says([1])}], {"vote": "weighted"}, r"sample 1: .* for each sample, and this one has none")])
 def test_bad_samples(tmp_path, rows, rules, message):
     with pytest.raises(ValueError, match=message):
         score(write(tmp_path, rows), Rules(**rules))
@@ -146,11 +150,30 @@ def test_command(tmp_path, capsys):
     expected = score(path, Rules(answer_type="number", samples=6, stop="beta:0.95"), other=other)
     assert json.loads(out.read_text()) == json.loads(json.dumps(expected))
     said = capsys.readouterr().out
-    assert "lenient accuracy 0.3333" in said and "2 questions have fewer than 6 samples" in said and "1 questions are in one" in said
+    assert "unparsed 4, unanswered 1, ties 1" in said and "lenient accuracy 0.3333" in said
+    assert "2 questions have fewer than 6 samples" in said and "1 questions are in one" in said
     path.write_text("{}\nx\n")
     done = subprocess.run([sys.executable, "-m", "stages.evaluation", "score", str(path), "--out", str(out)], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "samples.jsonl, line 1" in done.stderr
+
+
+def test_the_command_looks_at_its_files_before_it_works(tmp_path):
+    path = write(tmp_path, SAMPLES)
+    for arguments, message in [([tmp_path / "no.jsonl", "--out", tmp_path / "r.json"], "no.jsonl does not exist"),
+                               ([tmp_path, "--out", tmp_path / "r.json"], "is a folder: give a file"),
+                               ([path, "--compare", tmp_path / "no.jsonl", "--out", tmp_path / "r.json"], "no.jsonl does not exist"),
+                               ([path, "--out", tmp_path], "is a folder: name the file, as in .*result.json"),
+                               ([path, "--out", tmp_path / "." / path.name], "would replace the samples")]:
+        with pytest.raises(ValueError, match=message):
+            commands.score([str(argument) for argument in arguments])
+    assert [path] == list(tmp_path.iterdir()) and len(path.read_text().splitlines()) == len(SAMPLES)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = write(tmp_path, SAMPLES)
+    path.write_bytes("\ufeff".encode() + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert score(path)["n"] == len(SAMPLES)
 
 
 @pytest.mark.skipif(not SOLUTIONS.is_file(), reason="needs ../shared/data/gsm8k")

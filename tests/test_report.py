@@ -21,7 +21,7 @@ from stages.models import ranking
 from stages.report import ReportConfig, main
 from stages.rl.curves import compare
 from stages.run import figures, page, story
-from stages.run.cited import GAIN, SCORE, Stage
+from stages.run.cited import GAIN, SCORE, Stage, verdict
 from stages.run.config import build_config
 from stages.run.manifest import MANIFEST, Manifest, metric
 
@@ -582,6 +582,11 @@ def test_text_is_escaped_and_marks_become_titles():
 
 def test_numbers_are_written_as_their_form_says():
     assert SCORE.text(-0.0001) == "0.000" and GAIN.text(0.1234) == "+12.3 points" and GAIN.between([-0.01, 0.034]) == "[-1.0, +3.4]"
+
+
+def test_a_verdict_without_an_interval_does_not_repeat_the_column_beside_it():
+    assert [verdict(ends) for ends in (None, (0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1))] == [
+        "undecided", "above zero", "below zero", "not distinguishable from zero"]
 
 
 def test_a_figure_follows_the_colour_scheme_and_is_the_same_bytes_for_the_same_numbers(tmp_path):

@@ -135,7 +135,7 @@ def read_rows(path: str | Path, *, decode_errors: str = "strict") -> Iterator[tu
     elif path.suffix in (".txt", ".md"):
         raise ValueError(f"{path} has no rows with columns: give {', '.join(TABLE_SUFFIXES)}")
     else:
-        text = read_text(path, decode_errors=decode_errors)
+        text = read_text(path, decode_errors=decode_errors).removeprefix("\ufeff")  # the mark that Windows programs put first
         if path.suffix in (".csv", ".tsv"):
             yield from _table_rows(text, path)
             return
@@ -170,7 +170,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _table_rows(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(sys.maxsize)  # the module's own limit, 128 KiB a cell, is less than a long document
-    reader = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     header: list[str] = []
     begins = 1  # a quoted cell may run over several lines
     try:

@@ -218,23 +218,23 @@ def ask(config: AskingConfig, run_: Run, tasks: Sequence[Task]) -> None:
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     judge = reward_judge(run_.parents["reward_model"].product("model"), device=device, batch_size=config.batch_size) \
         if "reward_model" in run_.parents else None
-    bar = tqdm(total=sum(at_most(config, row, cell[2])[0] for cell in missing for row in _share(cell, missing, by_name[cell[1]].rows)
-                         if row["id"] not in done[cell]),
-               desc="answers", disable=not is_main(), leave=False, mininterval=.5 if sys.stderr.isatty() else 10)
-    for parent in dict.fromkeys(MODELS[model][0] for model, _, _ in missing):
-        chosen = [cell for cell in missing if MODELS[cell[0]][0] == parent]
-        backend: Backend = LocalModel(
-            run_.parents[parent].product("model"), seed=config.seed, batch_size=config.batch_size, device=device, dtype=config.dtype,
-            engine=config.engine) if parent else Endpoint(seed=config.seed, **config.endpoint)
-        if is_main():
-            announce(config, by_name, chosen, backend)
-        _answer(config, run_.directory, by_name, chosen, missing, done, backend, judge, bar)
-        barrier()
-        if is_main():
-            for cell in chosen:
-                target = run_.directory / file_of(*cell)
-                journal.merge(parts_of(run_.directory, cell), target, [row["id"] for row in by_name[cell[1]].rows])
-    bar.close()
+    total = sum(at_most(config, row, cell[2])[0] for cell in missing for row in _share(cell, missing, by_name[cell[1]].rows)
+                if row["id"] not in done[cell])
+    with tqdm(total=total, desc="answers", disable=not is_main(), leave=False,
+              mininterval=.5 if sys.stderr.isatty() else 10) as bar:  # gone before an error is said
+        for parent in dict.fromkeys(MODELS[model][0] for model, _, _ in missing):
+            chosen = [cell for cell in missing if MODELS[cell[0]][0] == parent]
+            backend: Backend = LocalModel(
+                run_.parents[parent].product("model"), seed=config.seed, batch_size=config.batch_size, device=device, dtype=config.dtype,
+                engine=config.engine) if parent else Endpoint(seed=config.seed, **config.endpoint)
+            if is_main():
+                announce(config, by_name, chosen, backend)
+            _answer(config, run_.directory, by_name, chosen, missing, done, backend, judge, bar)
+            barrier()
+            if is_main():
+                for cell in chosen:
+                    target = run_.directory / file_of(*cell)
+                    journal.merge(parts_of(run_.directory, cell), target, [row["id"] for row in by_name[cell[1]].rows])
     if is_main():
         shutil.rmtree(run_.directory / "asked", ignore_errors=True)  # empty folders by now
     barrier()

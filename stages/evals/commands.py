@@ -21,6 +21,7 @@ def score(arguments: list[str]) -> None:
     parser.add_argument("--out", required=True, type=Path, help="result.json to write")
     given = parser.parse_args(arguments)
     rules = recorded.Rules(answer_type=given.answer_type, extract=given.extract, vote=given.vote, samples=given.samples, stop=given.stop)
+    check_files(given.file, given.compare, given.out)
     result = recorded.score(given.file, rules, other=given.compare)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(given.out, result)
@@ -28,16 +29,27 @@ def score(arguments: list[str]) -> None:
         say(line)
 
 
+def check_files(file: Path, other: Path | None, out: Path) -> None:
+    """Raises ValueError for samples that are no file and for a result that cannot be written or would replace samples."""
+    for path in filter(None, (file, other)):
+        if not path.is_file():
+            raise ValueError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: give a file with a question's samples a line")
+        if out.resolve() == path.resolve():
+            raise ValueError(f"--out {out} would replace the samples: give the result another name")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: name the file, as in {out / 'result.json'}")
+
+
 def lines(result: dict[str, Any], samples: int | None) -> list[str]:
     low, high = result["wilson95"]
     said = [f"accuracy {result['accuracy']:.4f} [{low:.4f}, {high:.4f}], n {result['n']}, unparsed {result['unparsed']}, "
-            f"ties {result['ties']}, samples used {result['samples_used_mean']:.2f} a question"]
+            f"unanswered {result['unanswered']}, ties {result['ties']}, samples used {result['samples_used_mean']:.2f} a question"]
     if result["lenient"]:
         said.append(f"lenient accuracy {result['lenient']['accuracy']:.4f}, unparsed {result['lenient']['unparsed']}")
     if result["fewer_samples"]:
         said.append(f"{result['fewer_samples']} questions have fewer than {samples} samples: all of theirs were used")
     if pair := result.get("compare"):
-        low, high = pair["bootstrap95"]
+        low, high = pair["ci95"]  # the bootstrap has no width where no question differs
         said.append(f"minus {pair['other']}: {pair['difference']:+.4f} [{low:+.4f}, {high:+.4f}], n {pair['n']}, McNemar p "
                     f"{pair['mcnemar']['p']:.3g} ({pair['mcnemar']['only_first']} against {pair['mcnemar']['only_second']})")
         if lone := pair["only_in_first_file"] + pair["only_in_second_file"]:

@@ -13,6 +13,7 @@ from typing import Any
 from prompts.records import Request, Result
 from prompts.templates import Prompt
 from stages.models.sampling import prompt_key
+from stages.run.manifest import say
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # answers of a server that may do better in a moment
 MISSING = Result(text="", prompt_tokens=0, generated_tokens=0, finish="missing")
@@ -33,7 +34,8 @@ class Endpoint:
 
     Plain prompts go to /completions and chats to /chat/completions, each with a seed made of (seed, key, sample), which the server
     may or may not heed. A time-out, a lost connection, a busy server or an empty answer is tried `retries` more times, waiting
-    `wait_s`, twice that, and so on; then the result is "missing", counted in `missing`. A request that the server says is too long is
+    `wait_s`, twice that, and so on; then the result is "missing", counted in `missing`. The first trouble is said at once, and no other:
+    a server that is not there would cost all tries of all requests before anyone knew. A request that the server says is too long is
     counted in `too_long`. The key is read from the environment variable `key_variable` and sent to this url alone.
     Raises ValueError for a url that is not http(s).
     """
@@ -45,6 +47,7 @@ class Endpoint:
         self.url, self.model, self.seed, self.key_variable = url.rstrip("/"), model, seed, key_variable
         self.timeout_s, self.retries, self.wait_s, self.connections = timeout_s, retries, wait_s, connections
         self.too_long = self.missing = 0
+        self.troubled = False
 
     def generate(self, requests: list[Request]) -> list[Result]:
         """One result for each request, in order. Raises ValueError for what no retry can mend, such as a wrong key or model."""
@@ -115,6 +118,12 @@ class Endpoint:
                 if error.code not in AGAIN:
                     what = f"set {self.key_variable} in the environment" if error.code in (401, 403) else " ".join(said.split())[:300]
                     raise ValueError(f"{self.url}/{path} answered {error.code} {error.reason}: {what}") from None
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
-                continue  # no connection, a time-out, half an answer, or one without what was asked for
+                self._trouble(f"{error.code} {error.reason}")
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+                self._trouble(str(error) or type(error).__name__)  # no connection, a time-out, half an answer, or not what was asked for
         return None
+
+    def _trouble(self, what: str) -> None:
+        if not self.troubled:
+            self.troubled = True
+            say(f"{self.url}: {what}; each request is tried {self.retries + 1} times, then its answer is missing and counts as wrong")

@@ -14,7 +14,7 @@ from prompts.answers import ANSWER_TYPES, equal, extract, extract_lenient, norma
 from prompts.intervals import wilson
 from prompts.voting import Vote, majority, stopper
 from stages.data.corpora import read_rows
-from stages.evals.statistics import bootstrap_mean, mcnemar
+from stages.evals.statistics import bootstrap_mean, mcnemar, paired_wilson
 
 VOTES = ("majority", "first", "weighted")
 
@@ -101,6 +101,8 @@ def _sample(sample: Any, where: str, rules: Rules) -> Sample:
         raise ValueError(f"{where}: expected tokens to be a count or a list, got {json.dumps(tokens)[:60]}")
     if rules.vote != "weighted":
         weight = None
+    elif weight is None:
+        raise ValueError(f"{where}: a weighted vote needs a weight for each sample, and this one has none")
     elif isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         raise ValueError(f"{where}: a weighted vote needs a weight that is finite and not negative, got {json.dumps(weight)[:60]}: "
                          "put raw rewards through a sigmoid or exp")
@@ -184,8 +186,10 @@ def _compared(items: Sequence[dict], others: Sequence[dict], path: str | Path, o
     only_first = sum(a["correct"] and not b["correct"] for a, b in pairs)
     only_second = sum(b["correct"] and not a["correct"] for a, b in pairs)
     n = len(pairs)
+    neither = n - both - only_first - only_second
     return {"n": n, "only_in_first_file": len(items) - n, "only_in_second_file": len(others) - n,
             "accuracy": [(both + only_first) / n, (both + only_second) / n], "difference": (only_first - only_second) / n,
+            "ci95": list(paired_wilson(both, only_first, only_second, neither)),
             "bootstrap95": list(bootstrap_mean([float(a["correct"]) - float(b["correct"]) for a, b in pairs])),
-            "mcnemar": {"both": both, "only_first": only_first, "only_second": only_second,
-                        "neither": n - both - only_first - only_second, "p": mcnemar(only_first, only_second)}}
+            "mcnemar": {"both": both, "only_first": only_first, "only_second": only_second, "neither": neither,
+                        "p": mcnemar(only_first, only_second)}}

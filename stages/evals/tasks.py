@@ -34,6 +34,9 @@ class Task:
 
     def examples(self, row: Mapping[str, Any], shots: int, seed: int) -> list[dict]:
         """`shots` examples for one problem, fixed by seed and problem. Raises ValueError when the pool is too small."""
+        if shots and not self.pool:
+            raise ValueError(f"{self.name} has no examples of its own: name a source of {shots} or more in exemplars, as in "
+                             f"{{{self.name}: format:source}}, or leave out the strategies that show examples")
         if shots > len(self.pool):
             raise ValueError(f"{self.name} has {len(self.pool)} examples: set shots to at most that, not {shots}, or name a source of "
                              "more in exemplars")

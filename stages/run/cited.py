@@ -131,7 +131,7 @@ def draw(how: Callable[..., Any], folder: Path, name: str, content: Any, caption
 
 def verdict(ends: Iterable[float] | None) -> str:
     if ends is None:
-        return "no interval"
+        return "undecided"  # as where all problems change alike
     low, high = ends
     return "above zero" if low > 0 else "below zero" if high < 0 else "not distinguishable from zero"
 
