@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from prompts.records import Result
 from stages.evals import bench_eval
 from stages.evals.bench_eval import PEER, arguments, bench, judged, memory, one, plan, rightness, summary
 
@@ -39,11 +40,15 @@ def test_the_clock_runs_while_answers_are_drawn_and_not_while_the_model_is_loade
     assert (found["wall_s"], found["processor_s"]) == (2, 6)
 
 
-def test_adaptive_stopping_draws_fewer_chains_of_the_same_prompts(small):
+def test_adaptive_stopping_draws_fewer_chains_of_the_same_prompts(small, monkeypatch):
+    from stages.evals.backends import LocalModel
+
+    agreed = Result(text="The answer is 4.", prompt_tokens=9, generated_tokens=6, finish="stop")
+    monkeypatch.setattr(LocalModel, "generate", lambda self, requests: [agreed] * len(requests))
     given = arguments([*small, "--stop", "window:2"])
     full, adaptive = (one(variant, 3, 8, given) for variant in ("all", "adaptive"))
-    assert full["samples_mean"] == 4 and full["prompts"] == adaptive["prompts"] and len(full["votes"]) == 6
-    assert 2 <= adaptive["samples_mean"] <= 4
+    assert full["samples_mean"] == 4 and adaptive["samples_mean"] == 2
+    assert full["prompts"] == adaptive["prompts"] and len(full["votes"]) == len(adaptive["votes"]) == 6
     assert one("all", 3, 8, arguments([*small, "--task", "chained_variables"]))["prompts"] != full["prompts"]
 
 

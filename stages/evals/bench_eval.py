@@ -287,10 +287,10 @@ def bench(given: argparse.Namespace, argv: Sequence[str]) -> None:
         raise ValueError(f"{PEER} is not there: run `make bench-eval`, which makes it, or leave lm-eval out of --variants")
     steps = list(plan(given))
     chains = given.questions * given.num_samples * given.max_tokens / 96
-    seconds = sum(20 + chains * {"all": 1 / 600, "adaptive": 1 / 1500, "lm-eval": 1 / 200}[name] for _, name, _ in steps)
-    seconds += sum(15 + n * given.num_samples / 2000 for n in given.memory)
+    seconds = sum(20 + chains * {"all": 1 / 250, "adaptive": 1 / 500, "lm-eval": 1 / 60}[name] for _, name, _ in steps)
+    seconds += sum(15 + n * given.num_samples / 4000 for n in given.memory)
     say(f"budget: {len(steps)} runs in {given.rounds} rounds, {given.questions} questions of {given.num_samples} chains each, and "
-        f"{sum(given.memory):,} questions for memory: about {clock(seconds)} at width 128 on two free cores")
+        f"{sum(given.memory):,} questions for memory: about {clock(seconds)} of one free core at width 128")
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for number, name, size in steps:
