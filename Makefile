@@ -28,7 +28,7 @@ GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
-	bench-sft bench-reward bench-ppo study-ppo-peers rewardbench lm-eval test-lm-eval clean
+	bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -144,6 +144,9 @@ study-ppo-peers: setup .venv-trl112/.installed ## wall time to the same gold sco
 
 lm-eval: .venv-lm-eval/.installed ## lm-eval as it is: ARGS="--model hf --model_args pretrained=runs/tiny/sft/model --tasks ..." (docs/evaluation.md)
 	.venv-lm-eval/bin/lm_eval $(ARGS)
+
+bench-eval: setup .venv-lm-eval/.installed ## questions/s and memory of self-consistency, all chains and adaptive, beside lm-eval (20 minutes; needs make sft)
+	$(PY) -m stages.evals.bench_eval $(ARGS)
 
 test-lm-eval: .venv-lm-eval/.installed ## greedy answers are lm-eval's, document by document
 	HF_HUB_OFFLINE=1 .venv-lm-eval/bin/python -m pytest -q tests/test_evals_lm_eval.py
