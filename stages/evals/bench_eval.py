@@ -63,7 +63,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stop", default="beta:0.95", help="rule of the variant `adaptive`")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--batch-size", type=int, default=256, help="rows decoded together, here")
-    parser.add_argument("--peer-batch-sizes", nargs="+", type=int, default=[64, 256, 1024], help="the same in lm-eval, each tried")
+    parser.add_argument("--peer-batch-sizes", nargs="+", type=int, default=[64, 128, 256], help="the same in lm-eval, each tried")
     parser.add_argument("--memory", nargs="*", type=int, default=[1000, 10000], help="questions asked of a tiny model; none leaves it out")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
