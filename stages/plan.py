@@ -28,8 +28,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # of stages this one may not import; a 
     "sft": {"method": "lora", "lora_rank": 16, "max_length": 512, "batch_size": 16, "micro_batch_size": None},
     "preferences": {"responses_per_prompt": 8, "source": None},
     "reward_model": {"batch_size": 8, "micro_batch_size": None, "optimizer": "muon", "gradient_checkpointing": False,
-                     "share_prompts": True},
-    "ppo": {"micro_batch_size": 48, "rollout_batch": 192}}
+                     "share_prompts": True, "method": "full", "lora_rank": 16},
+    "ppo": {"micro_batch_size": 48, "rollout_batch": 192, "method": "full", "value_trunk": "separate", "lora_rank": 16}}
 SHARDED = ("zero3", "fsdp2")  # engines under which no device has the whole weights
 PARTS = ("weights", "gradients", "optimizer", "copies", "activations", "logits", "cache")
 
@@ -159,17 +159,30 @@ def later_stages(model: PreTrainedModel, config: PlanConfig, raw: dict[str, dict
                             trainable=adapter_parameters(model, sft["lora_rank"]) if adapted else P)
     if "reward_model" in raw:  # a score in place of the logits; a prompt comes with all its responses, each of sft's length at most
         responses = 2 if preferences["source"] else preferences["responses_per_prompt"]  # the usual preference data are pairs
-        tokens = rows(reward) * responses * sft["max_length"]
-        needs["reward_model"] = need(model, config, tokens=tokens, muon=reward["optimizer"] == "muon",
+        tokens, adapted = rows(reward) * responses * sft["max_length"], reward["method"] == "lora"
+        needs["reward_model"] = need(model, config, tokens=tokens, muon=reward["optimizer"] == "muon", frozen=P if adapted else 0,
+                                     trainable=adapter_parameters(model, reward["lora_rank"]) if adapted else P,
                                      checkpointing=reward["gradient_checkpointing"]) | {"logits": 0}
-    if "ppo" in raw:  # policy and critic train in full, reference and reward model stand frozen
-        divided = config.engine in SHARDED
-        needs["ppo"] = need(model, config, tokens=ppo["micro_batch_size"] * sft["max_length"], trainable=2 * P, copies=2,
-                            frozen=0 if divided else 2 * P,
+    if "ppo" in raw:
+        needs["ppo"] = need(model, config, tokens=ppo["micro_batch_size"] * sft["max_length"], **ppo_models(model, config, reward, ppo),
+                            copies=1 if ppo["value_trunk"] == "shared" else 2,
                             cache_tokens=min(256, -(-ppo["rollout_batch"] // config.devices)) * sft["max_length"])
-        if divided:  # whole beside them: the reward model in fp32, the reference and the copy of the policy that samples in bf16
+        if config.engine in SHARDED:  # whole beside them: the reward model in fp32, the reference and the copy that samples in bf16
             needs["ppo"]["weights"] += (4 + 2 + 2) * P
     return needs
+
+
+def ppo_models(model: PreTrainedModel, config: PlanConfig, reward: dict[str, Any], ppo: dict[str, Any]) -> dict[str, int]:
+    """Parameters that PPO trains, and those that stand frozen on each device.
+
+    In full: policy and critic train, reference and reward model are frozen. With adapters the frozen base is the reference, too, and
+    also bears a reward model that was trained as an adapter.
+    """
+    P, adapter, adapted = count_parameters(model)["total"], adapter_parameters(model, ppo["lora_rank"]), ppo["method"] == "lora"
+    critic = {"separate": P, "shared": 0, "adapter": adapter}[ppo["value_trunk"]]
+    scorer = adapter_parameters(model, reward["lora_rank"]) if adapted and reward["method"] == "lora" else P
+    frozen = 0 if config.engine in SHARDED else P + scorer
+    return {"trainable": (adapter if adapted else P) + critic, "frozen": frozen}
 
 
 def ladder_flops(pretrain: PretrainConfig, scaling: dict, vocabulary: int, row_length: int) -> int:
@@ -187,6 +200,9 @@ def warnings(config: PlanConfig, pretrain: PretrainConfig, raw: dict[str, dict],
         found.append(f"optimizer muon needs whole matrices, which {config.engine} divides: set optimizer: adamw in pretrain.yaml")
     if "reward_model" in raw and config.engine in SHARDED and (DEFAULTS["reward_model"] | raw["reward_model"])["share_prompts"]:
         found.append(f"share_prompts does not work with {config.engine}: set share_prompts: false in reward_model.yaml")
+    found += [f"method lora of {stage} does not work with {config.engine}, which divides the base: set method: full in {stage}.yaml"
+              for stage in ("reward_model", "ppo") if stage in raw and config.engine in SHARDED
+              and (DEFAULTS[stage] | raw[stage])["method"] == "lora"]
     found += [f"{stage} does not fit: try a smaller micro batch, another engine, more devices" + (
         ", or gradient_checkpointing" if stage == "pretrain" else "") for stage, part in needs.items() if not fits(part, config)]
     return found

@@ -111,6 +111,33 @@ def test_plan_counts_the_built_model(recipe, capsys):
     assert "976 steps of 1,024 = 2 devices x 4 rows x 2 passes x 64" in printed
 
 
+def test_adapters_train_and_the_base_stands_once(recipe):
+    (recipe / "reward_model.yaml").write_text("method: lora\noptimizer: adamw\nlora_rank: 4\n")
+    (recipe / "ppo.yaml").write_text("method: lora\nvalue_trunk: adapter\nlora_rank: 4\n")
+    adapted = plan_of()
+    total, adapter = adapted["counts"]["total"], adapted["memory"]["sft"]["optimizer"] // 8  # sft: an adapter of the same rank
+    assert adapted["memory"]["reward_model"]["optimizer"] == 8 * adapter
+    assert adapted["memory"]["reward_model"]["weights"] == 4 * (total + adapter)
+    assert adapted["memory"]["ppo"]["optimizer"] == 8 * 2 * adapter  # the policy's and the critic's
+    assert adapted["memory"]["ppo"]["weights"] == 4 * (total + 3 * adapter)  # and the reward model's, on the same base
+    (recipe / "reward_model.yaml").write_text("")
+    (recipe / "ppo.yaml").write_text("value_trunk: shared\n")
+    full = plan_of()["memory"]
+    assert full["ppo"]["optimizer"] == 8 * total and full["ppo"]["weights"] == 4 * 3 * total  # policy, reference, reward model
+    (recipe / "ppo.yaml").write_text("")
+    whole = plan_of()["memory"]
+    assert whole["ppo"]["optimizer"] == 8 * 2 * total and whole["ppo"]["weights"] == 4 * 4 * total
+    assert whole["ppo"]["activations"] == 2 * full["ppo"]["activations"]
+
+
+def test_plan_warns_of_adapters_on_a_divided_base(recipe, capsys):
+    (recipe / "ppo.yaml").write_text("method: lora\n")
+    plan_of(devices=2)
+    assert "method lora" not in capsys.readouterr().out
+    plan_of(devices=2, engine="fsdp2")
+    assert "method lora of ppo does not work with fsdp2" in capsys.readouterr().out
+
+
 def test_plan_says_what_does_not_fit_or_divide(recipe, capsys):
     assert plan_of(devices=1, memory_gib=1.0)["fits"]["pretrain"] is False
     assert "does not fit" in capsys.readouterr().out
