@@ -164,7 +164,8 @@ def later_stages(model: PreTrainedModel, config: PlanConfig, raw: dict[str, dict
                                      trainable=adapter_parameters(model, reward["lora_rank"]) if adapted else P,
                                      checkpointing=reward["gradient_checkpointing"]) | {"logits": 0}
     if "ppo" in raw:
-        needs["ppo"] = need(model, config, tokens=ppo["micro_batch_size"] * sft["max_length"], **ppo_models(model, config, reward, ppo),
+        trainable, frozen = ppo_models(model, config, reward, ppo)
+        needs["ppo"] = need(model, config, tokens=ppo["micro_batch_size"] * sft["max_length"], trainable=trainable, frozen=frozen,
                             copies=1 if ppo["value_trunk"] == "shared" else 2,
                             cache_tokens=min(256, -(-ppo["rollout_batch"] // config.devices)) * sft["max_length"])
         if config.engine in SHARDED:  # whole beside them: the reward model in fp32, the reference and the copy that samples in bf16
@@ -172,7 +173,7 @@ def later_stages(model: PreTrainedModel, config: PlanConfig, raw: dict[str, dict
     return needs
 
 
-def ppo_models(model: PreTrainedModel, config: PlanConfig, reward: dict[str, Any], ppo: dict[str, Any]) -> dict[str, int]:
+def ppo_models(model: PreTrainedModel, config: PlanConfig, reward: dict[str, Any], ppo: dict[str, Any]) -> tuple[int, int]:
     """Parameters that PPO trains, and those that stand frozen on each device.
 
     In full: policy and critic train, reference and reward model are frozen. With adapters the frozen base is the reference, too, and
@@ -182,7 +183,7 @@ def ppo_models(model: PreTrainedModel, config: PlanConfig, reward: dict[str, Any
     critic = {"separate": P, "shared": 0, "adapter": adapter}[ppo["value_trunk"]]
     scorer = adapter_parameters(model, reward["lora_rank"]) if adapted and reward["method"] == "lora" else P
     frozen = 0 if config.engine in SHARDED else P + scorer
-    return {"trainable": (adapter if adapted else P) + critic, "frozen": frozen}
+    return (adapter if adapted else P) + critic, frozen
 
 
 def ladder_flops(pretrain: PretrainConfig, scaling: dict, vocabulary: int, row_length: int) -> int:
