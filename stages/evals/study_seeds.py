@@ -3,14 +3,18 @@
     python -m stages.evals.study_seeds --seeds 0 1 2
 
 Every stage of every seed runs through `make` into a folder of its own and is not run again once it is finished, so the same
-command continues where it was. One JSON line a seed goes to `--out`; the tables (markdown) go to the console.
+command continues where it was. With `--ptx-coef` PPO runs a second time, with pretraining loss (PPO-ptx), for the alignment tax with
+and without it. One JSON line a seed goes to `--out`; the tables (markdown) go to the console.
 """
 import argparse
+import json
 import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from stages.evals.scoring import write_records
 from stages.evals.studies import markdown, mean
@@ -20,7 +24,8 @@ from stages.run.manifest import MANIFEST, Manifest, say
 
 RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 TARGETS = ("prepare", "scaling", "pretrain", "sft", "rlhf", "evaluate")  # each by name, so that all of them get the seed
-STAGES = ("pretrain", "sft", "preferences", "reward_model", "ppo", "evaluation")
+PTX = "ppo_ptx"
+STAGES = ("pretrain", "sft", "preferences", "reward_model", "ppo", PTX, "evaluation")
 ASSUMED_MINUTES = 22  # a seed of the tiny recipe on two CPU cores, for the budget alone
 STRATEGIES = {"direct": "direct", "few_shot": "few-shot", "zero_shot_cot": "CoT", "few_shot_cot": "few-shot CoT",
               "sampled_cot": "one sampled chain", "self_consistency": "vote"}
@@ -36,21 +41,37 @@ MEASURES = {  # what the table of the stages shows
     "ppo/gain/sampled_accuracy": "PPO's gain in sampled accuracy", "ppo/gain/greedy_accuracy": "PPO's gain in greedy accuracy",
     "ppo/before/entropy": "entropy before PPO (nats a token)", "ppo/after/entropy": "entropy after PPO",
     "ppo/after/kl": "KL to the SFT model after PPO (nats a response)",
+    "best_of_n at that KL": "gold score of the SFT model's best of n at that KL",
+    "ppo/change/base_loss": "held-out loss of the base corpus, change by PPO",
+    "ppo/change/worked_accuracy": "worked answers on all tasks, greedy, change by PPO",
+    "ppo_ptx/gain/gold": "gain in gold score of PPO-ptx", "ppo_ptx/after/kl": "KL to the SFT model after PPO-ptx",
+    "ppo_ptx/change/base_loss": "held-out loss of the base corpus, change by PPO-ptx",
+    "ppo_ptx/change/worked_accuracy": "worked answers on all tasks, greedy, change by PPO-ptx",
     "minutes to the end of PPO": "minutes to the end of PPO, start-ups left out", "peak GiB": "peak memory (GiB)"}
 
 
 def figures(folder: Path) -> dict[str, float]:
     """Every metric of a seed's finished stages as stage/metric, the minutes each took, memory, and the ladder's error."""
-    runs = {stage: Manifest(folder / stage) for stage in STAGES}
+    runs = {stage: Manifest(folder / stage) for stage in STAGES if (folder / stage / MANIFEST).is_file()}
     found = {f"{stage}/{name}": value["value"] for stage, run in runs.items() for name, value in run.metrics.items()}
+    if (at := best_of_n_at(runs["ppo"].product("overoptimization"), found["ppo/after/kl"])) is not None:
+        found["best_of_n at that KL"] = at
     timed = {stage: Manifest(folder / stage).data["provenance"] for stage in ("prepare", "scaling", *STAGES)
              if (folder / stage / MANIFEST).is_file()}
     found |= {f"{stage}/minutes": made["wall_s"] / 60 for stage, made in timed.items()}
-    found |= {"minutes to the end of PPO": sum(made["wall_s"] for stage, made in timed.items() if stage != "evaluation") / 60,
+    found |= {"minutes to the end of PPO": sum(made["wall_s"] for stage, made in timed.items() if stage not in (PTX, "evaluation")) / 60,
               "peak GiB": max(made["peak_rss_bytes"] for made in timed.values()) / 2**30}
     if forecast := runs["pretrain"].data["notes"].get("forecast"):
         found["prediction/error"] = forecast["value"] / found["pretrain/heldout_loss"] - 1
     return found
+
+
+def best_of_n_at(file: Path, kl: float) -> float | None:
+    """Gold score of best-of-n at a KL in nats, on the line between the two n beside it; None without the curve, and beyond its end."""
+    curve = json.loads(file.read_text(encoding="utf-8"))["best_of_n"]
+    if not curve or kl > curve["kl"][-1]:
+        return None
+    return float(np.interp(kl, curve["kl"], [gold for gold, *_ in curve["gold"]]))
 
 
 def report(lines: Sequence[dict[str, Any]]) -> str:
@@ -88,15 +109,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--runs", type=Path, default=Path(RUNS) / "seeds", help="a folder a seed in here")
     parser.add_argument("--out", type=Path, help="one JSON line a seed (default: study_seeds.jsonl in --runs)")
     parser.add_argument("--no-ladder", action="store_true", help="train no ladder, which is a third of the time")
+    parser.add_argument("--no-evaluation", action="store_true", help="stop after PPO")
+    parser.add_argument("--ptx-coef", type=float, help="train PPO once more with this weight of pretraining loss (3 to 5 minutes more)")
     given = parser.parse_args(argv)
     say(f"budget: {len(given.seeds)} seeds x about {ASSUMED_MINUTES} minutes = {clock(60 * ASSUMED_MINUTES * len(given.seeds))}")
     lines = []
     for seed in given.seeds:
         runs = given.runs / str(seed)
-        command = ["make", *TARGETS, *["LADDER=0"] * given.no_ladder, f"RECIPE={given.recipe}", f"PLUMBLINE_RUNS={runs}",
-                   f"ARGS=--seed {seed}"]
-        if subprocess.run(command, check=False).returncode:
-            raise ValueError(f"seed {seed} stopped, see above; the same command continues there")
+        targets = [target for target in TARGETS if target != "evaluate" or not given.no_evaluation]
+        asked = {f"--seed {seed}": targets}
+        if given.ptx_coef is not None:
+            asked[f"--seed {seed} --ptx-coef {given.ptx_coef} --run-dir {runs / given.recipe / PTX}"] = ["ppo"]
+        for settings, names in asked.items():
+            command = ["make", *names, *["LADDER=0"] * given.no_ladder, f"RECIPE={given.recipe}", f"PLUMBLINE_RUNS={runs}"]
+            command.append(f"ARGS={settings}")
+            if subprocess.run(command, check=False).returncode:
+                raise ValueError(f"seed {seed} stopped, see above; the same command continues there")
         lines.append({"seed": seed, "runs": str(runs / given.recipe), "figures": figures(runs / given.recipe)})
         given.runs.mkdir(parents=True, exist_ok=True)
         write_records(given.out or given.runs / "study_seeds.jsonl", lines)
