@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 from stages.evals import bench_ppo
 from stages.evals.bench_ppo import PEER, PHASES, VARIANTS, arguments, bench, summary, work
 from stages.rl import timed
+from stages.rl.peers import load_policy
 from stages.rl.timed import Phases, Work, one, questions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +39,7 @@ def test_the_time_of_an_iteration_is_the_sum_of_its_phases(variant):
 
 @pytest.mark.skipif(not PEER.exists(), reason=".venv-trl112 is missing: `make bench-ppo` makes it")
 def test_the_last_ppo_of_trl_does_the_same_work():
-    done = subprocess.run([str(PEER), "-m", "stages.rl.timed", "trl-ppo", "32x1", json.dumps(TINY._asdict())], cwd=ROOT,
+    done = subprocess.run([str(PEER), "-m", "stages.rl.timed", "trl-ppo", "32x1", json.dumps(asdict(TINY))], cwd=ROOT,
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -63,7 +65,7 @@ def test_peers_generate_with_a_cache(tmp_path):
 
     bpe = train_tokenizer(["How many pens does Tom have?"], vocab_size=300)
     build_decoder(decoder_config(bpe, hidden_size=32, num_layers=1), seed=0).save_pretrained(tmp_path / "lm")
-    policy = timed.Bench(TINY, str(tmp_path), bpe, [], Phases(), {}).policy()
+    policy = load_policy(tmp_path / "lm")
     policy.generation_config.eos_token_id, read = None, []
     policy.get_input_embeddings().register_forward_hook(lambda _, given, __: read.append(given[0].numel()))
     policy.generate(torch.tensor([[5, 6, 7]]), generation_config=GenerationConfig(max_new_tokens=4, do_sample=True))

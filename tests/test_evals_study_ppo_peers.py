@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,8 @@ import torch
 from stages.evals import study_ppo_peers
 from stages.evals.study_ppo_peers import PEER, VARIANTS, arguments, best, finished, ratio, report, study, summarised
 from stages.rl import raced
-from stages.rl.raced import Reached, Referee, Terms
+from stages.rl.peers import load_policy
+from stages.rl.raced import Race, Reached, Referee
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +37,7 @@ def terms(tmp_path_factory):
     for split in ("ppo", "validation"):
         rows = [problem.as_row() for _, problem in zip(range(300), curriculum.problems(0, split=split), strict=False)]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Terms(sft=str(folder / "sft"), reward_model=str(folder / "reward"), problems=str(folder), learning_rate=1e-3, seed=0, share=0.7,
+    return Race(sft=str(folder / "sft"), reward_model=str(folder / "reward"), problems=str(folder), learning_rate=1e-3, seed=0, share=0.7,
                  iterations=2, batch_size=8, epochs=3, minibatches=2, max_new_tokens=6, generations=4, tasks=(), difficulties=(),
                  eval_problems=5)
 
@@ -55,12 +57,12 @@ def test_each_trainer_runs_to_its_last_iteration(variant, terms):
 
 @pytest.mark.skipif(not PEER.exists(), reason=".venv-trl112 is missing: `make study-ppo-peers` makes it")
 def test_the_last_ppo_of_trl_runs_on_the_same_terms(terms):
-    done = subprocess.run([str(PEER), "-m", "stages.rl.raced", "trl-ppo", json.dumps(terms._asdict())], cwd=ROOT, capture_output=True,
+    done = subprocess.run([str(PEER), "-m", "stages.rl.raced", "trl-ppo", json.dumps(asdict(terms))], cwd=ROOT, capture_output=True,
                           text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     check(found)
-    assert found["trl"] == "1.12.0" and found["start"] == raced.run("trunk", terms._replace(iterations=1))["start"]
+    assert found["trl"] == "1.12.0" and found["start"] == raced.run("trunk", replace(terms, iterations=1))["start"]
 
 
 def test_the_reward_of_peers_is_that_of_the_project(terms):
@@ -75,7 +77,7 @@ def test_the_reward_of_peers_is_that_of_the_project(terms):
 
 def test_a_run_ends_at_the_threshold_whatever_the_trainers_loop(terms, monkeypatch):
     monkeypatch.setattr(raced, "gold_scores", lambda responses: [SimpleNamespace(score=1.6) for _ in responses])
-    found = raced.run("trl-grpo", terms._replace(iterations=4))
+    found = raced.run("trl-grpo", replace(terms, iterations=4))
     assert (found["ended"], found["reached"], len(found["history"])) == ("the threshold", 1, 2)
     assert found["seconds"] == found["history"][0]["seconds"]
 
@@ -91,7 +93,7 @@ def test_a_policy_that_cannot_be_sampled_from_is_a_result_and_other_errors_are_n
         def train(self):
             raise self.error
 
-    policy = raced.Race(terms, None, [], {}).policy()
+    policy = load_policy(terms.sft)
     monkeypatch.setattr(raced, "make", lambda *_: (Broken(RuntimeError("probability tensor contains either `inf`, `nan`")), policy))
     found = raced.run("trl-ppo", terms)
     assert found["ended"].startswith("divergence") and found["history"] == [] and found["highest"] == found["start"]
@@ -151,7 +153,7 @@ def test_a_study_tries_rates_at_one_seed_takes_turns_and_is_not_run_twice(monkey
         terms = json.loads(command[4])
         started.append((command[3], terms["learning_rate"], terms["seed"]))
         assert command[0] == (str(peer) if command[3] == "trl-ppo" else sys.executable) and settings["env"]["OMP_NUM_THREADS"] == "1"
-        assert Terms(**terms).steps == 16 and terms["share"] == 0.7
+        assert Race(**terms).steps == 16 and terms["share"] == 0.7
         at = {"trl-ppo": 20, "trunk": 10, "critic": 8, "trl-grpo": None}[command[3]]
         made = line(command[3], 0, 0, at and at - int(terms["learning_rate"] == 1e-3), 4.0 * (at or 0))
         return SimpleNamespace(returncode=0, stdout=f"noise\n{json.dumps(made)}\n", stderr="")
@@ -197,7 +199,7 @@ def test_a_report_says_what_was_selected_and_what_was_not_reached():
 
 
 def test_both_halves_agree_and_nothing_begins_without_the_peer(monkeypatch, tmp_path):
-    given, defaults = arguments([]), Terms("", "", "", 0, 0, 0, 30)
+    given, defaults = arguments([]), Race(sft="", reward_model="", problems="", learning_rate=0, seed=0, share=0)
     assert all(getattr(given, name) == getattr(defaults, name) for name in (
         "iterations", "batch_size", "epochs", "minibatches", "max_new_tokens", "generations", "eval_problems"))
     monkeypatch.setattr(study_ppo_peers, "PEER", tmp_path / "python")

@@ -10,21 +10,22 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import torch
 import transformers
 import trl
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from reward.model import score_ids
 from reward.verifiers import STEP_WEIGHT
 from stages.data.curriculum import CUES, WORKED
 from stages.data.problems import read_problems
 from stages.rl.measure import answers
+from stages.rl.peers import Terms, load_policy, our_ppo, trl_grpo, trl_ppo
 from stages.rl.questions import asked
 from stages.rl.rewards import gold_scores
 from stages.run.entry import run_program
@@ -34,9 +35,10 @@ IN_SUCCESSION = 2  # evaluations that must be at the threshold or above it; the 
 EVAL_SEED = 1000  # of the draws of the held-out problems: the same noise at each evaluation of each run
 
 
-class Terms(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Race(Terms):
     """What is the same for all trainers, and the run's own learning rate and seed. `share`: of the way from the start's gold score to
-    the highest there is, at which the threshold lies. `iterations`: the most that a run has. `generations`: GRPO's a question."""
+    the highest there is, at which the threshold lies. `iterations`: the most that a run has."""
 
     sft: str
     reward_model: str
@@ -44,26 +46,12 @@ class Terms(NamedTuple):
     learning_rate: float
     seed: int
     share: float
-    iterations: int
-    batch_size: int = 64
-    epochs: int = 4
-    minibatches: int = 4
+    iterations: int = 30
     max_new_tokens: int = 96
-    generations: int = 8
-    kl_coef: float = 0.05
     vf_coef: float = 0.5
     tasks: Sequence[str] = ("word_problems",)
     difficulties: Sequence[int] = (3, 4, 5)
     eval_problems: int = 300
-
-    @property
-    def micro_batch(self) -> int:
-        return self.batch_size // self.minibatches
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of an iteration."""
-        return self.epochs * self.minibatches
 
 
 class Clock:
@@ -127,107 +115,54 @@ def unit_classifier(path: str) -> Any:
     return model
 
 
-class Race(NamedTuple):
-    """What the trainers are made of: the terms, questions with their prompts' ids, and arguments that all take."""
-
-    terms: Terms
-    tokenizer: Any
-    asked: list[tuple[dict[str, Any], list[int]]]
-    common: dict[str, Any]
-
-    def policy(self) -> Any:
-        """The SFT model; its config says no cache, for training, with which `generate` would read all of the text for each token."""
-        policy: Any = AutoModelForCausalLM.from_pretrained(self.terms.sft, dtype=torch.float32)
-        policy.generation_config.use_cache = True
-        return policy
-
-
-def ours(race: Race, *, shared: bool) -> tuple[Any, Any]:
-    from stages.rl.models import PolicyWithCritic
+def make(variant: str, race: Race, tokenizer: Any, questions: Sequence[tuple[dict[str, Any], list[int]]],
+         common: dict[str, Any]) -> tuple[Any, Any]:
+    """The trainer and the policy that it trains. `questions`: problem rows with their prompts' ids."""
+    policy, ids = load_policy(race.sft, dtype=torch.float32), [ids for _, ids in questions]
+    more: dict[str, Any] = {"tokenizer": tokenizer, "common": common}
+    if variant == "trl-ppo":
+        return trl_ppo(race, policy, load_policy(race.sft, dtype=torch.float32), reward=unit_classifier(race.reward_model),
+                       critic=unit_classifier(race.reward_model), ids=ids, response_length=race.max_new_tokens, stop_token="eos",
+                       vf_coef=race.vf_coef, **more), policy
+    if variant == "trl-grpo":
+        chats = [tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True) for row, _ in questions]
+        return trl_grpo(race, policy, unit_classifier(race.reward_model), chats=chats, ids=ids,
+                        max_completion_length=race.max_new_tokens, **more), policy
     from stages.rl.rewards import load_critic, model_reward
-    from stages.rl.trainer import PpoSettings, PPOTrainer
 
-    terms, tokenizer, policy = race.terms, race.tokenizer, race.policy()
     same: dict[str, Any] = {"vocab_size": policy.config.vocab_size, "tokenizer": tokenizer}
-    critic = None if shared else load_critic(Path(terms.reward_model), **same)
-    trainer = PPOTrainer(
-        PolicyWithCritic(policy, critic, kl_coef=terms.kl_coef),
-        TrainingArguments(per_device_train_batch_size=terms.micro_batch, max_steps=terms.iterations * terms.steps, save_steps=terms.steps,
-                          remove_unused_columns=False, **race.common),
-        PpoSettings(rollout_batch=terms.batch_size, epochs=terms.epochs, minibatches=terms.minibatches, micro_batch=terms.micro_batch,
-                    critic_learning_rate=3e-4, linear_decay=False, vf_coef=terms.vf_coef, missing_eos_penalty=None, seed=terms.seed,
-                    max_new_tokens=terms.max_new_tokens, eos_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id),
-        prompts=race.asked, tokenizer=tokenizer, reward=model_reward(terms.reward_model, **same))
-    return trainer, policy
+    critic = None if variant == "trunk" else load_critic(Path(race.reward_model), **same)
+    return our_ppo(race, policy, critic, prompts=questions, reward=model_reward(race.reward_model, **same), critic_learning_rate=3e-4,
+                   linear_decay=False, vf_coef=race.vf_coef, seed=race.seed, max_new_tokens=race.max_new_tokens,
+                   eos_ids=(tokenizer.eos_token_id,), **more), policy
 
 
-def trl_ppo(race: Race) -> tuple[Any, Any]:
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-    terms, policy = race.terms, race.policy()
-    race.tokenizer.padding_side = "left"
-    trainer = PPOTrainer(
-        PPOConfig(per_device_train_batch_size=terms.batch_size, num_mini_batches=terms.minibatches, num_ppo_epochs=terms.epochs,
-                  total_episodes=terms.iterations * terms.batch_size, response_length=terms.max_new_tokens, stop_token="eos",
-                  temperature=1.0, kl_coef=terms.kl_coef, vf_coef=terms.vf_coef, num_sample_generations=0, bf16=False,
-                  gradient_checkpointing=False, **race.common),
-        race.tokenizer, model=policy, ref_model=race.policy(), reward_model=unit_classifier(terms.reward_model),
-        value_model=unit_classifier(terms.reward_model),
-        train_dataset=datasets.Dataset.from_list([{"input_ids": ids} for _, ids in race.asked]))
-    return trainer, policy
-
-
-def trl_grpo(race: Race) -> tuple[Any, Any]:
-    from trl import GRPOConfig, GRPOTrainer
-
-    terms, policy, judge = race.terms, race.policy(), unit_classifier(race.terms.reward_model)
-
-    def reward(completion_ids: list[list[int]], ids: list[list[int]], **_: Any) -> list[float | None]:
-        return [*score_ids(judge, [[*prompt, *response] for prompt, response in zip(ids, completion_ids, strict=True)])]
-
-    chats = [{"prompt": race.tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True), "ids": ids}
-             for row, ids in race.asked]
-    trainer = GRPOTrainer(
-        policy, reward, processing_class=race.tokenizer, train_dataset=datasets.Dataset.from_list(chats), args=GRPOConfig(
-            per_device_train_batch_size=terms.micro_batch, steps_per_generation=terms.minibatches, num_iterations=terms.epochs,
-            num_generations=terms.generations, max_completion_length=terms.max_new_tokens, temperature=1.0, beta=terms.kl_coef,
-            max_steps=terms.iterations * terms.steps, bf16=False, gradient_checkpointing=False, **race.common))
-    return trainer, policy
-
-
-def make(variant: str, race: Race) -> tuple[Any, Any]:
-    """The trainer and the policy that it trains."""
-    if variant in ("critic", "trunk"):
-        return ours(race, shared=variant == "trunk")
-    return trl_ppo(race) if variant == "trl-ppo" else trl_grpo(race)
-
-
-def run(variant: str, terms: Terms) -> dict[str, Any]:
+def run(variant: str, race: Race) -> dict[str, Any]:
     """Train until the threshold or the last iteration. Returns the start's gold score, the threshold, the history, the iteration at
     which it was reached with the seconds up to its end (None where it was not), and how the run ended."""
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    tokenizer: Any = AutoTokenizer.from_pretrained(terms.sft)
-    learned, measured = (asked(read_problems(Path(terms.problems) / f"{split}.jsonl", list(terms.tasks), list(terms.difficulties))[:count],
+    tokenizer: Any = AutoTokenizer.from_pretrained(race.sft)
+    learned, measured = (asked(read_problems(Path(race.problems) / f"{split}.jsonl", list(race.tasks), list(race.difficulties))[:count],
                                CUES[WORKED], tokenizer)
-                         for split, count in (("ppo", terms.iterations * terms.batch_size), ("validation", terms.eval_problems)))
+                         for split, count in (("ppo", race.iterations * race.batch_size), ("validation", race.eval_problems)))
 
     def gold(policy: Any) -> float:
-        drawn = answers(policy, tokenizer, measured, 1, seed=EVAL_SEED, temperature=1.0, max_new_tokens=terms.max_new_tokens,
+        drawn = answers(policy, tokenizer, measured, 1, seed=EVAL_SEED, temperature=1.0, max_new_tokens=race.max_new_tokens,
                         eos_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id)
         return statistics.fmean(each.score for each in gold_scores(drawn))
 
-    transformers.set_seed(terms.seed)
+    transformers.set_seed(race.seed)
     ended = "the last iteration"
     with tempfile.TemporaryDirectory() as folder:
-        trainer, policy = make(variant, Race(terms, tokenizer, learned, {
-            "output_dir": folder, "learning_rate": terms.learning_rate, "lr_scheduler_type": "constant", "seed": terms.seed,
+        trainer, policy = make(variant, race, tokenizer, learned, {
+            "output_dir": folder, "learning_rate": race.learning_rate, "lr_scheduler_type": "constant", "seed": race.seed,
             "use_cpu": True, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False, "save_strategy": "no",
-            "logging_steps": 10**6}))
+            "logging_steps": 10**6})
         start = gold(policy)
-        threshold = start + terms.share * (BEST - start)
-        referee = Referee(lambda: gold(policy), threshold, 1 if variant == "trl-ppo" else terms.steps)  # TRL's PPO counts iterations
+        threshold = start + race.share * (BEST - start)
+        referee = Referee(lambda: gold(policy), threshold, 1 if variant == "trl-ppo" else race.steps)  # TRL's PPO counts iterations
         trainer.add_callback(referee)
         try:
             trainer.train()
@@ -246,4 +181,4 @@ def run(variant: str, terms: Terms) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_program(lambda argv: print(json.dumps(run(argv[0], Terms(**json.loads(argv[1]))))))
+    run_program(lambda argv: print(json.dumps(run(argv[0], Race(**json.loads(argv[1]))))))

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -20,38 +21,26 @@ import datasets
 import torch
 import transformers
 import trl
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
+from transformers import AutoModelForSequenceClassification
 
-from reward.model import from_language_model, score_ids
+from reward.model import from_language_model
 from stages.data import curriculum
 from stages.data.tokenizer import chat_ids, train_tokenizer
 from stages.models.sizes import build_decoder, decoder_config
+from stages.rl.peers import Terms, load_policy, our_ppo, trl_grpo, trl_ppo
 from stages.run.entry import run_program
 
 PHASES = ("rollout", "score", "forward", "update")  # forward: log-probabilities of policy and reference, and values, before the update
-KL_COEF, LEARNING_RATE = 0.05, 1e-5
+LEARNING_RATE = 1e-5
 
 
-class Work(NamedTuple):
-    """What every variant does; `generations` are GRPO's responses to one question, `iterations` those that are timed."""
+@dataclass(frozen=True, kw_only=True)
+class Work(Terms):
+    """What every variant does; `iterations` are those that are timed, after one that warms up."""
 
-    iterations: int = 3
-    batch_size: int = 64
-    epochs: int = 4
-    minibatches: int = 4
     response_tokens: int = 40
-    generations: int = 8
     vocab_size: int = 1024
     threads: int = 2
-
-    @property
-    def micro_batch(self) -> int:
-        return self.batch_size // self.minibatches
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of an iteration."""
-        return self.epochs * self.minibatches
 
 
 class Phases:
@@ -120,11 +109,12 @@ class Bench(NamedTuple):
     phases: Phases
     common: dict[str, Any]
 
+    @property
+    def terms(self) -> Terms:
+        return replace(self.work, iterations=self.work.iterations + 1)
+
     def policy(self) -> Any:
-        """The decoder, whose config says no cache, for training; `generate` would otherwise read all of the text for each token."""
-        policy: Any = AutoModelForCausalLM.from_pretrained(f"{self.folder}/lm")
-        policy.generation_config.use_cache = True
-        return policy
+        return load_policy(f"{self.folder}/lm")
 
     def classifier(self) -> Any:
         return AutoModelForSequenceClassification.from_pretrained(f"{self.folder}/reward", num_labels=1)
@@ -133,21 +123,14 @@ class Bench(NamedTuple):
 def our_trainer(bench: Bench, critic: Any) -> Any:
     from stages.rl import trainer as module
     from stages.rl.adapters import CRITIC, adapt, add_classifier
-    from stages.rl.models import PolicyWithCritic
     from stages.rl.rewards import model_reward
 
-    work, policy = bench.work, bench.policy()
+    policy = bench.policy()
     if critic == "lora":
         critic = add_classifier(adapt(policy, rank=16, alpha=32, seed=0), CRITIC, rank=16, alpha=32, seed=1)
-    trainer = module.PPOTrainer(
-        PolicyWithCritic(policy, critic, kl_coef=KL_COEF),
-        TrainingArguments(per_device_train_batch_size=work.micro_batch, max_steps=(work.iterations + 1) * work.steps, save_steps=work.steps,
-                          remove_unused_columns=False, **bench.common),
-        module.PpoSettings(rollout_batch=work.batch_size, epochs=work.epochs, minibatches=work.minibatches, micro_batch=work.micro_batch,
-                           missing_eos_penalty=None, max_new_tokens=work.response_tokens, eos_ids=(-1,),
-                           pad_id=bench.tokenizer.pad_token_id),
-        prompts=[(row, row["ids"]) for row in bench.asked], tokenizer=bench.tokenizer,
-        reward=model_reward(f"{bench.folder}/reward", vocab_size=policy.config.vocab_size, device=device()))
+    trainer = our_ppo(bench.terms, policy, critic, prompts=[(row, row["ids"]) for row in bench.asked], tokenizer=bench.tokenizer,
+                      reward=model_reward(f"{bench.folder}/reward", vocab_size=policy.config.vocab_size, device=device()),
+                      common=bench.common, max_new_tokens=bench.work.response_tokens, eos_ids=(-1,))
     bench.phases.time(module, "sample", "rollout", lambda ids, *_: map(len, ids))
     bench.phases.time(module, "token_numbers", "forward")
     bench.phases.time(trainer, "reward", "score")
@@ -155,16 +138,12 @@ def our_trainer(bench: Bench, critic: Any) -> Any:
 
 
 def trl_ppo_trainer(bench: Bench) -> Any:
-    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+    from trl.experimental.ppo import ppo_trainer
 
-    work, reward = bench.work, bench.classifier()
-    bench.tokenizer.padding_side = "left"
-    trainer = PPOTrainer(
-        PPOConfig(per_device_train_batch_size=work.batch_size, num_mini_batches=work.minibatches, num_ppo_epochs=work.epochs,
-                  total_episodes=(work.iterations + 1) * work.batch_size, response_length=work.response_tokens, temperature=1.0,
-                  kl_coef=KL_COEF, num_sample_generations=0, bf16=False, gradient_checkpointing=False, **bench.common),
-        bench.tokenizer, model=bench.policy(), ref_model=bench.policy(), reward_model=reward, value_model=bench.classifier(),
-        train_dataset=datasets.Dataset.from_list([{"input_ids": row["ids"]} for row in bench.asked]))
+    reward = bench.classifier()
+    trainer = trl_ppo(bench.terms, bench.policy(), bench.policy(), reward=reward, critic=bench.classifier(),
+                      ids=[row["ids"] for row in bench.asked], tokenizer=bench.tokenizer, common=bench.common,
+                      response_length=bench.work.response_tokens)
     bench.phases.time(ppo_trainer, "batch_generation", "rollout", lambda found, _, queries, *__: {found[0].size(1) - queries.size(1)})
     bench.phases.time(ppo_trainer, "get_reward", lambda model, *_: "score" if model is reward else "forward")
     bench.phases.time(ppo_trainer, "forward", learning)
@@ -175,20 +154,10 @@ def trl_ppo_trainer(bench: Bench) -> Any:
 
 
 def trl_grpo_trainer(bench: Bench) -> Any:
-    from trl import GRPOConfig, GRPOTrainer
-
-    work, judge = bench.work, bench.classifier().to(device())
-
-    def reward(completion_ids: list[list[int]], ids: list[list[int]], **_: Any) -> list[float | None]:
-        return [*score_ids(judge, [[*prompt, *response] for prompt, response in zip(ids, completion_ids, strict=True)])]
-
-    trainer = GRPOTrainer(
-        bench.policy(), reward, processing_class=bench.tokenizer,
-        train_dataset=datasets.Dataset.from_list([{"prompt": row["text"], "ids": row["ids"]} for row in bench.asked]), args=GRPOConfig(
-            per_device_train_batch_size=work.micro_batch, steps_per_generation=work.minibatches, num_iterations=work.epochs,
-            num_generations=work.generations, max_completion_length=work.response_tokens, temperature=1.0, beta=KL_COEF,
-            max_steps=(work.iterations + 1) * work.steps, bf16=False, gradient_checkpointing=False,
-            generation_kwargs={"suppress_tokens": [bench.tokenizer.eos_token_id]}, **bench.common))
+    trainer = trl_grpo(bench.terms, bench.policy(), bench.classifier().to(device()), chats=[row["text"] for row in bench.asked],
+                       ids=[row["ids"] for row in bench.asked], tokenizer=bench.tokenizer, common=bench.common,
+                       max_completion_length=bench.work.response_tokens,
+                       generation_kwargs={"suppress_tokens": [bench.tokenizer.eos_token_id]})
     bench.phases.time(trainer, "_generate", "rollout", lambda found, *_: map(len, found[1]))
     bench.phases.time(trainer, "_calculate_rewards", "score")
     bench.phases.time(trainer, "_get_per_token_logps_and_entropies", learning)
@@ -255,7 +224,7 @@ def one(variant: str, size: str, work: Work) -> dict[str, Any]:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if cpu else torch.cuda.max_memory_allocated()
     return {"variant": variant, "size": size, "samples_per_s": work.iterations * work.batch_size / seconds, "peak_bytes": memory,
             "seconds_an_iteration": {phase: each / work.iterations for phase, each in split.items()},
-            "mean_prompt_tokens": statistics.fmean(len(row["ids"]) for row in asked), **work._asdict(), "threads": torch.get_num_threads(),
+            "mean_prompt_tokens": statistics.fmean(len(row["ids"]) for row in asked), **asdict(work), "threads": torch.get_num_threads(),
             "device": device(), "trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
 
 
