@@ -120,6 +120,11 @@ def test_prompts_of_papers_are_read_in_both_spellings(tmp_path):
     assert [(r["question"], r["answer"], r["solutions"]) for r in bare] == [("2 + 3?", "5", [["2 + 3 = 5."]]), ("4 + 4?", "8", [])]
 
 
+def test_a_prompt_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none.txt does not exist: name a file with worked examples in exemplars"):
+        read_prompt(tmp_path / "none.txt")
+
+
 @pytest.mark.parametrize("text, message", [("Nothing here.", "has no example: each begins with"),
                                            ("Q: 2 + 3?\nA: It is 5.\n", "example 0 has no question, or does not end with"),
                                            ("Q: 1?\nA: The answer is 1.\n\nQ:\nA: The answer is 2.\n", "example 1 has no question")])

@@ -16,7 +16,6 @@ from typing import Any
 from prompts.intervals import wilson
 from prompts.records import Request, Solution
 from reward.verifiers import gold_score, right
-from stages.evals.metrics import AnswerAccuracy
 from stages.evals.statistics import bootstrap_mean, compare
 
 SAMPLED = "sampled_cot"  # one chain at the temperature of self-consistency: the mean over its chains
@@ -63,6 +62,8 @@ def accuracy(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     What a record says of itself counts ("correct"), as equality does not judge every answer (`reward.verifiers.right`).
     """
+    from stages.evals.metrics import AnswerAccuracy  # evaluate imports pipelines of all kinds: seconds that `score` does without
+
     verdicts = ["" if not r["answer"] else "right" if r["correct"] else "wrong" for r in records]
     with tempfile.TemporaryDirectory() as cache:
         metric = AnswerAccuracy(cache_dir=cache)

@@ -87,6 +87,8 @@ def read_prompt(path: Path) -> list[dict]:
 
     Papers publish their prompts so (Wei et al. 2022, Suzgun et al. 2023). Raises ValueError naming the file for an example without answer.
     """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: name a file with worked examples in exemplars")
     blocks = re.split(r"^(?:Question|Q):\s*", read_text(path), flags=re.MULTILINE)[1:]
     if not blocks:
         raise ValueError(f"{path} has no example: each begins with \"Question:\" or \"Q:\" on a line of its own")
