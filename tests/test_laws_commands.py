@@ -41,6 +41,8 @@ def test_subcommands_print_json(runs, tmp_path, capsys):
     assert len(written["draws"]) == 20 and written["conventions"]["flops"] == "6 N D" and "not stated" in written["conventions"]["N"]
     predicted = printed(capsys, "predict", fit, "--params", "9e5", "--tokens", "1.6e6")
     low, high = predicted["loss"]["interval"]
+    assert predicted["loss"]["widened"]["interval"][0] <= low < high <= predicted["loss"]["widened"]["interval"][1]
+    assert predicted["loss"]["widened"]["reach"] == pytest.approx(9e5 * 1.6e6 / 2e12)
     assert low < predicted["loss"]["value"] < high and predicted["coverage"] == written["coverage"]
     assert predicted["loss"]["value"] == pytest.approx(float(law(TRUE, 9e5, 1.6e6)), rel=0.01)
     figures = printed(capsys, "plan", fit, "--flops", "1e13")

@@ -19,7 +19,7 @@ from stages.laws.fit import (
     refuse_far,
     resampled,
 )
-from stages.laws.holdout import holdout, rolling
+from stages.laws.holdout import holdout, rolling, widened
 from stages.laws.objective import DELTA, huber, log_loss, minimise, objective, project
 from stages.laws.planner import plan
 from stages.laws.product import fit_product
@@ -236,9 +236,21 @@ def test_rolling_holdouts_measure_coverage():
     N, D = np.repeat(np.geomspace(5e4, 1e6, 6), 5), np.tile(np.geomspace(3e5, 6e6, 5), 6)
     right = rolling(N, D, noisy(N, D))
     wrong = rolling(N, D, (0.4 + 50 / (N**0.3 * D**0.25)) * np.exp(1e-3 * np.random.default_rng(0).standard_normal(30)))
-    assert right["nominal"] == 0.95 and right["num_heldout"] == wrong["num_heldout"] == 14
-    assert right["measured"] > 0.8 > wrong["measured"]  # another law: the intervals say nothing of it, the hold-outs do
-    assert rolling(N[:7], D[:7], noisy(N, D)[:7]) == {"nominal": 0.95, "measured": None, "num_heldout": 0}
+    assert right["nominal"] == 0.95 and right["num_heldout"] == wrong["num_heldout"]
+    assert right["num_heldout"] == sum(part["num_heldout"] for part in right["by_reach"])
+    assert right["measured"] > 0.7 > 0.5 > wrong["measured"]  # another law: the intervals say nothing of it, the hold-outs do
+    assert wrong["widening"] > 2 > right["widening"] >= 1
+    assert rolling(N[:5], D[:5], noisy(N, D)[:5]) == {"nominal": 0.95, "measured": None, "num_heldout": 0, "by_reach": []}
+
+
+def test_intervals_are_widened_by_what_hold_outs_of_their_reach_needed():
+    near, far = ({"reach_max": reach, "widening": widening, "measured": 0.5, "num_heldout": 4}
+                 for reach, widening in ((2.5, 1.0), (8.0, 3.0)))
+    coverage = {"by_reach": [near, far]}
+    assert widened(coverage, 0.5, 2.0, (1.8, 2.2))["interval"] == pytest.approx([1.8, 2.2])
+    found = widened(coverage, 5.0, 2.0, (1.0, 4.0))
+    assert found["interval"] == pytest.approx([0.25, 16]) and found["measured_so_far"]  # three times as long in log loss
+    assert widened(coverage, 100.0, 2.0, (1.0, 4.0)) == {**found, "reach": 100.0, "measured_so_far": False}
 
 
 def test_a_run_is_never_both_fitted_and_held_out():

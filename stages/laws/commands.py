@@ -9,7 +9,7 @@ import numpy as np
 
 from stages.laws.emergence import emergence, summary
 from stages.laws.fit import PARAMETERS, cross_check, fit_law, formula, predict, refuse_far
-from stages.laws.holdout import holdout, rolling
+from stages.laws.holdout import holdout, rolling, widened
 from stages.laws.isoflop import METHODS, approach_2, vertex_bias
 from stages.laws.objective import DELTA
 from stages.laws.planner import plan
@@ -195,6 +195,11 @@ def read_fit(path: str) -> dict[str, Any]:
     return law
 
 
+def bounded(law: dict[str, Any]) -> bool:
+    """Whether a fit has what intervals are made of."""
+    return bool(law.get("draws") or law.get("product"))
+
+
 def trust(law: dict[str, Any]) -> dict[str, Any]:
     """What stands beside each prediction: how often such intervals held what was measured, and the fit's own warnings."""
     return {"coverage": law.get("coverage"), "conventions": law.get("conventions"), "warnings": law.get("warnings", [])}
@@ -214,8 +219,10 @@ def ask(a: argparse.Namespace) -> dict[str, Any]:
         N = float(effective_parameters(N, a.total_params, law["experts"]["best"]))
     refuse_far(law, N, D, a.max_ratio)
     value, interval = predict(law, N, D)
-    bounded = bool(law.get("draws") or law.get("product"))
-    return {"N": a.params, "D": a.tokens, "loss": {"value": value, "interval": list(interval) if bounded else None}, **trust(law)}
+    found = {"N": a.params, "D": a.tokens, "loss": {"value": value, "interval": list(interval) if bounded(law) else None}}
+    if bounded(law) and law.get("coverage", {}).get("by_reach"):
+        found["loss"]["widened"] = widened(law["coverage"], N * D / law["range"]["ND"][1], value, interval)
+    return found | trust(law)
 
 
 def spend(a: argparse.Namespace) -> dict[str, Any]:

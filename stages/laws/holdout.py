@@ -10,7 +10,8 @@ from stages.laws.fit import PARAMETERS, Form, fit_law, predict
 from stages.laws.objective import DELTA, Array
 
 LEVEL = 0.95
-STEPS = (0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the runs that a rolling hold-out fits, each asked for the next tenth
+STEPS = (0.3, 0.45, 0.6, 0.75, 0.9)  # shares of the runs that a rolling hold-out fits
+REACHES = (1.0, 3.0, 10.0, 30.0, np.inf)  # how many times dearer a predicted run is than the dearest fitted one
 
 
 def cost_of_runs(N: Array, D: Array, flops: ArrayLike | None, runs: ArrayLike | None) -> Array:
@@ -61,27 +62,46 @@ def holdout(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, fraction: float = 0.
 
 
 def rolling(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, flops: ArrayLike | None = None, runs: ArrayLike | None = None,
-            weights: ArrayLike | None = None, num_draws: int = 100, **settings: Any) -> dict[str, Any]:
-    """Coverage of the 95 % intervals on rolling hold-outs: the cheapest half of the runs predicts the next tenth, then 60 %, and so on.
+            num_draws: int = 100, **settings: Any) -> dict[str, Any]:
+    """Coverage of the 95 % intervals on rolling hold-outs: the cheapest 30 % of the runs predict all dearer ones, then 45 %, and so on.
 
-    Returns nominal, measured (None where no step leaves enough to fit), num_heldout, error_mean, error_signed (relative, over all held-out
-    measurements). `settings` are those of `holdout`.
+    Returns nominal, measured (None where no step leaves enough to fit), num_heldout (predictions: a dear run is predicted at each step),
+    error_mean and error_signed (relative), widening (how many times longer in log loss the intervals needed to be to hold 95 %), and
+    by_reach: the same apart for predictions up to 3, 10, 30 and more times the FLOPs of the dearest run fitted. `settings` are those of
+    `holdout`.
     """
     N, D, loss = (np.asarray(values, dtype=np.float64).ravel() for values in (N, D, loss))
     cost = cost_of_runs(N, D, flops, runs)
-    inside, errors = 0, []
-    ends = np.quantile(cost, (*STEPS, 1.0), method="higher")
-    for low, high in pairwise(ends):
-        part = cost <= high
+    rows = []
+    for step in np.unique(np.quantile(cost, STEPS, method="higher")):
         try:
-            report = holdout(N[part], D[part], loss[part], below=np.nextafter(low, np.inf), flops=cost[part], num_draws=num_draws,
-                             weights=None if weights is None else np.asarray(weights)[part],
-                             runs=None if runs is None else np.asarray(runs)[part], **settings)
-        except ValueError:  # too few to fit, or no run in this step: later steps have more
+            report = holdout(N, D, loss, below=float(np.nextafter(step, np.inf)), flops=cost, runs=runs, num_draws=num_draws, **settings)
+        except ValueError:  # too few to fit: later steps have more
             continue
-        inside += round(report["coverage"] * report["num_heldout"])
-        errors += [row["value"] / row["loss"] - 1 for row in report["runs"]]
-    if not errors:
-        return {"nominal": LEVEL, "measured": None, "num_heldout": 0}
-    return {"nominal": LEVEL, "measured": inside / len(errors), "num_heldout": len(errors),
-            "error_mean": float(np.abs(errors).mean()), "error_signed": float(np.mean(errors))}
+        for row, reach in zip(report["runs"], np.sort(cost[cost > step]) / step, strict=True):
+            error = np.log(row["loss"] / row["value"])
+            length = np.log(np.array(row["interval"]) / row["value"])[int(error > 0)]
+            rows.append((reach, row["interval"][0] <= row["loss"] <= row["interval"][1], row["value"] / row["loss"] - 1,
+                         abs(error) / max(abs(length), 1e-12)))
+    if not rows:
+        return {"nominal": LEVEL, "measured": None, "num_heldout": 0, "by_reach": []}
+    reach, inside, error, needed = np.array(rows).T
+
+    def part(chosen: np.ndarray) -> dict[str, Any]:
+        return {"measured": float(inside[chosen].mean()), "num_heldout": int(chosen.sum()),
+                "error_mean": float(np.abs(error[chosen]).mean()), "error_signed": float(error[chosen].mean()),
+                "reach_max": float(reach[chosen].max()), "widening": max(1.0, float(np.quantile(needed[chosen], LEVEL, method="higher")))}
+
+    parts = [(reach > low) & (reach <= high) for low, high in pairwise(REACHES)]
+    return {"nominal": LEVEL, **part(reach > 0), "by_reach": [part(chosen) for chosen in parts if chosen.any()]}
+
+
+def widened(coverage: Mapping[str, Any], reach: float, value: float, interval: tuple[float, float]) -> dict[str, Any]:
+    """A prediction's interval made as much longer as rolling hold-outs of its reach (FLOPs over those of the dearest run) needed.
+
+    Returns the interval, what was measured at this reach, and whether hold-outs went as far; where none did, the farthest stand in.
+    """
+    near = next((part for part in coverage["by_reach"] if part["reach_max"] >= reach), coverage["by_reach"][-1])
+    ends = [float(value * (end / value) ** near["widening"]) for end in interval]
+    return {"interval": ends, "reach": reach, "measured_so_far": near["reach_max"] >= reach, **{
+        key: near[key] for key in ("measured", "num_heldout", "reach_max", "widening")}}
