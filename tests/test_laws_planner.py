@@ -115,6 +115,7 @@ def test_windows_off_the_centre_bias_the_exponent_too():
 def test_minima_at_an_end_are_left_out():
     assert minimum(np.array([1.0, 2, 4]), np.array([3.0, 2, 1])) is None
     assert minimum(np.array([1.0, 2, 4]), np.array([3.0, 2, 1]), "akima") is None
+    assert minimum(np.array([1.0, 2, 4, 8]), np.array([1.0, 1.2, 1.01, 2])) is None  # a parabola would have its vertex inside
     assert minimum(np.exp([-1.0, 0, 2]), np.array([2.0, 1, 5])) == pytest.approx((1, 1))  # 1 + log(N)^2
     C, N, loss = isoflops(TRUE, 8.0)
     found = approach_2(C, N, np.where(np.isclose(C, 1e18), N, loss))  # the smallest budget only rises

@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 
 from stages.laws.commands import command
 from stages.laws.fit import PARAMETERS, fit_law, law, predict
-from stages.laws.holdout import holdout
+from stages.laws.holdout import holdout, rolling
 from stages.laws.isoflop import approach_2, power_law
 from stages.laws.objective import DELTA, huber, objective
 from stages.laws.points import read_columns
@@ -39,6 +39,7 @@ def test_olmo_ladder_is_reproduced_from_the_command_line(tmp_path, capsys):
     assert loss["value"] == pytest.approx(2.3443873053175697, rel=1e-6)
     assert loss["interval"][0] < loss["value"] < loss["interval"][1]
     assert loss["value"] / 2.437876033782959 - 1 == pytest.approx(-0.0383, abs=5e-5)
+    assert loss["interval"][1] < 2.437876033782959 < loss["widened"]["interval"][1] and not loss["widened"]["measured_so_far"]
 
 
 @published
@@ -103,6 +104,14 @@ def test_sum_fits_all_of_gadres_runs_and_measures_its_coverage():
     assert report["coverage"] == pytest.approx(np.mean(covered))
     cheapest_held = min(6 * row["N"] * row["D"] for row in report["runs"])
     assert (cheapest_held <= 6 * N * D).sum() == 9
+
+
+@published
+def test_coverage_falls_with_distance_on_chinchillas_runs():
+    """The figures of docs/scaling-laws.md."""
+    parts = rolling(*columns(DATA / "chinchilla_pypi_example" / "df.csv"))["by_reach"]
+    assert [part["num_heldout"] for part in parts] == [182, 152, 75, 56]
+    assert [part["measured"] for part in parts] == pytest.approx([0.85, 0.74, 0.72, 0.61], abs=0.03)
 
 
 @published
