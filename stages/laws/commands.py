@@ -186,6 +186,8 @@ def isoflop(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_fit(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist: give the fit.json that fit --out wrote")
     try:
         law = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:

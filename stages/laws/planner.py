@@ -21,8 +21,8 @@ def optimal(constants: ArrayLike, flops: ArrayLike, flops_per_unit: float = 6.0)
     a = beta / (alpha + beta), G = (alpha A / (beta B))^(1 / (alpha + beta)). `constants` (..., 5), `flops` broadcasts with it.
     """
     _, A, B, alpha, beta = np.moveaxis(np.asarray(constants, dtype=np.float64), -1, 0)
-    units = np.log(np.asarray(flops, dtype=np.float64) / flops_per_unit)
     with np.errstate(divide="ignore"):  # a bootstrap draw may have lost a term, A or B = 0: the optimum is then at an end
+        units = np.log(np.asarray(flops, dtype=np.float64) / flops_per_unit)
         size = (np.log(alpha * A) - np.log(beta * B) + beta * units) / (alpha + beta)
     size = size.clip(-200, 200)  # within what a float holds, so that D / N and JSON stay finite
     return np.exp(size), np.exp(units - size)
@@ -35,7 +35,7 @@ def cheapest(constants: ArrayLike, loss: float, flops_per_unit: float = 6.0) -> 
     """
     E, A, B, alpha, beta = np.moveaxis(np.asarray(constants, dtype=np.float64), -1, 0)
     G = (alpha * A / (beta * B)) ** (1 / (alpha + beta))
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         units = ((A * G**-alpha + B * G**beta) / np.maximum(loss - E, 0.0)) ** ((alpha + beta) / (alpha * beta))
     return flops_per_unit * units
 
@@ -91,6 +91,7 @@ def relative_price(*, training_mfu: float, input_mfu: float, output_mfu: float, 
     return price * training_mfu * (input_share / input_mfu + (1 - input_share) / output_mfu)
 
 
+@np.errstate(divide="ignore", over="ignore", invalid="ignore")  # bootstrap draws that lost a term or cannot reach the loss
 def plan(fit: Mapping[str, Any], flops: float | None = None, *, loss: float | None = None, inference_tokens: float = 0.0,
          price_ratio: float = 1.0, flops_per_unit: float | None = None) -> dict[str, Any]:
     """Best N, D, their ratio, loss and FLOPs for a budget of `flops` or a `loss`, each {"value", "interval"} (95 %, over the bootstrap).
@@ -121,6 +122,9 @@ def plan(fit: Mapping[str, Any], flops: float | None = None, *, loss: float | No
     N, D = least
     if inference_tokens:
         N, D = serving(draws, inference_tokens, loss=loss, flops=flops, price_ratio=price_ratio, flops_per_unit=k)
+
+    if not (np.isfinite([N[-1], D[-1]]).all() and min(N[-1], D[-1]) > 0):
+        raise ValueError("the fit determines no split of this budget: see its warnings, and give it runs that vary both N and D more")
 
     def figure(values: Array) -> Figure:
         if len(values) == 1:
