@@ -123,6 +123,14 @@ def test_twelve_points_are_quick_and_intervals_hold_most_new_runs():
     assert time.process_time() - began < 20, "a ladder of 12 runs should fit in well under a second"
 
 
+def test_few_degrees_of_freedom_lengthen_an_interval():
+    fit = fit_law(SIZES, BUDGETS, noisy(), num_draws=200)
+    many = fit | {"num_points": 10**6}
+    (value, ends), (_, normal) = predict(fit, 9e5, 1.6e6), predict(many, 9e5, 1.6e6)
+    factor = 2.3646 / 1.9600  # Student's 97.5 % quantile of seven degrees of freedom, tables
+    assert np.log(np.array(ends) / value) == pytest.approx(factor * np.log(np.array(normal) / value), rel=1e-4)
+
+
 def test_fit_is_json_and_repeats():
     loss = law(TRUE, SIZES, BUDGETS) * np.exp(5e-3 * np.random.default_rng(1).standard_normal(12))
     first, second = (fit_law(SIZES, BUDGETS, loss, num_draws=50, conventions={"N": "matmul parameters"}) for _ in range(2))

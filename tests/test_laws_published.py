@@ -39,7 +39,8 @@ def test_olmo_ladder_is_reproduced_from_the_command_line(tmp_path, capsys):
     assert loss["value"] == pytest.approx(2.3443873053175697, rel=1e-6)
     assert loss["interval"][0] < loss["value"] < loss["interval"][1]
     assert loss["value"] / 2.437876033782959 - 1 == pytest.approx(-0.0383, abs=5e-5)
-    assert loss["interval"][1] < 2.437876033782959 < loss["widened"]["interval"][1] and not loss["widened"]["measured_so_far"]
+    assert loss["interval"][1] > 2.437876033782959 and loss["widened"]["reach"] == pytest.approx(201.6, abs=0.1)
+    assert not loss["widened"]["measured_so_far"]
 
 
 @published
@@ -111,7 +112,7 @@ def test_coverage_falls_with_distance_on_chinchillas_runs():
     """The figures of docs/scaling-laws.md."""
     parts = rolling(*columns(DATA / "chinchilla_pypi_example" / "df.csv"))["by_reach"]
     assert [part["num_heldout"] for part in parts] == [182, 152, 75, 56]
-    assert [part["measured"] for part in parts] == pytest.approx([0.85, 0.74, 0.72, 0.61], abs=0.03)
+    assert [part["measured"] for part in parts] == pytest.approx([0.86, 0.74, 0.73, 0.62], abs=0.03)
 
 
 @published

@@ -176,8 +176,9 @@ def predict(fit: Mapping[str, Any], N: float, D: float, *, level: float = 0.95) 
     """The loss (nats) of a run of N parameters on D tokens, and an interval for one such measurement.
 
     The interval holds both the uncertainty of the parameters and one run's residual: without the residual a nominal 95 %
-    covered 13 % of held-out runs in one study, with it 61 %. Extrapolation error of the form itself is in neither: measure it
-    with `rolling`. That of the product is Student's, of a new observation of a linear model in log(L - E).
+    covered 13 % of held-out runs in one study, with it 61 %. Percentiles of few residuals are too near: they are moved outwards in log
+    loss by Student's quantile over the normal one, n - p degrees of freedom. Extrapolation error of the form itself is in none of it:
+    measure it with `rolling`. That of the product is Student's, of a new observation of a linear model in log(L - E).
     """
     value = float(expected(fit, N, D))
     if product := fit.get("product"):
@@ -189,7 +190,10 @@ def predict(fit: Mapping[str, Any], N: float, D: float, *, level: float = 0.95) 
         return value, (value, value)
     centres = np.log(law(fit["draws"], N, D))
     spread = (centres[:, None] + np.asarray(fit["residuals"])[None, :]).ravel()
-    low, high = np.exp(np.quantile(spread, [(1 - level) / 2, (1 + level) / 2]))
+    ends = np.quantile(spread, [(1 - level) / 2, (1 + level) / 2])
+    freedom = max(fit["num_points"] - (4 if fit.get("conventions", {}).get("E") == "known beforehand" else 5), 1)
+    student = stats.t.ppf((1 + level) / 2, freedom) / stats.norm.ppf((1 + level) / 2)
+    low, high = value * np.exp((ends - math.log(value)) * student)
     return value, (float(low), float(high))
 
 
