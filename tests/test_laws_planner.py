@@ -84,6 +84,11 @@ def test_plans_that_cannot_be_made_are_refused(arguments, message):
         plan(dict(zip(PARAMETERS, TRUE, strict=True)), **arguments)
 
 
+def test_a_law_that_lost_a_term_plans_nothing():
+    with pytest.raises(ValueError, match="determines no split"):
+        plan(dict(zip(PARAMETERS, (0.3, 20.0, 0.0, 0.4, 0.5), strict=True)), loss=1.0)
+
+
 def isoflops(constants, window, num_sizes=11):
     """Exact losses at seven budgets, sizes centred on the optimum of each."""
     budgets = np.repeat(np.geomspace(1e18, 1e21, 7), num_sizes)
