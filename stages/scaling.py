@@ -2,12 +2,14 @@
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m stages.scaling --config recipes/tiny/scaling.yaml
 
-Without training, on any csv or jsonl of runs with the columns N, D and loss (`--columns` renames them, `--where` selects):
+Without training, on any csv or jsonl of runs (docs/scaling-laws.md; each command has --help):
 
-    python -m stages.scaling fit runs.csv --output fit.json
-    python -m stages.scaling predict fit.json --N 1e9 --D 2e10
-    python -m stages.scaling plan fit.json --flops 1e21
-    python -m stages.scaling holdout runs.csv --fraction 0.25
+    python -m stages.scaling fit runs.csv --n-column N --d-column D --loss-column loss --where column=value --out fit.json
+    python -m stages.scaling predict fit.json --params 7e9 --tokens 2e12
+    python -m stages.scaling plan fit.json --loss 1.97 --inference-tokens 2e12
+    python -m stages.scaling holdout runs.csv --train-below-flops 1e21
+    python -m stages.scaling isoflop runs.csv --c-column C
+    python -m stages.scaling emergence task.csv --flops-column flops --accuracy-column accuracy --smooth-column brier
 """
 import json
 import shutil
@@ -20,7 +22,8 @@ from typing import Any, Literal
 import numpy as np
 
 from stages.laws.commands import COMMANDS, command
-from stages.laws.fit import FORMS, PARAMETERS, Form, expected, fit_law, formula, holdout, predict, undetermined
+from stages.laws.fit import FORMS, PARAMETERS, Form, cross_check, expected, fit_law, formula, predict
+from stages.laws.holdout import holdout, rolling
 from stages.run import figures
 from stages.run.config import StageConfig, build_config, option, read_yaml
 from stages.run.console import clock, table
@@ -93,9 +96,13 @@ def main(config: ScalingConfig) -> Manifest:
         points.append(point(name, manifest, config))
 
     N, D, loss = (np.array([p[key] for p in points], dtype=float) for key in ("N", "D", "loss"))
+    spent_flops = np.array([costs[p["run"]][0] for p in points], dtype=float)
     fit = fit_law(N, D, loss, floor=floor, form=config.form, num_draws=config.bootstrap_draws, seed=config.seed, conventions={
         "N": f"{config.parameters}: {CONVENTIONS[config.parameters]}", "D": "tokens trained on, padding included",
-        "loss": f"{config.loss}, nats a token", "flops": FLOPS, "schedule": "each run has its own, decayed to zero"})
+        "loss": f"{config.loss}, nats a token", "flops": FLOPS, "flops_per_unit": float(np.median(spent_flops / (N * D))),
+        "schedule": "each run has its own, decayed to zero"})
+    fit["projection"] = cross_check(fit, N, D, loss, floor=floor)
+    fit["coverage"] = rolling(N, D, loss, flops=spent_flops, floor=floor, form=config.form, seed=config.seed)
     flops, tokens, counts = cost(base)
     size = counts[config.parameters]
     value, interval = predict(fit, size, tokens)
@@ -103,7 +110,7 @@ def main(config: ScalingConfig) -> Manifest:
                   "flops": flops, "main_model": identity(base), "prepare": prepared.fingerprint,
                   "beyond": {"N": size / N.max(), "D": tokens / D.max()},
                   "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    checked = check(config, N, D, loss, floor, [costs[p["run"]][0] for p in points])
+    checked = check(config, N, D, loss, floor, spent_flops)
     if is_main():
         write_json(run.directory / "fit.json", fit)
         write_json(run.directory / "prediction.json", prediction)
@@ -112,8 +119,8 @@ def main(config: ScalingConfig) -> Manifest:
     say(table(["run", "N", "D", config.loss, "fit"], [
         [p["run"], f"{p['N']:,}", f"{p['D']:,}", f"{p['loss']:.4f}", f"{expected(fit, p['N'], p['D']):.4f}"]
         for p in points]))
-    for name in undetermined(fit):
-        say(f"warning: the runs do not determine {name}, so trust no prediction beyond them")
+    for text in fit["warnings"]:
+        say(f"warning: {text}")
     say(f"L = {formula(fit)}; predicted for the main model (N = {size:,}, D = {tokens:,}), before it is trained: "
         f"{value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]")
     barrier()

@@ -1,12 +1,12 @@
-"""The scaling stage on a real, very small ladder: what it writes, resuming, reuse, bad input; its subcommands."""
+"""The scaling stage on a real, very small ladder: what it writes, resuming, reuse, bad input."""
 import dataclasses
 import json
 
 import pytest
 
 from stages import scaling
-from stages.laws.commands import command
-from stages.laws.fit import fit_law, law, predict, read_points
+from stages.laws.fit import fit_law, predict
+from stages.laws.points import read_columns
 from stages.models import pretraining
 from stages.models.counts import build_meta, planned_decoder
 from stages.run.config import build_config
@@ -52,17 +52,20 @@ def ladder(prepared, tmp_path_factory):
 def test_ladder_writes_runs_fit_and_prediction(ladder):
     runs = sorted(path.parent.name for path in ladder.path.glob("*/manifest.json"))
     assert runs == sorted(f"d{size}-{tokens}" for size in (16, 24, 32) for tokens in (1024, 2048, 4096))
-    points = read_points(ladder.product("points"))
-    assert len(points) == 9
+    points = read_columns(ladder.product("points"), {"N": "N", "D": "D", "loss": "loss", "flops": "flops"})
+    assert len(points["N"]) == 9
     for row in ladder.product("points").read_text().splitlines():
         point = json.loads(row)
         one = Manifest(ladder.path / point["run"])
         assert point["loss"] == one.metrics["heldout_loss"]["value"]
         assert (point["N"], point["D"]) == (one.counts["matmul_parameters"], one.counts["tokens"])
     fit = json.loads(ladder.product("fit").read_text())
-    again = fit_law(*points.T, num_draws=0)
+    again = fit_law(points["N"], points["D"], points["loss"], num_draws=0)
     assert again["objective"] == pytest.approx(fit["objective"], rel=1e-6, abs=1e-12)
-    assert fit["conventions"]["N"].startswith("matmul")
+    assert fit["conventions"]["N"].startswith("matmul") and fit["projection"]["excess"] < 1e-6
+    per_unit = points["flops"] / (points["N"] * points["D"])
+    assert min(per_unit) <= fit["conventions"]["flops_per_unit"] <= max(per_unit) != 6  # the exact count, with attention
+    assert fit["coverage"]["nominal"] == 0.95
     prediction = json.loads(ladder.product("prediction").read_text())
     assert prediction["D"] == 8192
     assert prediction["value"] == predict(fit, prediction["N"], prediction["D"])[0]
@@ -148,30 +151,6 @@ def test_missing_metric_names_those_there_are(ladder, prepared):
     config = dataclasses.replace(config_for(prepared, ladder.path), loss="heldout_loss/poem")
     with pytest.raises(ValueError, match=r"no metric 'heldout_loss/poem': set loss to one of heldout_loss"):
         scaling.point("d16-1024", Manifest(ladder.path / "d16-1024"), config)
-
-
-def test_subcommands_print_json(tmp_path, capsys):
-    true = (0.3, 20.0, 300.0, 0.4, 0.5)
-    rows = [f"{N},{D},{float(law(true, N, D))},a" for N in (5e4, 1e5, 2e5, 5e5) for D in (3e5, 6e5, 1.2e6)]
-    (tmp_path / "runs.csv").write_text("\n".join(["size,D,loss,kind", *rows, "1,1,9,b"]))
-    runs, fit = str(tmp_path / "runs.csv"), str(tmp_path / "fit.json")
-    select = ["--columns", "size,D,loss", "--where", "kind=a", "--draws", "20"]
-    assert command(["fit", runs, *select, "--output", fit]) == 0
-    assert json.loads(capsys.readouterr().out)["alpha"] == pytest.approx(0.4, rel=1e-3)
-    assert command(["predict", fit, "--N", "9e5", "--D", "1.6e6"]) == 0
-    from_fit = json.loads(capsys.readouterr().out)
-    assert from_fit["loss"]["value"] == pytest.approx(float(law(true, 9e5, 1.6e6)), rel=1e-5)
-    assert command(["predict", runs, *select, "--N", "9e5", "--D", "1.6e6"]) == 0
-    assert json.loads(capsys.readouterr().out)["loss"]["value"] == from_fit["loss"]["value"]
-    assert command(["plan", fit, "--flops", "1e13"]) == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["N"]["value"] * figures["D"]["value"] * 6 == pytest.approx(1e13)
-    assert command(["holdout", runs, *select]) == 0
-    assert json.loads(capsys.readouterr().out)["num_heldout"] == 3
-    assert command(["plan", fit]) == 2
-    assert "needs --flops" in capsys.readouterr().err
-    assert command(["fit", str(tmp_path / "none.csv")]) == 2
-    assert "does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("width", "expected"), [(None, 0.02), (64, 0.02), (16, 0.01)])

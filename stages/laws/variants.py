@@ -1,0 +1,92 @@
+"""Laws that say more than the sum: over-training, repeated data, experts.
+
+Each changes what N or D counts, or ties the exponents, and leaves E + A / N^alpha + B / D^beta as it is. One number more (how fast repeated
+tokens wear out, how much idle experts help) is reported as a profile: the objective of the best fit at each of its values, since
+few ladders determine it.
+"""
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+from scipy.optimize import minimize_scalar, nnls
+
+from stages.laws.fit import fit_law
+from stages.laws.objective import EXPONENTS, Array
+
+REPETITIONS = tuple(np.geomspace(0.5, 500, 31).tolist())  # R*, tried for the profile
+EXPERT_POWERS = tuple(np.linspace(0, 1, 21).tolist())  # g
+
+
+def fit_overtraining(N: ArrayLike, D: ArrayLike, loss: ArrayLike) -> dict[str, float]:
+    """E, a, b and eta of L = E + (a M^eta + b M^-eta) C^-eta, C = 6 N D and M = D / N (Gadre et al. 2024, arXiv 2403.08540, eq. 4).
+
+    It is the sum with alpha = beta = 2 eta, a = A 6^eta, b = B 6^eta: more tokens a parameter then change the factor of C^-eta, never its
+    exponent. Least squares on the loss, as theirs, by variable projection over eta: for a given eta the rest is linear and not
+    negative. `N`, `D`, `loss` (n,). Raises ValueError for fewer than five runs.
+    """
+    N, D, loss = (np.asarray(values, dtype=np.float64).ravel() for values in (N, D, loss))
+    if len(loss) < 5:
+        raise ValueError(f"{len(loss)} runs cannot determine the four parameters of the over-training form: give five or more")
+    C, M = 6 * N * D, D / N
+
+    def solve(eta: float) -> tuple[Array, float]:
+        powers = np.exp(-eta * (np.log(C) - np.log(C).mean()))  # of the size of 1, so that nnls can weigh the columns
+        return nnls(np.column_stack([np.ones(len(C)), powers * M**eta, powers * M**-eta]), loss)
+
+    grid = np.geomspace(EXPONENTS[0] / 2, EXPONENTS[1] / 2, 200)
+    best = int(np.argmin([solve(eta)[1] for eta in grid]))
+    ends = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    eta = float(minimize_scalar(lambda value: solve(value)[1], bounds=ends, method="bounded", options={"xatol": 1e-10}).x)
+    (E, a, b), distance = solve(eta)
+    centre = float(np.exp(eta * np.log(C).mean()))
+    return {"E": float(E), "a": float(a) * centre, "b": float(b) * centre, "eta": eta, "rmse": float(distance) / float(np.sqrt(len(loss)))}
+
+
+def overtrained_loss(fit: Mapping[str, float], N: ArrayLike, D: ArrayLike) -> Array:
+    """Loss (nats) by what `fit_overtraining` found; N and D broadcast."""
+    N, D = np.asarray(N, dtype=np.float64), np.asarray(D, dtype=np.float64)
+    C, M = 6 * N * D, D / N
+    return fit["E"] + (fit["a"] * M ** fit["eta"] + fit["b"] * M ** -fit["eta"]) * C ** -fit["eta"]
+
+
+def effective_tokens(tokens: ArrayLike, unique: ArrayLike, decay: float) -> Array:
+    """What D tokens are worth when only U of them differ: U + U R* (1 - exp(-R / R*)), R = D / U - 1 the repetitions, R* `decay`.
+
+    Muennighoff et al. 2023 (arXiv 2305.16264, section 3.1), who found R* = 15.4: 16 epochs are worth 10.6 of new text. As R* grows,
+    repeated tokens are as good as new. Their like term for parameters in excess of what U supports is not here. Raises ValueError where
+    D < U.
+    """
+    tokens, unique = np.asarray(tokens, dtype=np.float64), np.asarray(unique, dtype=np.float64)
+    if (unique > tokens * (1 + 1e-9)).any() or (unique <= 0).any():
+        raise ValueError("unique tokens must be positive and at most the tokens trained on: give the size of the text, not of the run")
+    repetitions = np.maximum(tokens / unique - 1, 0.0)
+    return unique * (1 - decay * np.expm1(-repetitions / decay))
+
+
+def effective_parameters(active: ArrayLike, total: ArrayLike, power: float) -> Array:
+    """N_eff = N_act (N_tot / N_act)^g: parameters of the dense model that one with experts is worth.
+
+    g = 0 counts the parameters that a token visits, g = 1 all. An effective count as that of Clark et al. 2022 (arXiv 2202.01169), here
+    with one exponent for all sizes. Raises ValueError where N_tot < N_act.
+    """
+    active, total = np.asarray(active, dtype=np.float64), np.asarray(total, dtype=np.float64)
+    if (total < active * (1 - 1e-9)).any() or (active <= 0).any():
+        raise ValueError("active parameters must be positive and at most the total ones")
+    return active * (total / active) ** power
+
+
+def profile(values: Sequence[float], runs_at: Callable[[float], tuple[Array, Array]], loss: ArrayLike, **settings: Any) -> dict[str, Any]:
+    """The objective of the best fit at each of `values`, of which `runs_at` gives N and D; `settings` are those of `fit_law`.
+
+    Returns values, objective, best and interval: from the last value below to the first above that a likelihood-ratio test at 95 % rejects,
+    the noise estimated from the best fit; null where none is rejected on that side. Approximate: the objective is Huber's.
+    """
+    objectives = np.array([fit_law(*runs_at(value), loss, **settings, num_draws=0)["objective"] for value in values])
+    best = int(objectives.argmin())
+    n, allowed = np.size(loss), stats.chi2.ppf(0.95, 1)
+    inside = np.flatnonzero(n * np.log(np.maximum(objectives, 1e-300) / max(objectives[best], 1e-300)) <= allowed)
+    low, high = int(inside[0]) - 1, int(inside[-1]) + 1
+    return {"values": [float(value) for value in values], "objective": objectives.tolist(), "best": float(values[best]),
+            "interval": [float(values[low]) if low >= 0 else None, float(values[high]) if high < len(values) else None]}
