@@ -1,0 +1,267 @@
+"""Study: does a model learn to find the first wrong step of a chain, and is its critique worth its tokens?
+
+    python -m stages.evals.study_critique --seeds 0 1 2 --mistakes "data/bigbench-mistake/*.jsonl"
+
+Critics are SFT models taught further, on reviews of chains (worked and bare) and on the ordinary dialogues, so that one set of weights
+answers and reviews. Arms differ in the chains reviewed: errors of all kinds planted by program, wrong results alone, or the SFT model's
+own samples, judged by the program. Each critic reviews held-out chains of each sort; that of the first arm then reviews its own answers
+to test problems, beside self-refine, a vote of as many tokens, and an oracle in the critic's place. Every run is a folder in `--runs`
+and a JSON line in `--out`; the same command continues where it was.
+"""
+import argparse
+import itertools
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prompts import strategies
+from prompts.critique import critique_redo, self_refine, steps_of
+from prompts.intervals import wilson
+from prompts.records import Strategy
+from prompts.templates import Style
+from stages.data.corpora import read_rows
+from stages.data.curriculum import CUES, DIRECT, WORKED, problems
+from stages.data.planted import KINDS, TASKS, chain, dialogue, first_wrong, record
+from stages.evals import scoring
+from stages.evals.backends import LocalModel
+from stages.evals.frontier import frontier
+from stages.evals.scheduler import solve
+from stages.evals.statistics import compare
+from stages.evals.studies import markdown, mean, stage
+from stages.run.console import clock
+from stages.run.entry import run_program
+from stages.run.manifest import Manifest, say
+
+RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
+PLAIN, OWN = "none", "own"  # no critic training; the SFT model's own chains
+ARMS: dict[str, tuple[str, ...]] = {"planted": KINDS, "results": ("result",), OWN: ()}
+DIFFICULTIES = (3, 4, 5)
+STREAM = 8_000_000  # seeds of the problems, away from those of prepare
+WORKED_SHARE = 0.6  # of the reviews that are trained on
+WORDS = {DIRECT: "direct", WORKED: "zero_shot_cot"}  # strategies of stages.evaluation that ask for either review
+REVIEW_TOKENS = {WORKED: 160, DIRECT: 16}  # a worked review is longer than what it reviews
+SAMPLES_FOR_OWN = 8  # chains drawn for each one wanted, as four in five are right
+ASSUMED_TRAINING_S, ASSUMED_REVIEW_S, ASSUMED_ANSWERS_S = 300, 120, 240  # on two CPU cores, for the budget alone
+
+Chains = list[tuple[dict[str, Any], list[str]]]
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m stages.evals.study_critique", description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of problems, planting, training and sampling")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="chains that critics are trained on")
+    parser.add_argument("--critiques", type=int, default=3000, help="reviews that a critic is trained on")
+    parser.add_argument("--replay", type=int, default=1000, help="ordinary dialogues mixed in")
+    parser.add_argument("--epochs", type=float, default=2.0, help="passes over both")
+    parser.add_argument("--chains", type=int, default=400, help="held-out chains of each sort and family, half of them without mistake")
+    parser.add_argument("--problems", type=int, default=400, help="test problems of each family for the answers")
+    parser.add_argument("--num-samples", type=int, default=16, help="chains of the vote that critique is held against")
+    parser.add_argument("--rounds", type=int, default=2, help="reviews of an answer, at most")
+    parser.add_argument("--mistakes", help="files of BIG-Bench Mistake, reviewed by every model too")
+    parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run")
+    parser.add_argument("--sft", default=f"{RUNS}/tiny/sft", help="finished sft run that critics start from")
+    parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_critique", help="a folder a run in here")
+    parser.add_argument("--out", type=Path, help="one JSON line a run (default: study_critique.jsonl in --runs)")
+    return parser.parse_args(argv)
+
+
+def fresh(split: str, tasks: Sequence[str], seed: int, count: int) -> list[dict[str, Any]]:
+    """`count` problems of a split, none twice; splits share none."""
+    stream = problems(STREAM + seed, split=split, tasks=dict.fromkeys(tasks, 1.0), difficulties=DIFFICULTIES)
+    found: dict[str, dict[str, Any]] = {}
+    for problem in stream:
+        found.setdefault(problem.id, problem.as_row())
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def loaded(model: str, seed: int) -> LocalModel:
+    return LocalModel(Manifest(model).product("model"), seed=seed, batch_size=256, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def style_of(tokens: int = REVIEW_TOKENS[WORKED]) -> Style:
+    return Style(chat=True, cues=CUES, max_tokens=REVIEW_TOKENS | {WORKED: tokens})
+
+
+def own_chains(given: argparse.Namespace, split: str, tasks: Sequence[str], seed: int, count: int) -> Chains:
+    """Chains of the SFT model at temperature 1, one a problem, as many wrong as right ones; those that state no answer are left out."""
+    rows = fresh(split, tasks, seed, SAMPLES_FOR_OWN * count // 2)
+    solved = solve([strategies.self_consistency(row, style_of(), n=1, temperature=1.0) for row in rows], loaded(given.sft, seed),
+                   batch_size=1024)
+    found: tuple[Chains, Chains] = [], []
+    for row, solution in zip(rows, solved, strict=True):
+        steps = steps_of(solution.samples[0].text)
+        if solution.answer is not None and steps[-1] == f"The answer is {solution.answer}.":
+            found[first_wrong(row, steps) is None].append((row, steps))
+    each = min(count // 2, *map(len, found))
+    say(f"{OWN} chains, {split}: {len(found[0])} wrong and {len(found[1])} right of {len(rows)}; {each} of each are used")
+    return [pair for pairs in zip(*found, strict=False) for pair in pairs][:2 * each]
+
+
+def chains_of(given: argparse.Namespace, sort: str, split: str, tasks: Sequence[str], seed: int, count: int) -> Chains:
+    if sort == OWN:
+        return own_chains(given, split, tasks, seed, count)
+    rng = random.Random(f"{sort}:{split}:{seed}")
+    return [(row, chain(row, rng, ARMS[sort])) for row in fresh(split, tasks, seed, count)]
+
+
+def critic(given: argparse.Namespace, arm: str, seed: int) -> str:
+    """The run of a critic, trained here unless it is there."""
+    reviews = given.runs / f"reviews-{arm}-{seed}.jsonl"
+    if not reviews.is_file():
+        rng = random.Random(f"style:{seed}")
+        scoring.write_records(reviews, [dialogue(row, steps, WORKED if rng.random() < WORKED_SHARE else DIRECT)
+                                        for row, steps in chains_of(given, arm, "train", TASKS, seed, given.critiques)])
+    folder = given.runs / f"critic-{arm}-{seed}"
+    stage("sft", folder, seed=seed, method="full", learning_rate=1e-3, epochs=given.epochs, num_rows=given.critiques + given.replay,
+          sources=[{"data": str(reviews), "name": "reviews", "weight": given.critiques}, {"data": "curriculum", "weight": given.replay}],
+          validation_rows=200, repeats="ignore", patience=0, keep="last", replay_share=0.0, probe_prompts=0, instruction_prompts=0,
+          forgetting_rows=0, **{"parents.prepare": given.prepare, "parents.pretrain": given.sft})
+    return str(folder)
+
+
+def reviews(given: argparse.Namespace, arm: str, seed: int, model: str) -> dict[str, Any]:
+    """Figures of one model's reviews, by sort of chain, family and kind of review, asked and answered by stages.evaluation."""
+    tasks = [] if given.mistakes is None else [f"bigbench=mistake:{given.mistakes}"]
+    for sort, task in itertools.product(ARMS, TASKS):
+        path = given.runs / "chains" / f"{sort}-{task}-{seed}.jsonl"
+        if not path.is_file():
+            scoring.write_records(path, [record(row, steps) for row, steps in chains_of(given, sort, "test", [task], seed, given.chains)])
+        tasks.append(f"{sort}/{task}=mistake:{path}".replace("/", "_", 1))
+    folder = given.runs / f"reviewed-{arm}-{seed}"
+    stage("evaluation", folder, seed=seed, models={"sft": list(WORDS.values())}, tasks=tasks, num_problems=0, cues=CUES,
+          max_tokens_worked=REVIEW_TOKENS[WORKED], max_tokens_direct=REVIEW_TOKENS[DIRECT],
+          **{"parents.prepare": given.prepare, "parents.sft": model})
+    return {path.name.removesuffix(".jsonl"): found([row for _, row in read_rows(path)])
+            for path in sorted((folder / "results" / "sft").glob("*.jsonl"))}
+
+
+def found(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How well reviews find the first wrong step: `exact` (index or no mistake) with Wilson's interval, `located` (exact among the chains
+    with a mistake), `precision` and `recall` of saying that there is one, and what knowing nothing gets: always `no mistake`, or always
+    the most `frequent` index. A review that names no step says that there is none; one that had no room in the context is wrong, and
+    counted in `too_long`."""
+    wrong = [r for r in records if r["gold"] != "no mistake"]
+    said = [r for r in records if (r["answer"] or "").isdecimal()]
+    hits = sum(r["gold"] != "no mistake" for r in said)
+    exact = sum(r["correct"] for r in records)
+    return {"n": len(records), "exact": exact / len(records), "wilson95": wilson(exact, len(records)),
+            "too_long": sum(end == "too_long" for r in records for end in scoring.finishes(r)),
+            "no mistake": 1 - len(wrong) / len(records),
+            "frequent": max(Counter(r["gold"] for r in wrong).values(), default=0) / len(records),
+            "located": sum(r["correct"] for r in wrong) / len(wrong) if wrong else None,
+            "precision": hits / len(said) if said else None, "recall": hits / len(wrong) if wrong else None,
+            "tokens": sum(r["cost"]["generated_tokens"] for r in records) / len(records)}
+
+
+def asked(given: argparse.Namespace) -> dict[str, dict[str, Callable[[dict], Strategy]]]:
+    """The strategies, by model."""
+    style, draws = style_of(), {"temperature": 1.0}
+    redo = partial(critique_redo, style=style, rounds=given.rounds, **draws)
+
+    def oracle(row: dict, **more: Any) -> Strategy:
+        return redo(row, oracle=partial(first_wrong, row), **more)
+
+    usual: dict[str, Callable[[dict], Strategy]] = {
+        "zero_shot_cot": partial(strategies.zero_shot_cot, style=style),
+        "self_consistency": partial(strategies.self_consistency, style=style, n=given.num_samples, **draws)}
+    return {PLAIN: usual | {"self_refine": partial(self_refine, style=style_of(96), rounds=given.rounds)},
+            "critic": usual | {"worked": redo, "bare": partial(redo, kind=DIRECT), "oracle": oracle,
+                               **{f"sampled, {name}": partial(make, sampled=True) for name, make in (
+                                   ("worked", redo), ("bare", partial(redo, kind=DIRECT)), ("oracle", oracle))}}}
+
+
+def answers(given: argparse.Namespace, seed: int, models: Mapping[str, str]) -> Iterator[Path]:
+    """Files of records, one a model, family and strategy; those that are there are not made again."""
+    for name, made in asked(given).items():
+        backend = None
+        for task, (strategy, make) in itertools.product(TASKS, made.items()):
+            path = given.runs / f"answers-{seed}" / name / f"{task}.{strategy}.jsonl"
+            if not path.is_file():
+                backend = backend or loaded(models[name], seed)
+                rows = fresh("test", [task], seed + 500, given.problems)
+                solved = solve([make(row) for row in rows], backend, batch_size=1024)
+                scoring.write_records(path, [{**scoring.record(row, solution), "id": f"{seed}/{row['id']}"}
+                                             for row, solution in zip(rows, solved, strict=True)])
+            yield path
+
+
+def study(given: argparse.Namespace) -> None:
+    runs = len(given.arms) * len(given.seeds)
+    seconds = runs * (ASSUMED_TRAINING_S + ASSUMED_REVIEW_S) + len(given.seeds) * (ASSUMED_REVIEW_S + ASSUMED_ANSWERS_S)
+    say(f"budget: {runs} critics trained on {given.critiques + given.replay} dialogues, {runs + len(given.seeds)} models that review, "
+        f"{len(given.seeds)} that review their own answers, about {clock(seconds)}")
+    lines: list[dict[str, Any]] = []
+
+    def add(**line: Any) -> None:
+        lines.append(line)
+        scoring.write_records(given.out or given.runs / "study_critique.jsonl", lines)
+        say(f"{len(lines)} of {runs + 2 * len(given.seeds)} runs")
+
+    for seed in given.seeds:
+        for arm in (PLAIN, *given.arms):
+            model = given.sft if arm == PLAIN else critic(given, arm, seed)
+            add(kind="reviews", arm=arm, seed=seed, figures=reviews(given, arm, seed, model))
+            if arm == given.arms[0]:
+                files = list(answers(given, seed, {PLAIN: given.sft, "critic": model}))
+                add(kind="answers", arm=arm, seed=seed, files=[str(path) for path in files], figures={
+                    "/".join((path.parent.name, path.stem)): scoring.summary([row for _, row in read_rows(path)]) for path in files})
+    say("\n" + report(lines))
+
+
+def report(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown tables: reviews, mean over seeds with Student's t; answers, all seeds together, paired by problem."""
+    found: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for line in lines:
+        for name, figures in line["figures"].items() if line["kind"] == "reviews" else ():
+            chains, _, words = name.rpartition(".")
+            found.setdefault((chains, line["arm"], words), []).append(figures)
+    shown = ("exact", "located", "precision", "recall", "no mistake", "frequent", "tokens", "too_long")
+    kinds = {strategy: kind for kind, strategy in WORDS.items()}
+    rows = [[chains, arm, kinds[words], str(sum(seed["n"] for seed in seeds)),
+             *(mean([seed[key] for seed in seeds if seed[key] is not None]) if any(seed[key] is not None for seed in seeds) else "-"
+               for key in shown)] for (chains, arm, words), seeds in sorted(found.items())]
+    cells: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for path in (Path(path) for line in lines if line["kind"] == "answers" for path in line["files"]):
+        task, strategy = path.stem.split(".")
+        cells.setdefault((task, path.parent.name), {}).setdefault(strategy, []).extend(row for _, row in read_rows(path))
+    return "\n\n".join([markdown(["chains", "critic", "review", "n", *shown], rows), *(
+        markdown([f"{task}, {model}", "accuracy", "tokens a question", "mended", "broken", "less its first answer",
+                  "less a vote of as many tokens", "chains in that vote", "too long"], bought(made))
+        for (task, model), made in cells.items())])
+
+
+def bought(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
+    """A row a strategy: accuracy, tokens (prompt and generated), share of first answers mended and broken, and paired differences."""
+    matched = {row["strategy"]: row for row in frontier(cells)["matched"]}
+    rows = []
+    for strategy, records in cells.items():
+        right, n = [float(r["correct"]) for r in records], len(records)
+        first = [float(r["samples"][0]["correct"]) for r in records]
+        figures = scoring.summary(records)
+        mended, broken = (sum(a - b == change for a, b in zip(right, first, strict=True)) / n for change in (1, -1))
+        vote = matched.get(strategy)
+        rows.append([strategy, interval(figures["accuracy"], figures["wilson95"]),
+                     f"{figures['prompt_tokens_mean']:.0f} + {figures['tokens_mean']:.0f}", f"{mended:.3f}", f"{broken:.3f}",
+                     difference(compare(right, first)), difference(vote) if vote else "-", f"{vote['k']:.1f}" if vote else "-",
+                     str(figures["too_long"])])
+    return rows
+
+
+def interval(value: float, ends: Sequence[float]) -> str:
+    return f"{value:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]"
+
+
+def difference(compared: Mapping[str, Any]) -> str:
+    return f"{100 * compared['difference']:+.1f} [{100 * compared['ci95'][0]:.1f}, {100 * compared['ci95'][1]:.1f}]"
+
+
+if __name__ == "__main__":
+    run_program(lambda given: study(arguments(given)))
