@@ -95,13 +95,13 @@ def named_step(review: str, num_steps: int) -> int | None:
 
 @ledgered
 def critique_redo(problem: Row, style: Style, *, rounds: int, temperature: float, kind: str = WORKED, sampled: bool = False,
-                  oracle: Callable[[Sequence[str]], int | None] | None = None) -> Strategy:
+                  find: Callable[[Sequence[str]], int | None] | None = None) -> Strategy:
     """An answer from whose first wrong step on, as a review names it, the rest is drawn again, at most `rounds` times.
 
     The review is asked for as BIG-Bench Mistake asks, worked or direct (`kind`); the steps before the one it names stand, and their
     continuation is sampled. It ends when the review finds no mistake. The first answer is greedy, or (`sampled`) the first of the chains
-    that self-consistency draws. `oracle` names the step in the review's place, at no cost: what a verifier would be worth. `samples` are
-    the answers in order, the answer the last that is stated. Raises ValueError for fewer than one round, and for temperature 0, at which
+    that self-consistency draws. `find` names the step in the review's place, at no cost in tokens: a verifier, say. `samples` are the
+    answers in order, the answer the last that is stated. Raises ValueError for fewer than one round, and for temperature 0, at which
     the same steps would follow.
     """
     if rounds < 1 or temperature <= 0:
@@ -109,8 +109,8 @@ def critique_redo(problem: Row, style: Style, *, rounds: int, temperature: float
     answers: list[Result] = yield chains(problem, style, (), [0], temperature) if sampled else [greedy(problem, style, WORKED)]
     for number in range(rounds):
         steps = steps_of(answers[-1].text)
-        if oracle:
-            wrong = oracle(steps)
+        if find:
+            wrong = find(steps)
         else:
             asked = render(first_wrong_question(problem["question"], steps), style, kind)
             [review] = yield [replace(_asked(problem, style, asked, f"review/{number}"), max_tokens=style.max_tokens[kind])]

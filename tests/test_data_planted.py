@@ -11,8 +11,8 @@ from stages.data.benchmarks import BENCHMARKS
 from stages.data.curriculum import DIRECT, MAX_NUMBER, WORKED, problems
 from stages.data.planted import KINDS, TASKS, chain, complete, dialogue, first_wrong, planted, record, review
 
-WORD = {"id": "w", "task": "word_problems", "question": "Bob has 4 pens. On Monday Bob buys 3. On Tuesday Bob sells 5. On Friday Bob finds 6. "
-        "How many pens does Bob have?", "answer": "8", "answer_type": "number",
+WORD = {"id": "w", "task": "word_problems", "question": "Bob has 4 pens. On Monday Bob buys 3. On Tuesday Bob sells 5. "
+        "On Friday Bob finds 6. How many pens does Bob have?", "answer": "8", "answer_type": "number",
         "solutions": [["Start 4.", "Monday 4 + 3 = 7.", "Tuesday 7 - 5 = 2.", "Friday 2 + 6 = 8."],
                       ["Start 4.", "Monday 4 + 3 = 7.", "Friday 7 + 6 = 13.", "Tuesday 13 - 5 = 8."]]}
 RIGHT = complete(WORD["solutions"][0], "8")
@@ -40,7 +40,8 @@ def test_one_error_of_its_kind_and_consistent_steps_after_it(task, kind):
         else:
             assert all(sums)
         assert [line[-3] for line in lines[1:-1]] == [line[-1] for line in lines[:-2]]  # each goes on from what the one before says
-        assert lines[-1] == [lines[-2][-1]] and not right(row, extract(steps[-1])) and len(steps) == problem.difficulty + 2 - (kind == "skip")
+        assert lines[-1] == [lines[-2][-1]] and not right(row, extract(steps[-1]))
+        assert len(steps) == problem.difficulty + 2 - (kind == "skip")
         judged = gold_score(row, " ".join(steps), finished=True)  # the verifier's own count of right steps agrees
         assert judged.steps_right == pytest.approx(place / (problem.difficulty + 1)) and not judged.correct
     assert len(places) >= 3 and (0 in places) == (kind == "copy")
@@ -67,9 +68,10 @@ def test_first_wrong_step_by_hand():
 
 def test_reviews_by_hand_and_what_a_critic_is_trained_on():
     wrong = [*RIGHT[:2], "Tuesday 7 - 5 = 3.", "Friday 3 + 6 = 9.", "The answer is 9."]
-    assert review(WORD, wrong, WORKED) == "0 Start 4. yes. 1 Monday 4 + 3 = 7. yes. 2 Tuesday 7 - 5 = 2. no. The answer is 2."
+    assert review(WORD, wrong, WORKED) == ("0 Start 4. 4 yes. 1 Monday 4 + 3 = 7. 7 yes. 2 Tuesday 7 - 5 = 2. 3 no. "
+                                           "3 Friday 2 + 6 = 8. 9 no. 4 8. 9 no. The answer is 2.")
     assert review(WORD, wrong, DIRECT) == "The answer is 2." and review(WORD, RIGHT, DIRECT) == "The answer is no mistake."
-    assert review(WORD, RIGHT, WORKED).endswith("3 Friday 2 + 6 = 8. yes. 4 8. yes. The answer is no mistake.")
+    assert review(WORD, RIGHT, WORKED).endswith("3 Friday 2 + 6 = 8. 8 yes. 4 8. 8 yes. The answer is no mistake.")
     read = BENCHMARKS["mistake"].read(record(WORD, wrong))
     assert read["mistake_index"] == 2 and read["steps"] == wrong and read["target"] == "8"
     for steps in (wrong, RIGHT):

@@ -20,7 +20,8 @@ def test_the_steps_before_the_wrong_one_stand_and_the_rest_is_sampled():
     draft, review, redo, again = asked
     assert [r.stage for r in asked] == ["worked", "review/0", "redo/0", "review/1"]
     assert review.prompt == render(first_wrong_question("How many?", ["Take 2.", "Add 3 to get 6.", "The answer is 6."]), CHAT, WORKED)
-    assert redo.prompt == (*draft.prompt, {"role": "assistant", "content": "Take 2."}) and (redo.temperature, review.temperature) == (0.7, 0)
+    assert redo.prompt == (*draft.prompt, {"role": "assistant", "content": "Take 2."})
+    assert (redo.temperature, review.temperature) == (0.7, 0)
     assert "Step 1: Add 3 to get 5.\nStep 2: The answer is 5." in again.prompt[0]["content"]
     assert solution.answer == "5" and solution.answers == ("6", "5") and solution.samples[1].text == f"Take 2. {MENDED}"
     assert solution.cost.requests == 4 and solution.cost.generated_tokens == sum(map(len, map(str.split, (
@@ -30,7 +31,7 @@ def test_the_steps_before_the_wrong_one_stand_and_the_rest_is_sampled():
 def test_it_ends_at_no_mistake_at_its_rounds_and_where_there_is_no_room():
     kept, asked = ask(critique_redo(ROW, PLAIN, **REDO), model("The answer is no mistake."))
     assert kept.answer == "6" and len(asked) == 2
-    twice, asked = ask(critique_redo(ROW, PLAIN, **REDO), model("The answer is 0.", "The answer is 0."))
+    _, asked = ask(critique_redo(ROW, PLAIN, **REDO), model("The answer is 0.", "The answer is 0."))
     assert len(asked) == 5 and asked[2].prompt == asked[4].prompt == asked[0].prompt  # nothing is left of it: drawn anew
     assert asked[2].key != asked[4].key  # by other noise
     full, asked = ask(critique_redo(ROW, PLAIN, **REDO), model("The answer is 1.", again=("", "too_long")))
@@ -41,14 +42,14 @@ def test_it_ends_at_no_mistake_at_its_rounds_and_where_there_is_no_room():
     assert mute.answer == "6"  # what states nothing does not take the answer away
 
 
-def test_bare_reviews_sampled_drafts_and_an_oracle():
+def test_bare_reviews_sampled_drafts_and_a_verifier_in_the_reviews_place():
     _, asked = ask(critique_redo(ROW, CHAT, kind=DIRECT, **REDO), model("The answer is no mistake."))
     assert asked[1].max_tokens == CHAT.max_tokens[DIRECT] and asked[1].prompt[0]["content"].endswith(CHAT.cues[DIRECT])
     _, asked = ask(critique_redo(ROW, CHAT, sampled=True, **REDO), model("The answer is no mistake."))
     _, voted = ask(strategies.self_consistency(ROW, CHAT, n=2, temperature=0.7), lambda r: DRAFT)
     assert asked[0] == voted[0]  # the very chain that votes
     seen = []
-    told, asked = ask(critique_redo(ROW, CHAT, oracle=lambda steps: seen.append(steps) or (1 if len(seen) == 1 else None), **REDO), model())
+    told, asked = ask(critique_redo(ROW, CHAT, find=lambda steps: seen.append(steps) or (1 if len(seen) == 1 else None), **REDO), model())
     assert told.answer == "5" and [r.stage for r in asked] == ["worked", "redo/0"] and told.cost.requests == 2
     assert seen == [steps_of(DRAFT), steps_of(f"Take 2. {MENDED}")]
 
@@ -60,7 +61,7 @@ def test_a_review_names_a_step_that_there_is(review, step):
 
 
 def test_steps_end_with_the_answer():
-    assert steps_of("Pay 3.5 + 1 = 4.5.  So\n be it. The answer is 4.5. And more.") == ["Pay 3.5 + 1 = 4.5.", "So be it.", "The answer is 4.5."]
+    assert steps_of("Pay 3.5 + 1.  So\n be it. The answer is 4.5. And more.") == ["Pay 3.5 + 1.", "So be it.", "The answer is 4.5."]
     assert steps_of("No answer. At all.") == ["No answer.", "At all."] and steps_of("") == []
 
 

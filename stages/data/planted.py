@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from reward.verifiers import share_of_steps
 from stages.data.benchmarks import BENCHMARKS
 from stages.data.curriculum import CUES, MAX_NUMBER, WORKED
 
 KINDS = ("result", "copy", "skip")
 TASKS = ("word_problems", "chained_variables")  # families whose steps compute one number from the one before
+NUMBER = r"\d+"
 _COMPUTED = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)\.$")  # how each of their steps ends, the first one aside
 _ANSWER = re.compile(r"The answer is (\d+)\.")
 
@@ -21,16 +23,12 @@ def complete(solution: Sequence[str], answer: str) -> list[str]:
 
 def closest(problem: Mapping[str, Any], steps: Sequence[str]) -> tuple[int, list[str]]:
     """How many steps agree with the accepted solution that agrees longest, and that solution with its answer sentence."""
-    def agreement(solution: Sequence[str]) -> int:
-        return next((i for i, (step, wanted) in enumerate(zip(steps, solution, strict=False)) if step != wanted),
-                    min(len(steps), len(solution)))
-
-    return max(((agreement(solution), solution) for solution in (complete(s, problem["answer"]) for s in problem["solutions"])),
-               key=lambda found: found[0])
+    accepted = [complete(solution, problem["answer"]) for solution in problem["solutions"]]
+    return max(((round(share_of_steps(steps, solution) * len(solution)), solution) for solution in accepted), key=lambda found: found[0])
 
 
 def first_wrong(problem: Mapping[str, Any], steps: Sequence[str]) -> int | None:
-    """Index of the first step that no accepted solution has there, counted from 0; None when all given steps agree with one."""
+    """Index of the first step, from 0, with which no accepted solution agrees any longer; None when one agrees with all."""
     right, _ = closest(problem, steps)
     return right if right < len(steps) else None
 
@@ -54,7 +52,7 @@ def planted(problem: Mapping[str, Any], rng: random.Random, kinds: Sequence[str]
     solution = complete(rng.choice(problem["solutions"]), problem["answer"])
     if not all(_COMPUTED.search(step) for step in solution[1:-1]):
         raise ValueError(f"problem {problem['id']}: errors are planted in {' and '.join(TASKS)}, got {problem['task']}")
-    given = sorted({int(n) for n in re.findall(r"\d+", problem["question"])})
+    given = sorted({int(n) for n in re.findall(NUMBER, problem["question"])})
     makers: dict[str, Callable[[int], list[list[str]]]] = {
         "result": lambda i: [_carried(solution, i, result=n) for n in range(MAX_NUMBER + 1)] if i else [],
         "copy": lambda i: [_carried(_copied(solution, i, n), i) for n in given],
@@ -68,13 +66,13 @@ def planted(problem: Mapping[str, Any], rng: random.Random, kinds: Sequence[str]
 
 def _copied(steps: Sequence[str], place: int, number: int) -> list[str]:
     """The number that a step takes from the question, after a sign or the start value, replaced by another."""
-    pattern = r"(?<=[+-] )\d+" if place else r"\d+"
+    pattern = r"(?<=[+-] )\d+" if place else NUMBER
     return [*steps[:place], re.sub(pattern, str(number), steps[place]), *steps[place + 1:]]
 
 
 def _carried(steps: Sequence[str], place: int, result: int | None = None) -> list[str]:
     """The steps from `place` on computed anew from what stands before them, the step at `place` with the wrong `result` if one is given."""
-    made, total = list(steps[:place]), int(re.findall(r"\d+", steps[max(0, place - 1)])[-1])
+    made, total = list(steps[:place]), int(re.findall(NUMBER, steps[max(0, place - 1)])[-1])
     for i, step in enumerate(steps[place:], start=place):
         if match := _COMPUTED.search(step):
             _, sign, change, _ = match.groups()
@@ -90,21 +88,25 @@ def _carried(steps: Sequence[str], place: int, result: int | None = None) -> lis
 
 def _in_range(steps: Sequence[str]) -> bool:
     text = " ".join(steps)
-    return not re.search(r"(?:=|is) -", text) and all(int(n) <= MAX_NUMBER for n in re.findall(r"\d+", text))
+    return not re.search(r"(?:=|is) -", text) and all(int(n) <= MAX_NUMBER for n in re.findall(NUMBER, text))
 
 
-def chain(problem: Mapping[str, Any], rng: random.Random, kinds: Sequence[str] = KINDS) -> list[str]:
-    """A solution as it is, or in half of the cases with an error planted."""
-    return planted(problem, rng, kinds) if rng.random() < 0.5 else complete(rng.choice(problem["solutions"]), problem["answer"])
+def chain(problem: Mapping[str, Any], rng: random.Random, kinds: Sequence[str] = KINDS, wrong: float = 0.5) -> list[str]:
+    """A solution as it is, or in a share `wrong` of the cases with an error planted."""
+    return planted(problem, rng, kinds) if rng.random() < wrong else complete(rng.choice(problem["solutions"]), problem["answer"])
 
 
 def review(problem: Mapping[str, Any], steps: Sequence[str], style: str) -> str:
-    """What a critic is to say of a chain: the bare index, or step by step what should stand there and whether it does, up to the first
-    wrong one."""
+    """What a critic is to say of a chain: the bare index, or before it for each step what should stand there, the number that the chain
+    has in its place, and whether they agree.
+
+    It goes on after the first wrong step: as the chain's later steps follow from the wrong one, they differ too, so that a critic cannot
+    come far by copying what it reads. Small models learn to say whether two numbers side by side agree, and not from afar (LOG.md).
+    """
     right, solution = closest(problem, steps)
     wrong = right < len(steps)
-    said = [f"{i} {step.removeprefix('The answer is ')} {'yes' if i < right else 'no'}."
-            for i, step in enumerate(solution[:right + wrong])] if style == WORKED else []
+    said = [f"{i} {wanted.removeprefix('The answer is ')} {(re.findall(NUMBER, step) or ['?'])[-1]} {'yes' if i < right else 'no'}."
+            for i, (wanted, step) in enumerate(zip(solution, steps, strict=False))] if style == WORKED else []
     return " ".join([*said, f"The answer is {right if wrong else 'no mistake'}."])
 
 

@@ -4,9 +4,10 @@
 
 Critics are SFT models taught further, on reviews of chains (worked and bare) and on the ordinary dialogues, so that one set of weights
 answers and reviews. Arms differ in the chains reviewed: errors of all kinds planted by program, wrong results alone, or the SFT model's
-own samples, judged by the program. Each critic reviews held-out chains of each sort; that of the first arm then reviews its own answers
-to test problems, beside self-refine, a vote of as many tokens, and an oracle in the critic's place. Every run is a folder in `--runs`
-and a JSON line in `--out`; the same command continues where it was.
+own samples, judged by the program. Each critic reviews held-out chains of each sort, and so does a critic without training: the SFT
+model's own surprise, which finds the first step with a token less likely than a threshold. The critic of the first arm then reviews its
+own answers to test problems, beside self-refine, surprise, a vote of as many tokens, and a verifier in the critic's place. Every run is
+a folder in `--runs` and a JSON line in `--out`; the same command continues where it was.
 """
 import argparse
 import itertools
@@ -24,7 +25,7 @@ from prompts import strategies
 from prompts.critique import critique_redo, self_refine, steps_of
 from prompts.intervals import wilson
 from prompts.records import Strategy
-from prompts.templates import Style
+from prompts.templates import Style, render
 from stages.data.corpora import read_rows
 from stages.data.curriculum import CUES, DIRECT, WORKED, problems
 from stages.data.planted import KINDS, TASKS, chain, dialogue, first_wrong, record
@@ -39,14 +40,15 @@ from stages.run.entry import run_program
 from stages.run.manifest import Manifest, say
 
 RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
-PLAIN, OWN = "none", "own"  # no critic training; the SFT model's own chains
+PLAIN, SURPRISE, OWN = "none", "surprise", "own"  # no critic training, twice; the SFT model's own chains
 ARMS: dict[str, tuple[str, ...]] = {"planted": KINDS, "results": ("result",), OWN: ()}
-DIFFICULTIES = (3, 4, 5)
+DIFFICULTIES, EASIER = (3, 4, 5), (1, 2, 3, 4, 5)  # of what is held out; short chains to train on, from which comparing is learned sooner
 STREAM = 8_000_000  # seeds of the problems, away from those of prepare
-WORKED_SHARE = 0.6  # of the reviews that are trained on
+WORKED_SHARE, WRONG_SHARE = 0.8, 0.65  # of the reviews that are trained on
+THRESHOLDS = [-k / 4 for k in range(1, 25)]  # nats
 WORDS = {DIRECT: "direct", WORKED: "zero_shot_cot"}  # strategies of stages.evaluation that ask for either review
 REVIEW_TOKENS = {WORKED: 160, DIRECT: 16}  # a worked review is longer than what it reviews
-SAMPLES_FOR_OWN = 8  # chains drawn for each one wanted, as four in five are right
+SAMPLES_FOR_OWN = 4  # chains drawn for each one wanted, as four in five are right
 ASSUMED_TRAINING_S, ASSUMED_REVIEW_S, ASSUMED_ANSWERS_S = 300, 120, 240  # on two CPU cores, for the budget alone
 
 Chains = list[tuple[dict[str, Any], list[str]]]
@@ -56,9 +58,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m stages.evals.study_critique", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of problems, planting, training and sampling")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="chains that critics are trained on")
-    parser.add_argument("--critiques", type=int, default=3000, help="reviews that a critic is trained on")
-    parser.add_argument("--replay", type=int, default=1000, help="ordinary dialogues mixed in")
-    parser.add_argument("--epochs", type=float, default=2.0, help="passes over both")
+    parser.add_argument("--critiques", type=int, default=6000, help="reviews that a critic is trained on")
+    parser.add_argument("--replay", type=int, default=1500, help="ordinary dialogues mixed in")
+    parser.add_argument("--epochs", type=float, default=1.0, help="passes over both")
     parser.add_argument("--chains", type=int, default=400, help="held-out chains of each sort and family, half of them without mistake")
     parser.add_argument("--problems", type=int, default=400, help="test problems of each family for the answers")
     parser.add_argument("--num-samples", type=int, default=16, help="chains of the vote that critique is held against")
@@ -73,7 +75,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def fresh(split: str, tasks: Sequence[str], seed: int, count: int) -> list[dict[str, Any]]:
     """`count` problems of a split, none twice; splits share none."""
-    stream = problems(STREAM + seed, split=split, tasks=dict.fromkeys(tasks, 1.0), difficulties=DIFFICULTIES)
+    stream = problems(STREAM + seed, split=split, tasks=dict.fromkeys(tasks, 1.0),
+                      difficulties=EASIER if split == "train" else DIFFICULTIES)
     found: dict[str, dict[str, Any]] = {}
     for problem in stream:
         found.setdefault(problem.id, problem.as_row())
@@ -90,9 +93,9 @@ def style_of(tokens: int = REVIEW_TOKENS[WORKED]) -> Style:
     return Style(chat=True, cues=CUES, max_tokens=REVIEW_TOKENS | {WORKED: tokens})
 
 
-def own_chains(given: argparse.Namespace, split: str, tasks: Sequence[str], seed: int, count: int) -> Chains:
-    """Chains of the SFT model at temperature 1, one a problem, as many wrong as right ones; those that state no answer are left out."""
-    rows = fresh(split, tasks, seed, SAMPLES_FOR_OWN * count // 2)
+def own_chains(given: argparse.Namespace, split: str, tasks: Sequence[str], seed: int, count: int, wrong: float) -> Chains:
+    """Chains of the SFT model at temperature 1, one a problem, a share `wrong` of them wrong; those that state no answer are left out."""
+    rows = fresh(split, tasks, seed, SAMPLES_FOR_OWN * count)
     solved = solve([strategies.self_consistency(row, style_of(), n=1, temperature=1.0) for row in rows], loaded(given.sft, seed),
                    batch_size=1024)
     found: tuple[Chains, Chains] = [], []
@@ -100,16 +103,17 @@ def own_chains(given: argparse.Namespace, split: str, tasks: Sequence[str], seed
         steps = steps_of(solution.samples[0].text)
         if solution.answer is not None and steps[-1] == f"The answer is {solution.answer}.":
             found[first_wrong(row, steps) is None].append((row, steps))
-    each = min(count // 2, *map(len, found))
-    say(f"{OWN} chains, {split}: {len(found[0])} wrong and {len(found[1])} right of {len(rows)}; {each} of each are used")
-    return [pair for pairs in zip(*found, strict=False) for pair in pairs][:2 * each]
+    used = min(count, int(len(found[0]) / wrong), int(len(found[1]) / (1 - wrong)))
+    say(f"{OWN} chains, {split}: {len(found[0])} wrong and {len(found[1])} right of {len(rows)}; {used} are used")
+    chosen = [*found[0][:round(used * wrong)], *found[1][:used - round(used * wrong)]]
+    return random.Random(seed).sample(chosen, used)
 
 
-def chains_of(given: argparse.Namespace, sort: str, split: str, tasks: Sequence[str], seed: int, count: int) -> Chains:
+def chains_of(given: argparse.Namespace, sort: str, split: str, tasks: Sequence[str], seed: int, count: int, wrong: float = 0.5) -> Chains:
     if sort == OWN:
-        return own_chains(given, split, tasks, seed, count)
+        return own_chains(given, split, tasks, seed, count, wrong)
     rng = random.Random(f"{sort}:{split}:{seed}")
-    return [(row, chain(row, rng, ARMS[sort])) for row in fresh(split, tasks, seed, count)]
+    return [(row, chain(row, rng, ARMS[sort], wrong)) for row in fresh(split, tasks, seed, count)]
 
 
 def critic(given: argparse.Namespace, arm: str, seed: int) -> str:
@@ -118,29 +122,62 @@ def critic(given: argparse.Namespace, arm: str, seed: int) -> str:
     if not reviews.is_file():
         rng = random.Random(f"style:{seed}")
         scoring.write_records(reviews, [dialogue(row, steps, WORKED if rng.random() < WORKED_SHARE else DIRECT)
-                                        for row, steps in chains_of(given, arm, "train", TASKS, seed, given.critiques)])
+                                        for row, steps in chains_of(given, arm, "train", TASKS, seed, given.critiques, WRONG_SHARE)])
     folder = given.runs / f"critic-{arm}-{seed}"
-    stage("sft", folder, seed=seed, method="full", learning_rate=1e-3, epochs=given.epochs, num_rows=given.critiques + given.replay,
+    stage("sft", folder, seed=seed, method="full", learning_rate=2e-3, batch_size=4, epochs=given.epochs,
+          num_rows=given.critiques + given.replay,
           sources=[{"data": str(reviews), "name": "reviews", "weight": given.critiques}, {"data": "curriculum", "weight": given.replay}],
-          validation_rows=200, repeats="ignore", patience=0, keep="last", replay_share=0.0, probe_prompts=0, instruction_prompts=0,
+          validation_rows=60, repeats="ignore", patience=0, keep="last", replay_share=0.0, probe_prompts=0, instruction_prompts=0,
           forgetting_rows=0, **{"parents.prepare": given.prepare, "parents.pretrain": given.sft})
     return str(folder)
 
 
-def reviews(given: argparse.Namespace, arm: str, seed: int, model: str) -> dict[str, Any]:
-    """Figures of one model's reviews, by sort of chain, family and kind of review, asked and answered by stages.evaluation."""
-    tasks = [] if given.mistakes is None else [f"bigbench=mistake:{given.mistakes}"]
-    for sort, task in itertools.product(ARMS, TASKS):
-        path = given.runs / "chains" / f"{sort}-{task}-{seed}.jsonl"
+def held_out(given: argparse.Namespace, seed: int) -> dict[str, Path]:
+    """Files of chains by sort and family, half of them without mistake, in BIG-Bench Mistake's format."""
+    made = {f"{sort}_{task}": given.runs / "chains" / f"{sort}_{task}-{seed}.jsonl" for sort, task in itertools.product(ARMS, TASKS)}
+    for (sort, task), path in zip(itertools.product(ARMS, TASKS), made.values(), strict=True):
         if not path.is_file():
-            scoring.write_records(path, [record(row, steps) for row, steps in chains_of(given, sort, "test", [task], seed, given.chains)])
-        tasks.append(f"{sort}/{task}=mistake:{path}".replace("/", "_", 1))
+            scoring.write_records(path, [record(*each) for each in chains_of(given, sort, "test", [task], seed, given.chains)])
+    return made
+
+
+def reviews(given: argparse.Namespace, arm: str, seed: int, model: str, chains: Mapping[str, Path]) -> dict[str, Any]:
+    """Figures of one model's reviews, by chains and kind of review, asked and answered by stages.evaluation."""
+    tasks = [f"{name}=mistake:{path}" for name, path in chains.items()]
     folder = given.runs / f"reviewed-{arm}-{seed}"
-    stage("evaluation", folder, seed=seed, models={"sft": list(WORDS.values())}, tasks=tasks, num_problems=0, cues=CUES,
+    stage("evaluation", folder, seed=seed, models={"sft": list(WORDS.values())}, num_problems=0, cues=CUES,
+          tasks=tasks + ([f"bigbench=mistake:{given.mistakes}"] if given.mistakes else []),
           max_tokens_worked=REVIEW_TOKENS[WORKED], max_tokens_direct=REVIEW_TOKENS[DIRECT],
           **{"parents.prepare": given.prepare, "parents.sft": model})
-    return {path.name.removesuffix(".jsonl"): found([row for _, row in read_rows(path)])
-            for path in sorted((folder / "results" / "sft").glob("*.jsonl"))}
+    return {path.stem: found([row for _, row in read_rows(path)]) for path in sorted((folder / "results" / "sft").glob("*.jsonl"))}
+
+
+def least_likely(backend: LocalModel, question: str, steps: Sequence[str]) -> list[float]:
+    """Log-probability of each step's least likely token, in a chain as the model's own answer."""
+    logprobs = iter(backend.score(render(question, style_of(), WORKED), "".join(f" {step}" for step in steps)))
+    return [min(itertools.islice(logprobs, len(backend.tokenizer(f" {step}", add_special_tokens=False)["input_ids"]))) for step in steps]
+
+
+def below(values: Sequence[float], threshold: float) -> int | None:
+    return next((i for i, value in enumerate(values) if value < threshold), None)
+
+
+def surprise(given: argparse.Namespace, seed: int, chains: Mapping[str, Path]) -> dict[str, Any]:
+    """The threshold that is right most often on the SFT model's own chains of the training split, and figures of what it finds."""
+    backend = loaded(given.sft, seed)
+
+    def judged(records: Sequence[Mapping[str, Any]]) -> list[tuple[int | None, list[float]]]:
+        return [(row["mistake_index"], least_likely(backend, row["input"], row["steps"])) for row in records]
+
+    known = judged([record(*each) for each in chains_of(given, OWN, "train", TASKS, seed, given.chains)])
+    threshold = max(THRESHOLDS, key=lambda level: sum(below(values, level) == wrong for wrong, values in known))
+    figures = {}
+    for name, path in chains.items():
+        said = [["no mistake" if i is None else str(i) for i in (wrong, below(values, threshold))]
+                for wrong, values in judged([row for _, row in read_rows(path)])]
+        figures[f"{name}.{SURPRISE}"] = found([{"gold": gold, "answer": answer, "correct": gold == answer, "samples": [],
+                                                "cost": {"generated_tokens": 0}} for gold, answer in said])
+    return {"threshold": threshold, "figures": figures}
 
 
 def found(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -161,33 +198,36 @@ def found(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "tokens": sum(r["cost"]["generated_tokens"] for r in records) / len(records)}
 
 
-def asked(given: argparse.Namespace) -> dict[str, dict[str, Callable[[dict], Strategy]]]:
-    """The strategies, by model."""
+def asked(given: argparse.Namespace, backend: LocalModel, threshold: float) -> dict[str, dict[str, Callable[[dict], Strategy]]]:
+    """The strategies, by model; `backend` is the plain one's."""
     style, draws = style_of(), {"temperature": 1.0}
     redo = partial(critique_redo, style=style, rounds=given.rounds, **draws)
 
-    def oracle(row: dict, **more: Any) -> Strategy:
-        return redo(row, oracle=partial(first_wrong, row), **more)
+    def verified(row: dict, **more: Any) -> Strategy:
+        return redo(row, find=partial(first_wrong, row), **more)
+
+    def surprised(row: dict, **more: Any) -> Strategy:
+        return redo(row, find=lambda steps: below(least_likely(backend, row["question"], steps), threshold), **more)
+
+    def both(**found: Callable[..., Strategy]) -> dict[str, Callable[[dict], Strategy]]:
+        return found | {f"sampled {name}": partial(make, sampled=True) for name, make in found.items()}
 
     usual: dict[str, Callable[[dict], Strategy]] = {
         "zero_shot_cot": partial(strategies.zero_shot_cot, style=style),
         "self_consistency": partial(strategies.self_consistency, style=style, n=given.num_samples, **draws)}
-    return {PLAIN: usual | {"self_refine": partial(self_refine, style=style_of(96), rounds=given.rounds)},
-            "critic": usual | {"worked": redo, "bare": partial(redo, kind=DIRECT), "oracle": oracle,
-                               **{f"sampled, {name}": partial(make, sampled=True) for name, make in (
-                                   ("worked", redo), ("bare", partial(redo, kind=DIRECT)), ("oracle", oracle))}}}
+    return {PLAIN: usual | {"self_refine": partial(self_refine, style=style_of(96), rounds=given.rounds)} | both(surprise=surprised),
+            "critic": usual | both(worked=redo, bare=partial(redo, kind=DIRECT), verifier=verified)}
 
 
-def answers(given: argparse.Namespace, seed: int, models: Mapping[str, str]) -> Iterator[Path]:
+def answers(given: argparse.Namespace, seed: int, critic: str, threshold: float) -> Iterator[Path]:
     """Files of records, one a model, family and strategy; those that are there are not made again."""
-    for name, made in asked(given).items():
-        backend = None
+    backends = {PLAIN: loaded(given.sft, seed), "critic": loaded(critic, seed)}
+    for name, made in asked(given, backends[PLAIN], threshold).items():
         for task, (strategy, make) in itertools.product(TASKS, made.items()):
             path = given.runs / f"answers-{seed}" / name / f"{task}.{strategy}.jsonl"
             if not path.is_file():
-                backend = backend or loaded(models[name], seed)
                 rows = fresh("test", [task], seed + 500, given.problems)
-                solved = solve([make(row) for row in rows], backend, batch_size=1024)
+                solved = solve([make(row) for row in rows], backends[name], batch_size=1024)
                 scoring.write_records(path, [{**scoring.record(row, solution), "id": f"{seed}/{row['id']}"}
                                              for row, solution in zip(rows, solved, strict=True)])
             yield path
@@ -195,24 +235,28 @@ def answers(given: argparse.Namespace, seed: int, models: Mapping[str, str]) -> 
 
 def study(given: argparse.Namespace) -> None:
     runs = len(given.arms) * len(given.seeds)
-    seconds = runs * (ASSUMED_TRAINING_S + ASSUMED_REVIEW_S) + len(given.seeds) * (ASSUMED_REVIEW_S + ASSUMED_ANSWERS_S)
-    say(f"budget: {runs} critics trained on {given.critiques + given.replay} dialogues, {runs + len(given.seeds)} models that review, "
-        f"{len(given.seeds)} that review their own answers, about {clock(seconds)}")
-    lines: list[dict[str, Any]] = []
+    seconds = runs * (ASSUMED_TRAINING_S + ASSUMED_REVIEW_S) + len(given.seeds) * (2 * ASSUMED_REVIEW_S + ASSUMED_ANSWERS_S)
+    say(f"budget: {runs} critics trained on {given.critiques + given.replay} dialogues, {runs + 2 * len(given.seeds)} sets of reviews, "
+        f"{len(given.seeds)} of answers, about {clock(seconds)}")
+    out, lines = given.out or given.runs / "study_critique.jsonl", []
+    known = {line["seed"]: line for _, line in read_rows(out) if line["arm"] == SURPRISE} if out.is_file() else {}
 
     def add(**line: Any) -> None:
         lines.append(line)
-        scoring.write_records(given.out or given.runs / "study_critique.jsonl", lines)
-        say(f"{len(lines)} of {runs + 2 * len(given.seeds)} runs")
+        scoring.write_records(out, [*lines, *(line for seed, line in known.items() if seed not in {line["seed"] for line in lines})])
+        say(f"{len(lines)} of {runs + 3 * len(given.seeds)} runs")
 
     for seed in given.seeds:
+        chains = held_out(given, seed)
+        surprised = known.get(seed) or {"kind": "reviews", "arm": SURPRISE, "seed": seed, **surprise(given, seed, chains)}
+        add(**surprised)
         for arm in (PLAIN, *given.arms):
             model = given.sft if arm == PLAIN else critic(given, arm, seed)
-            add(kind="reviews", arm=arm, seed=seed, figures=reviews(given, arm, seed, model))
+            add(kind="reviews", arm=arm, seed=seed, figures=reviews(given, arm, seed, model, chains))
             if arm == given.arms[0]:
-                files = list(answers(given, seed, {PLAIN: given.sft, "critic": model}))
+                files = list(answers(given, seed, model, surprised["threshold"]))
                 add(kind="answers", arm=arm, seed=seed, files=[str(path) for path in files], figures={
-                    "/".join((path.parent.name, path.stem)): scoring.summary([row for _, row in read_rows(path)]) for path in files})
+                    f"{path.parent.name}/{path.stem}": scoring.summary([row for _, row in read_rows(path)]) for path in files})
     say("\n" + report(lines))
 
 
@@ -225,7 +269,7 @@ def report(lines: Sequence[Mapping[str, Any]]) -> str:
             found.setdefault((chains, line["arm"], words), []).append(figures)
     shown = ("exact", "located", "precision", "recall", "no mistake", "frequent", "tokens", "too_long")
     kinds = {strategy: kind for kind, strategy in WORDS.items()}
-    rows = [[chains, arm, kinds[words], str(sum(seed["n"] for seed in seeds)),
+    rows = [[chains, arm, kinds.get(words, "-"), str(sum(seed["n"] for seed in seeds)),
              *(mean([seed[key] for seed in seeds if seed[key] is not None]) if any(seed[key] is not None for seed in seeds) else "-"
                for key in shown)] for (chains, arm, words), seeds in sorted(found.items())]
     cells: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
