@@ -63,7 +63,7 @@ def study(model_folder, tmp_path, monkeypatch):
 def test_the_study_on_a_random_model(study, tmp_path, capsys):
     started = study("--arms", "planted", "results")
     shown = capsys.readouterr().out
-    assert "budget: 2 critics trained on 50 dialogues, 4 sets of reviews, 1 of answers" in shown
+    assert "budget: 2 critics trained on 50 dialogues, 4 sets of reviews, 2 of answers" in shown
     assert [name for name, _ in started] == ["evaluation", "sft", "evaluation", "sft", "evaluation"]
     critics = [config for name, config in started if name == "sft"]
     assert {c.parents["pretrain"] for c in critics} == {str(tmp_path / "sft")} and {c.num_rows for c in critics} == {50}
@@ -73,15 +73,19 @@ def test_the_study_on_a_random_model(study, tmp_path, capsys):
                                              for row in rows)[False] <= 38
     lines = [json.loads(line) for line in (tmp_path / "runs/study_critique.jsonl").read_text().splitlines()]
     assert [(line["kind"], line["arm"]) for line in lines] == [
-        ("reviews", SURPRISE), ("reviews", PLAIN), ("reviews", "planted"), ("answers", "planted"), ("reviews", "results")]
+        ("reviews", SURPRISE), ("reviews", PLAIN), ("answers", PLAIN), ("reviews", "planted"), ("answers", "planted"),
+        ("reviews", "results")]
     asked_for = {f"{sort}_{task}" for sort in ARMS for task in TASKS}
     assert set(lines[1]["figures"]) == {f"{name}.{words}" for name in (*asked_for, "bigbench") for words in ("direct", "zero_shot_cot")}
     assert all(f["n"] == 6 for name, f in lines[1]["figures"].items() if not name.startswith("bigbench"))
-    assert len(lines[3]["files"]) == len(TASKS) * (5 + 8) and "critic/chained_variables.sampled verifier" in lines[3]["figures"]
-    assert "| bigbench | none | direct | 1 |" in shown and "| word_problems, critic | accuracy |" in shown
+    for line, own in ((lines[2], ["surprise"]), (lines[4], ["worked", "bare"])):
+        redone = [*own, "verifier"]
+        assert set(line["figures"]) == {f"{task}.{name}" for task in TASKS for name in (
+            "zero_shot_cot", "self_consistency", "self_refine", *redone, *(f"sampled {name}" for name in redone))}
+    assert "| bigbench | none | direct | 1 |" in shown and "| word_problems, critic planted | accuracy |" in shown
 
-    before = {path: path.stat().st_mtime_ns for path in map(Path, lines[3]["files"])}
-    Path(lines[3]["files"][0]).unlink()
+    before = {path: path.stat().st_mtime_ns for path in map(Path, lines[4]["files"])}
+    Path(lines[4]["files"][0]).unlink()
     study("--arms", "planted", "results")  # the same command goes on: what is there stays, and the figures are the same
     assert [json.loads(line) for line in (tmp_path / "runs/study_critique.jsonl").read_text().splitlines()] == lines
     assert [path.stat().st_mtime_ns == time for path, time in before.items()] == [False] + [True] * (len(before) - 1)

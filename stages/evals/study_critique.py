@@ -5,16 +5,16 @@
 Critics are SFT models taught further, on reviews of chains (worked and bare) and on the ordinary dialogues, so that one set of weights
 answers and reviews. Arms differ in the chains reviewed: errors of all kinds planted by program, wrong results alone, or the SFT model's
 own samples, judged by the program. Each critic reviews held-out chains of each sort, and so does a critic without training: the SFT
-model's own surprise, which finds the first step with a token less likely than a threshold. The critic of the first arm then reviews its
-own answers to test problems, beside self-refine, surprise, a vote of as many tokens, and a verifier in the critic's place. Every run is
-a folder in `--runs` and a JSON line in `--out`; the same command continues where it was.
+model's own surprise, which finds the first step with a token less likely than a threshold. The SFT model by its surprise and the critic
+of the first arm then redo their own answers to test problems, beside self-refine, a vote of as many tokens, and a verifier in the
+critic's place. Every run is a folder in `--runs` and a JSON line in `--out`; the same command continues where it was.
 """
 import argparse
 import itertools
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ THRESHOLDS = [-k / 4 for k in range(1, 25)]  # nats
 WORDS = {DIRECT: "direct", WORKED: "zero_shot_cot"}  # strategies of stages.evaluation that ask for either review
 REVIEW_TOKENS = {WORKED: 160, DIRECT: 16}  # a worked review is longer than what it reviews
 SAMPLES_FOR_OWN = 4  # chains drawn for each one wanted, as four in five are right
-ASSUMED_TRAINING_S, ASSUMED_REVIEW_S, ASSUMED_ANSWERS_S = 300, 120, 240  # on two CPU cores, for the budget alone
+ASSUMED_TRAINING_S, ASSUMED_REVIEW_S, ASSUMED_ANSWERS_S = 300, 100, 120  # on two CPU cores, for the budget alone
 
 Chains = list[tuple[dict[str, Any], list[str]]]
 
@@ -57,7 +57,8 @@ Chains = list[tuple[dict[str, Any], list[str]]]
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m stages.evals.study_critique", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of problems, planting, training and sampling")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="chains that critics are trained on")
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS),
+                        help="chains that critics are trained on (without any: no critic)")
     parser.add_argument("--critiques", type=int, default=6000, help="reviews that a critic is trained on")
     parser.add_argument("--replay", type=int, default=1500, help="ordinary dialogues mixed in")
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over both")
@@ -198,8 +199,9 @@ def found(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "tokens": sum(r["cost"]["generated_tokens"] for r in records) / len(records)}
 
 
-def asked(given: argparse.Namespace, backend: LocalModel, threshold: float) -> dict[str, dict[str, Callable[[dict], Strategy]]]:
-    """The strategies, by model; `backend` is the plain one's."""
+def asked(given: argparse.Namespace, backend: LocalModel, threshold: float | None) -> dict[str, Callable[[dict], Strategy]]:
+    """The strategies of the plain model, whose surprise has a threshold, or of a critic. Each that redoes begins with a greedy answer
+    and with a sampled one."""
     style, draws = style_of(), {"temperature": 1.0}
     redo = partial(critique_redo, style=style, rounds=given.rounds, **draws)
 
@@ -207,44 +209,47 @@ def asked(given: argparse.Namespace, backend: LocalModel, threshold: float) -> d
         return redo(row, find=partial(first_wrong, row), **more)
 
     def surprised(row: dict, **more: Any) -> Strategy:
-        return redo(row, find=lambda steps: below(least_likely(backend, row["question"], steps), threshold), **more)
+        def find(steps: Sequence[str]) -> int | None:  # what states no answer is drawn again from its beginning
+            stated = bool(steps) and steps[-1].startswith("The answer is")
+            return below(least_likely(backend, row["question"], steps), threshold or 0.0) if stated else 0
 
-    def both(**found: Callable[..., Strategy]) -> dict[str, Callable[[dict], Strategy]]:
-        return found | {f"sampled {name}": partial(make, sampled=True) for name, make in found.items()}
+        return redo(row, find=find, **more)
 
-    usual: dict[str, Callable[[dict], Strategy]] = {
-        "zero_shot_cot": partial(strategies.zero_shot_cot, style=style),
-        "self_consistency": partial(strategies.self_consistency, style=style, n=given.num_samples, **draws)}
-    return {PLAIN: usual | {"self_refine": partial(self_refine, style=style_of(96), rounds=given.rounds)} | both(surprise=surprised),
-            "critic": usual | both(worked=redo, bare=partial(redo, kind=DIRECT), verifier=verified)}
+    own: dict[str, Callable[..., Strategy]] = {SURPRISE: surprised} if threshold else {"worked": redo, "bare": partial(redo, kind=DIRECT)}
+    redone = own | {"verifier": verified}
+    return {"zero_shot_cot": partial(strategies.zero_shot_cot, style=style),
+            "self_consistency": partial(strategies.self_consistency, style=style, n=given.num_samples, **draws),
+            "self_refine": partial(self_refine, style=style_of(96), rounds=given.rounds),
+            **redone, **{f"sampled {name}": partial(make, sampled=True) for name, make in redone.items()}}
 
 
-def answers(given: argparse.Namespace, seed: int, critic: str, threshold: float) -> Iterator[Path]:
-    """Files of records, one a model, family and strategy; those that are there are not made again."""
-    backends = {PLAIN: loaded(given.sft, seed), "critic": loaded(critic, seed)}
-    for name, made in asked(given, backends[PLAIN], threshold).items():
-        for task, (strategy, make) in itertools.product(TASKS, made.items()):
-            path = given.runs / f"answers-{seed}" / name / f"{task}.{strategy}.jsonl"
-            if not path.is_file():
-                rows = fresh("test", [task], seed + 500, given.problems)
-                solved = solve([make(row) for row in rows], backends[name], batch_size=1024)
-                scoring.write_records(path, [{**scoring.record(row, solution), "id": f"{seed}/{row['id']}"}
-                                             for row, solution in zip(rows, solved, strict=True)])
-            yield path
+def answers(given: argparse.Namespace, arm: str, seed: int, model: str, threshold: float | None) -> dict[str, Any]:
+    """Figures of one model's answers, and the files of their records, one a family and strategy; what is there is not asked again."""
+    backend, files, figures = loaded(model, seed), [], {}
+    for task, (strategy, make) in itertools.product(TASKS, asked(given, backend, threshold).items()):
+        path = given.runs / f"answers-{arm}-{seed}" / f"{task}.{strategy}.jsonl"
+        if not path.is_file():
+            rows = fresh("test", [task], seed + 500, given.problems)
+            solved = solve([make(row) for row in rows], backend, batch_size=1024)
+            scoring.write_records(path, [{**scoring.record(row, solution), "id": f"{seed}/{row['id']}"}
+                                         for row, solution in zip(rows, solved, strict=True)])
+        files.append(str(path))
+        figures[path.stem] = scoring.summary([row for _, row in read_rows(path)])
+    return {"files": files, "figures": figures}
 
 
 def study(given: argparse.Namespace) -> None:
-    runs = len(given.arms) * len(given.seeds)
-    seconds = runs * (ASSUMED_TRAINING_S + ASSUMED_REVIEW_S) + len(given.seeds) * (2 * ASSUMED_REVIEW_S + ASSUMED_ANSWERS_S)
-    say(f"budget: {runs} critics trained on {given.critiques + given.replay} dialogues, {runs + 2 * len(given.seeds)} sets of reviews, "
-        f"{len(given.seeds)} of answers, about {clock(seconds)}")
+    runs, reviewers = len(given.arms) * len(given.seeds), (len(given.arms) + 2) * len(given.seeds)
+    answerers = len(given.seeds) * (1 + bool(given.arms))
+    say(f"budget: {runs} critics trained on {given.critiques + given.replay} dialogues, {reviewers} sets of reviews, {answerers} of "
+        f"answers, about {clock(runs * ASSUMED_TRAINING_S + reviewers * ASSUMED_REVIEW_S + answerers * ASSUMED_ANSWERS_S)}")
     out, lines = given.out or given.runs / "study_critique.jsonl", []
     known = {line["seed"]: line for _, line in read_rows(out) if line["arm"] == SURPRISE} if out.is_file() else {}
 
     def add(**line: Any) -> None:
         lines.append(line)
         scoring.write_records(out, [*lines, *(line for seed, line in known.items() if seed not in {line["seed"] for line in lines})])
-        say(f"{len(lines)} of {runs + 3 * len(given.seeds)} runs")
+        say(f"{len(lines)} of {reviewers + answerers} runs")
 
     for seed in given.seeds:
         chains = held_out(given, seed)
@@ -253,10 +258,9 @@ def study(given: argparse.Namespace) -> None:
         for arm in (PLAIN, *given.arms):
             model = given.sft if arm == PLAIN else critic(given, arm, seed)
             add(kind="reviews", arm=arm, seed=seed, figures=reviews(given, arm, seed, model, chains))
-            if arm == given.arms[0]:
-                files = list(answers(given, seed, model, surprised["threshold"]))
-                add(kind="answers", arm=arm, seed=seed, files=[str(path) for path in files], figures={
-                    f"{path.parent.name}/{path.stem}": scoring.summary([row for _, row in read_rows(path)]) for path in files})
+            if arm in (PLAIN, *given.arms[:1]):
+                add(kind="answers", arm=arm, seed=seed,
+                    **answers(given, arm, seed, model, surprised["threshold"] if arm == PLAIN else None))
     say("\n" + report(lines))
 
 
@@ -273,13 +277,13 @@ def report(lines: Sequence[Mapping[str, Any]]) -> str:
              *(mean([seed[key] for seed in seeds if seed[key] is not None]) if any(seed[key] is not None for seed in seeds) else "-"
                for key in shown)] for (chains, arm, words), seeds in sorted(found.items())]
     cells: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
-    for path in (Path(path) for line in lines if line["kind"] == "answers" for path in line["files"]):
+    for arm, path in ((line["arm"], Path(path)) for line in lines if line["kind"] == "answers" for path in line["files"]):
         task, strategy = path.stem.split(".")
-        cells.setdefault((task, path.parent.name), {}).setdefault(strategy, []).extend(row for _, row in read_rows(path))
+        cells.setdefault((task, arm), {}).setdefault(strategy, []).extend(row for _, row in read_rows(path))
     return "\n\n".join([markdown(["chains", "critic", "review", "n", *shown], rows), *(
-        markdown([f"{task}, {model}", "accuracy", "tokens a question", "mended", "broken", "less its first answer",
+        markdown([f"{task}, critic {arm}", "accuracy", "tokens a question", "mended", "broken", "less its first answer",
                   "less a vote of as many tokens", "chains in that vote", "too long"], bought(made))
-        for (task, model), made in cells.items())])
+        for (task, arm), made in cells.items())])
 
 
 def bought(cells: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
