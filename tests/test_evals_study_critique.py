@@ -82,7 +82,7 @@ def test_the_study_on_a_random_model(study, tmp_path, capsys):
     for line, own in ((lines[2], ["surprise"]), (lines[4], ["worked", "bare"])):
         redone = [*own, "verifier"]
         assert set(line["figures"]) == {f"{task}.{name}" for task in TASKS for name in (
-            "zero_shot_cot", "self_consistency", "self_refine", *redone, *(f"sampled {name}" for name in redone))}
+            "zero_shot_cot", "self_consistency", "self_refine", *redone, *(f"sampled_{name}" for name in redone))}
     assert "| bigbench | none | direct | 1 |" in shown and "| word_problems, critic planted | accuracy |" in shown
 
     before = {path: path.stat().st_mtime_ns for path in map(Path, lines[4]["files"])}

@@ -220,7 +220,7 @@ def asked(given: argparse.Namespace, backend: LocalModel, threshold: float | Non
     return {"zero_shot_cot": partial(strategies.zero_shot_cot, style=style),
             "self_consistency": partial(strategies.self_consistency, style=style, n=given.num_samples, **draws),
             "self_refine": partial(self_refine, style=style_of(96), rounds=given.rounds),
-            **redone, **{f"sampled {name}": partial(make, sampled=True) for name, make in redone.items()}}
+            **redone, **{f"sampled_{name}": partial(make, sampled=True) for name, make in redone.items()}}
 
 
 def answers(given: argparse.Namespace, arm: str, seed: int, model: str, threshold: float | None) -> dict[str, Any]:
