@@ -116,7 +116,7 @@ study-alarms: setup ## alarms of reward hacking: lead before the gold peak, fals
 study-curves: setup ## PPO's curves in a sound run and with one thing broken at a time: 17 runs (25 minutes; needs make prepare)
 	$(PY) -m stages.evals.study_curves $(ARGS)
 
-study-critique: setup ## can a model find the first wrong step, and does that help its answers (two hours; needs make sft)
+study-critique: setup ## can a model find the first wrong step, and does that help its answers (over an hour; needs make sft)
 	$(PY) -m stages.evals.study_critique $(ARGS)
 
 bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, and TRL's own trainer (needs make prepare)
