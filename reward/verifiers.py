@@ -7,11 +7,11 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from prompts.answers import equal, extract, normalize
+from prompts.critique import split_steps
 from reward import puzzles
 
 STEP_WEIGHT, FAULT_WEIGHT = 0.5, 0.1
 ANSWER_SENTENCE = re.compile(r"The answer is\s+(\S.*?)\.(?=\s|$)")
-SENTENCE_END = re.compile(r"(?<=\.)\s+")
 
 
 class GoldScore(NamedTuple):
@@ -21,11 +21,6 @@ class GoldScore(NamedTuple):
     correct: bool
     steps_right: float
     faults: tuple[str, ...]
-
-
-def split_steps(text: str) -> list[str]:
-    """Sentences of a worked solution, white space normalised. A period inside a number does not end a sentence."""
-    return [" ".join(s.split()) for s in SENTENCE_END.split(text.strip()) if s.strip()]
 
 
 def share_of_steps(steps: Sequence[str], solution: Sequence[str]) -> float:

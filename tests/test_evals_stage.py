@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from prompts import strategies
-from prompts.critique import self_refine
+from prompts.critique import critique_redo, self_refine
 from prompts.records import Request, Result
 from prompts.search import Search, tree_of_thought
 from prompts.templates import DIRECT, WORKED, Style
@@ -44,13 +44,13 @@ def test_solutions_do_not_depend_on_order_batches_or_processes(model_folder, row
         return [strategies.self_consistency(row, CHAT, n=3, temperature=1.0),
                 strategies.self_consistency(row, PLAIN, n=4, temperature=1.0, stop="beta:0.9"),
                 strategies.two_stage_cot(row, PLAIN), strategies.best_of_n(row, CHAT, n=3, temperature=1.0),
-                self_refine(row, CHAT, rounds=1),
+                self_refine(row, CHAT, rounds=1), critique_redo(row, CHAT, rounds=1, temperature=1.0, find=lambda steps: len(steps) // 2),
                 tree_of_thought(row, PLAIN, puzzle, Search(judge="value", width=2, beam=2, depth=2, judgements=2))]
 
     def run(order, batch_size, seed=3):
         backend = LocalModel(model_folder, seed=seed, batch_size=batch_size)
         solved = solve([s for i in order for s in make(rows[i])], backend, batch_size=2 * batch_size, judge=judge)
-        return {i: solved[6 * at:6 * at + 6] for at, i in enumerate(order)}
+        return {i: solved[7 * at:7 * at + 7] for at, i in enumerate(order)}
 
     order = list(range(6))
     first = run(order, 64)

@@ -77,6 +77,9 @@ def test_parents_of_different_pipelines_are_refused_and_the_repair_in_order_is_n
     Run(second).finish(metrics={})
     Run(third).finish(metrics={})
     assert Run(third).finished
+    further = build_config(Second, {"run_dir": str(tmp_path / "further"), "parents": {"first": folders["second"]}})
+    Run(further).finish(metrics={})  # a run in the place of what it was made from: the same stage once more on its product
+    assert Run(further).finished
 
 
 def test_the_recipes_that_read_runs_of_another_recipe_agree_about_them(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from prompts.answers import normalize
+from prompts.critique import first_wrong_question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +131,9 @@ def _mistake(record: dict) -> dict:
         raise ValueError("steps is not a list of texts")
     if index is not None and not (type(index) is int and 0 <= index < len(steps)):
         raise ValueError(f"mistake_index is {index!r}, but the steps are 0 to {len(steps) - 1} (null: no mistake)")
-    shown = "\n".join(f"Step {i}: {step}" for i, step in enumerate(steps))
-    question = (f"{record['input'].strip()}\n{shown}\nWhich step is the first wrong one? Answer with its number, or with \"no mistake\" "
-                "when every step is right.")
-    return {"question": question, "answer": "no mistake" if index is None else str(index), "answer_type": "string", "steps": list(steps),
-            "mistake_index": index, "traced": record["input"], "target": str(record["target"])}
+    return {"question": first_wrong_question(record["input"], steps), "answer": "no mistake" if index is None else str(index),
+            "answer_type": "string", "steps": list(steps), "mistake_index": index, "traced": record["input"],
+            "target": str(record["target"])}
 
 
 def _game24(record: dict) -> dict:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from prompts import strategies
 from prompts.allocation import budgeted
-from prompts.critique import self_refine
+from prompts.critique import critique_redo, self_refine
 from prompts.records import Request, Strategy
 from prompts.search import Puzzle, Search, check_search, tree_of_thought
 from prompts.templates import DIRECT, WORKED, Style
@@ -35,7 +35,8 @@ from stages.run.manifest import Run, hash_data, is_main, say
 MODELS = {"base": ("pretrain", False), "base_chat": ("pretrain", True), "sft": ("sft", True), "ppo": ("ppo", True),
           "endpoint": ("", True)}  # run, chat
 USUAL = ("direct", "few_shot", "zero_shot_cot", "few_shot_cot", "self_consistency")
-STRATEGIES = (*USUAL, "two_stage_cot", "adaptive_consistency", "weighted_vote", "best_of_n", "budgeted", "self_refine", "tree_of_thought")
+STRATEGIES = (*USUAL, "two_stage_cot", "adaptive_consistency", "weighted_vote", "best_of_n", "budgeted", "self_refine",
+              "critique_redo", "tree_of_thought")
 PROBE = 50  # prompts measured to foresee the tokens of all
 ENDPOINT_SETTINGS = inspect.signature(Endpoint).parameters.keys() - {"seed"}
 Cell = tuple[str, str, str]  # model, task, strategy
@@ -55,7 +56,7 @@ class AskingConfig(StageConfig):
     round_size: int | None = option(None, "draw chains in rounds and stop when settled (then no figure for one sampled chain)")
     stop: str = option("beta:0.95", "adaptive_consistency: beta:0.95, window:5 or binomial:0.05")
     budget: int = option(256, "budgeted: generated tokens a question, on average over a cell")
-    refine_rounds: int = option(2, "self_refine: reviews at most")
+    refine_rounds: int = option(2, "self_refine, critique_redo: reviews at most")
     tree: dict[str, Any] = option({}, "tree_of_thought: order, thoughts, judge, width, beam, depth, threshold, judgements, temperature, "
                                  "nodes")
     step_tokens: int = option(32, "tokens of a thought, a proposal or a valuation")
@@ -173,6 +174,7 @@ def strategy_of(config: AskingConfig, task: Task, chat: bool, name: str) -> Call
             "weighted_vote": sampling(strategies.weighted_vote),
             "best_of_n": sampling(strategies.best_of_n),
             "self_refine": lambda row: self_refine(row, style, rounds=config.refine_rounds),
+            "critique_redo": lambda row: critique_redo(row, style, rounds=config.refine_rounds, temperature=config.temperature),
             "tree_of_thought": tree}[name]
 
 
@@ -186,6 +188,7 @@ def budgeted_of(config: AskingConfig, task: Task, chat: bool, rows: Sequence[dic
 def at_most(config: AskingConfig, row: Mapping[str, Any], name: str) -> tuple[int, int]:
     """(requests, generated tokens) that a strategy asks for one problem at most; of `budgeted`, on average over a cell at most."""
     n, worked, direct = config.num_samples, config.max_tokens_worked, config.max_tokens_direct
+    refined = 1 + 2 * config.refine_rounds
     if name in ("direct", "few_shot"):
         return 1, direct
     if name == "tree_of_thought":
@@ -198,7 +201,7 @@ def at_most(config: AskingConfig, row: Mapping[str, Any], name: str) -> tuple[in
     return {"zero_shot_cot": (1, worked), "few_shot_cot": (1, worked), "two_stage_cot": (2, worked + direct),
             "self_consistency": (n, n * worked), "adaptive_consistency": (n, n * worked), "weighted_vote": (2 * n, n * worked),
             "best_of_n": (2 * n, n * worked), "budgeted": (4 * n, config.budget),
-            "self_refine": (1 + 2 * config.refine_rounds, (1 + 2 * config.refine_rounds) * worked)}[name]
+            "self_refine": (refined, refined * worked), "critique_redo": (refined, refined * worked)}[name]
 
 
 def ask(config: AskingConfig, run_: Run, tasks: Sequence[Task]) -> None:

@@ -104,7 +104,7 @@ def check_parents(parents: Mapping[str, Manifest]) -> None:
     """
     for parent in parents.values():
         for name, fingerprint in parent.data.get("parents", {}).items():
-            if name in parents and parents[name].fingerprint != fingerprint:
+            if name in parents and parents[name] is not parent and parents[name].fingerprint != fingerprint:  # sft on top of sft
                 raise ValueError(f"{parent.path} was made from another {name} than {parents[name].path} now holds: run "
                                  f"`make {parent.path.name} RECIPE={parent.path.parent.name}` again, or set parents.{name} to the run "
                                  "that it was made from")
