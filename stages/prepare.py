@@ -26,7 +26,7 @@ from stages.run.console import Timer, progress
 from stages.run.entry import launch
 from stages.run.manifest import Manifest, Run, hash_data, hash_path, metric, say
 
-BATCH = 1000  # documents tokenised at once
+BATCH = 128  # documents tokenised at once
 FERTILITY_DOCUMENTS = 200  # of each source, in which numbers are looked at
 ADDED = ("weights", "train_bytes", "near_duplicates", "quality", "languages", "decontaminate", "evaluation_sets")
 
@@ -154,7 +154,7 @@ def own_sets(config: PrepareConfig, problems: Path) -> dict[str, list[dict[str, 
 
 
 def find_overlap(config: PrepareConfig, documents: Documents, drops: Drops, sets: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    if config.decontaminate == "off" or set(config.sources) == {"curriculum"}:
+    if config.decontaminate == "off" or set(config.sources) == {"curriculum"} or not sets:
         return {}
     questions = {name: [row["question"] for row in rows] for name, rows in sets.items()}
     found = contamination(documents, drops, questions, passed_over="curriculum", drop=config.decontaminate == "drop")

@@ -22,17 +22,29 @@ import numpy as np
 from datasketch import MinHash
 
 from stages.data.documents import Documents, Drops
-from stages.data.tokenizer import Cache
+from stages.data.quality import STEP, rolling
 from stages.run.console import progress
 
 SHINGLE, SIMILAR, GRAM = 5, 0.8, 13
 BANDS, ROWS = 25, 5  # a pair at Jaccard .8 becomes a candidate with probability 1 - (1 - .8^5)^25 = .99995
 EXAMPLES, SHOWN = 5, 200  # of contamination: how many, and how many characters
+CACHED = 1 << 19  # words whose codes are kept
 BATCH = 1000  # texts whose signatures are written at once
 _WORD = re.compile(r"\w+")
 _WORD_OR_SIGN = re.compile(r"\w+|[-+*/=<>^]")  # 3 + 4 and 3 - 4 are different problems
-_CODES = Cache(lambda word: int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big"))
-_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+class _Codes(dict):
+    """A fixed 64-bit number for each word; it forgets all when it is full."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) > CACHED:
+            self.clear()
+        code = self[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big", signed=True)
+        return code
+
+
+_CODES = _Codes()
 
 
 def words(text: str, pattern: re.Pattern = _WORD) -> list[str]:
@@ -41,13 +53,8 @@ def words(text: str, pattern: re.Pattern = _WORD) -> list[str]:
 
 def grams(said: Sequence[str], size: int) -> np.ndarray:
     """A hash (uint64) of every run of `size` words in order; of fewer words of the one run that there is, of none none."""
-    codes = np.array([_CODES[word] for word in said], dtype=np.uint64)
-    size = min(size, len(codes))
-    if not size:
-        return codes
-    hashed = np.zeros(len(codes) - size + 1, dtype=np.uint64)
-    for i in range(size):
-        hashed = hashed * _STEP + codes[i:len(codes) - size + 1 + i]
+    codes = np.fromiter(map(_CODES.__getitem__, said), dtype=np.int64, count=len(said)).view(np.uint64)
+    hashed = rolling(codes, min(size, len(codes)))
     return hashed ^ hashed >> np.uint64(32)  # the low half is what MinHash reads
 
 
@@ -95,7 +102,7 @@ def _shared_buckets(count: int, shingles: Callable[[int], np.ndarray]) -> Iterab
                     sketch.clear()
                     sketch.update_batch((mine & np.uint64(0xFFFFFFFF)).tolist())
                     for values in sketch.hashvalues.reshape(BANDS, ROWS).astype(np.uint64).T:
-                        block[:, i] = block[:, i] * _STEP + values
+                        block[:, i] = block[:, i] * STEP + values
             for band, column in enumerate(block):
                 os.pwrite(file.fileno(), column.tobytes(), 8 * (band * count + start))
         sharers, buckets, first = [], [], 0

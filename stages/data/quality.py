@@ -14,7 +14,8 @@ import numpy as np
 
 STOP_WORDS = frozenset("the be to of and that have with".split())
 _LETTER = re.compile(r"[^\W\d_]")
-_EDGES = re.compile(r"^\W+|\W+$")
+_WORD = re.compile(r"\w+")
+STEP = np.uint64(0x9E3779B97F4A7C15)  # odd: multiplying by it loses nothing
 LANGUAGE_CHARS = 2000  # of a document, which tell its language
 BULLETS, ELLIPSES = ("•", "-", "*", "‣", "●"), ("...", "…")
 
@@ -58,9 +59,9 @@ class Rules:
             **dict(zip(("max_duplicate_paragraphs", "max_duplicate_paragraph_chars"), _repeated(paragraphs), strict=True))}
         if over := next((rule for rule, share in shares.items() if share > getattr(self, rule)), None):
             return f"quality: {over}"
-        if _share(_LETTER.search(word) is not None for word in words) < self.min_lettered_words:
+        if _share(word.isalpha() or _LETTER.search(word) is not None for word in words) < self.min_lettered_words:
             return "quality: min_lettered_words"
-        if len(STOP_WORDS & {_EDGES.sub("", word.casefold()) for word in words}) < self.min_stop_words:
+        if len(STOP_WORDS & set(_WORD.findall(text.casefold()))) < self.min_stop_words:
             return "quality: min_stop_words"
         return self._repetition(words)
 
@@ -92,15 +93,21 @@ def _in_ngrams(ids: np.ndarray, lengths: np.ndarray, size: int, *, only_top: boo
     """Share of the words' characters in n-grams that come more than once, each character once: in the commonest, or in any."""
     if len(ids) <= size:
         return 0.0
-    windows = np.lib.stride_tricks.sliding_window_view(ids, size)
-    coded = windows @ (np.uint64(0x9E3779B97F4A7C15) ** np.arange(1, size + 1, dtype=np.uint64))  # a hash: equal n-grams, equal codes
-    _, inverse, counts = np.unique(coded, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(rolling(ids, size), return_inverse=True, return_counts=True)
     found = (counts[inverse] > 1) & ((inverse == counts.argmax()) | (not only_top))
     covered = np.zeros(len(ids) + 1, dtype=np.int64)
     covered[:len(found)] += found
     covered[size:] -= found
     inside = np.cumsum(covered[:-1]) > 0
     return float(lengths[inside].sum() / lengths.sum())
+
+
+def rolling(codes: np.ndarray, size: int) -> np.ndarray:
+    """A hash (uint64) of every run of `size` codes in order."""
+    hashed = np.zeros(max(0, len(codes) - size + 1) if size else 0, dtype=np.uint64)
+    for i in range(size):
+        hashed = hashed * STEP + codes[i:len(codes) - size + 1 + i]
+    return hashed
 
 
 def language_fault(languages: Collection[str]) -> Callable[[str], str | None]:

@@ -3,11 +3,9 @@
 How numbers are split is an option because it decides what arithmetic costs: `whole` keeps a number's digits in one
 pre-token (BPE may then learn it as one token), `digits` makes each digit its own. LOG.md has the measurement.
 """
-import itertools
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import regex
@@ -31,20 +29,7 @@ CHAT_TEMPLATE = (
     "{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}")
 
-CACHED = 1 << 19
-
-
-class Cache(dict):
-    """What a function gives, by its argument; looked up twice as fast as `functools.lru_cache`. It forgets all when it is full."""
-
-    def __init__(self, function: Callable[[str], Any]):
-        self.function = function
-
-    def __missing__(self, key: str) -> Any:
-        if len(self) >= CACHED:
-            self.clear()
-        value = self[key] = self.function(key)
-        return value
+CACHED = 1 << 19  # pieces of text whose ids are kept
 
 
 def pieces(numbers: str) -> str:
@@ -88,11 +73,17 @@ def encoder(tokenizer: PreTrainedTokenizerBase, numbers: str | None) -> Callable
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
     plain.encode_special_tokens = True
     split = regex.compile(pieces(numbers)).findall
-    ids = Cache(lambda piece: tuple(plain.encode(piece, add_special_tokens=False).ids))
+    ids: dict[str, bytes] = {}  # int32: joining bytes is twice as fast as chaining lists
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
-        return [list(itertools.chain.from_iterable(map(ids.__getitem__, split(text)))) if _known(text) else
-                plain.encode(text, add_special_tokens=False).ids for text in texts]
+        cut = [split(text) if _known(text) else [] for text in texts]
+        if len(ids) > CACHED:
+            ids.clear()
+        new = list(set().union(*cut).difference(ids))
+        for piece, found in zip(new, plain.encode_batch_fast(new, add_special_tokens=False), strict=True):
+            ids[piece] = np.array(found.ids, dtype=np.int32).tobytes()
+        return [np.frombuffer(b"".join(map(ids.__getitem__, found)), dtype=np.int32).tolist() if found else
+                plain.encode(text, add_special_tokens=False).ids for text, found in zip(texts, cut, strict=True)]
     return encode
 
 
