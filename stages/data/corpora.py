@@ -94,21 +94,21 @@ def hub_rows(source: str, hub_config: str | None, hub_split: str, *, streaming: 
 def text_pieces(path: Path, *, decode_errors: str = "strict") -> Iterator[str]:
     """A UTF-8 file, gzipped or not, piece by piece. Raises ValueError naming the byte offset when it is not text."""
     decoder = codecs.getincrementaldecoder("utf-8")(decode_errors)
-    read = 0
+    read = start = 0  # bytes read of the file; where what the decoder looks at begins
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             while data := file.read(PIECE):
                 if not read and b"\0" in data:
                     raise ValueError(f"{path} is binary (it has a zero byte at offset {data.index(0)}): give text, jsonl or parquet files")
-                read -= len(decoder.getstate()[0])  # where what the decoder sees now begins
+                start = read - len(decoder.getstate()[0])
+                read += len(data)
                 yield decoder.decode(data)
-                read += len(decoder.getstate()[0]) + len(data)
-            read -= len(decoder.getstate()[0])
+            start = read - len(decoder.getstate()[0])
             yield decoder.decode(b"", final=True)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.object[error.start]:#04x} at offset {read + error.start} is not UTF-8: convert the file "
+        raise ValueError(f"{path}: byte {error.object[error.start]:#04x} at offset {start + error.start} is not UTF-8: convert the file "
                          "(iconv -t UTF-8) or set decode_errors: replace") from None
 
 
