@@ -28,7 +28,7 @@ GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
-	bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval clean
+	bench-prepare bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -115,6 +115,9 @@ study-alarms: setup ## alarms of reward hacking: lead before the gold peak, fals
 
 study-curves: setup ## PPO's curves in a sound run and with one thing broken at a time: 17 runs (25 minutes; needs make prepare)
 	$(PY) -m stages.evals.study_curves $(ARGS)
+
+bench-prepare: setup ## MB/s and tokens/s of preparing 10 MB and 1 GB of text, and the memory it takes (half an hour)
+	$(PY) -m stages.evals.bench_prepare $(ARGS)
 
 bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, and TRL's own trainer (needs make prepare)
 	$(PY) -m stages.evals.bench_sft $(ARGS)
