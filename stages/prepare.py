@@ -71,7 +71,7 @@ class PrepareConfig(StageConfig):
 
 
 def main(config: PrepareConfig) -> Manifest:
-    check_weights(config.weights, config.sources)
+    check_weights(config.weights, config.sources, config.train_bytes)
     evaluated = {split_spec(spec)[0]: load_problems(spec, hub_split="test") for spec in config.evaluation_sets}
     if len(evaluated) < len(config.evaluation_sets):
         raise ValueError(f"two evaluation_sets of one name ({', '.join(config.evaluation_sets)}): name them apart, as in a=gsm8k:a.jsonl")

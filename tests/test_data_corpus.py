@@ -233,8 +233,9 @@ def test_the_fast_encoder_gives_what_the_tokenizer_gives():
 
 def test_a_special_token_in_a_text_is_plain_text():
     tokenizer = train_tokenizer([PROSE], vocab_size=300)
-    [ids] = encoder(tokenizer, "whole")(["a<|endoftext|>b"])
-    assert tokenizer.eos_token_id not in ids and tokenizer.decode(ids) == "a<|endoftext|>b"
+    for text in ("a<|endoftext|>b", "a<|endoftext|>\U0001f200"):  # the second has a character that Unicode 16 does not know
+        [ids] = encoder(tokenizer, "whole")([text])
+        assert tokenizer.eos_token_id not in ids and tokenizer.decode(ids) == text
 
 
 def test_the_encoder_forgets_before_it_grows_too_large(monkeypatch):
@@ -345,6 +346,8 @@ def test_the_tokenizer_of_a_mixture_sees_all_its_sources(tmp_path):
     ({"weights": {"WEB": -1}}, "which must be above 0"),
     ({"weights": {"web": 1}}, "weights: 'web' is none of the sources"),
     ({"sources": ["WEB", "CODE"], "weights": {"WEB": 1}}, "weights: .*code.jsonl has none; give every source one"),
+    ({"train_bytes": 100}, "train_bytes 100 divides text by weights: give every source one in weights"),
+    ({"train_bytes": -1, "weights": {"WEB": 1}}, "train_bytes -1 .*: give a number above 0"),
     ({"weights": {"WEB": 1}, "heldout_share": 1.0}, "has a weight but no training document"),
     ({"quality": {"min_word": 3}}, "quality: unknown key 'min_word', did you mean 'min_words'"),
     ({"quality": {"min_words": "many"}}, "quality: min_words: got 'many'"),

@@ -108,7 +108,8 @@ def make_runs(home: Path, stages=STAGES) -> Path:
     content = {
         "prepare": {"metrics": {"kept_share": metric(0.925, n=50_000), "bytes_per_token/web/a.txt": metric(3.25, n=1_234_567),
                                 "contamination/gsm8k": metric(0.02, n=1319)}, "notes": {
-            "dropped": {"exact duplicate": 2827}, "sources": {"web/a.txt": {}}, "contamination": {"gsm8k": {}}, "kinds": {"worked": 17_946, "direct": 9839}, "row_length": 512}, "counts": {
+            "dropped": {"exact duplicate": 2827}, "sources": {"web/a.txt": {}}, "contamination": {"gsm8k": {}},
+            "kinds": {"worked": 17_946, "direct": 9839}, "row_length": 512}, "counts": {
             "vocabulary": 620, "documents": 46_239, **{f"{p}_{k}": n for p in ("train", "heldout") for k, n in (
                 ("documents", 33_791), ("rows", 4207), ("tokens", 2_136_881))}}},
         "scaling": {"metrics": {"predicted_loss": metric(value, n=12, ci95=ends), "holdout_error": metric(0.011, n=3),

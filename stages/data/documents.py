@@ -176,8 +176,7 @@ def mixture(documents: Documents, weights: Mapping[str, float], total_bytes: int
 
     A source with less text than its share is repeated, one with more gives a random part: the whole number of its epochs for every
     document and one more for some. `total_bytes` is the text to make; 0: as much as the sources hold. Held-out documents and those of an
-    easy beginning are taken once. Raises ValueError for weights that are not above 0, miss a source or name none, and for a source
-    without training text.
+    easy beginning are taken once. Raises ValueError for a source without training text.
     """
     columns = documents.columns
     training = (columns["heldout"] == 0) & (columns["easy"] == 0)
@@ -197,8 +196,11 @@ def mixture(documents: Documents, weights: Mapping[str, float], total_bytes: int
     return times, epochs
 
 
-def check_weights(weights: Mapping[str, float], sources: Sequence[str]) -> None:
-    """Raises ValueError for weights that are not above 0, leave out a source, or name none."""
+def check_weights(weights: Mapping[str, float], sources: Sequence[str], total_bytes: int) -> None:
+    """Raises ValueError for weights that are not above 0, leave out a source or name none, and for a total that nothing divides."""
+    if total_bytes < 0 or (total_bytes and not weights):
+        raise ValueError(f"train_bytes {total_bytes:,} divides text by weights: " + (
+            "give every source one in weights, or leave it out" if total_bytes > 0 else "give a number above 0, or leave it out"))
     for source, weight in weights.items():
         if source not in sources:
             raise ValueError(f"weights: {source!r} is none of the sources {', '.join(sources)}")
