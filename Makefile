@@ -27,8 +27,8 @@ GROUP_ppo := rlhf
 GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
-	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves study-critique \
-	bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval clean
+	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
+	study-critique bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -118,6 +118,9 @@ study-curves: setup ## PPO's curves in a sound run and with one thing broken at 
 
 study-critique: setup ## can a model find the first wrong step, and does that help its answers (over an hour; needs make sft)
 	$(PY) -m stages.evals.study_critique $(ARGS)
+
+bench-prepare: setup ## MB/s and tokens/s of preparing 10 MB and 1 GB of text, and the memory it takes (half an hour)
+	$(PY) -m stages.evals.bench_prepare $(ARGS)
 
 bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, and TRL's own trainer (needs make prepare)
 	$(PY) -m stages.evals.bench_sft $(ARGS)

@@ -4,21 +4,31 @@
 """
 import itertools
 import json
-import random
+import shutil
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from datasets import Dataset, disable_progress_bars
+import numpy as np
+from datasets import disable_progress_bars
 
 from stages.data import corpora, curriculum, entropy
-from stages.data.packing import pack, to_dataset
-from stages.data.tokenizer import CHAT_TEMPLATE, train_tokenizer
-from stages.run.config import StageConfig, option
-from stages.run.console import progress
+from stages.data.documents import Documents, Drops, check_sources, check_weights, gather, in_order, mixture, texts
+from stages.data.overlap import contamination, drop_near_duplicates
+from stages.data.packing import pack, save_rows
+from stages.data.problems import load_problems, read_problems, split_spec
+from stages.data.quality import Rules, language_fault
+from stages.data.tokenizer import CHAT_TEMPLATE, encoder, fertility, hash_tokenizer, train_tokenizer
+from stages.run.config import StageConfig, fill, option
+from stages.run.console import Timer, progress
 from stages.run.entry import launch
 from stages.run.manifest import Manifest, Run, hash_data, hash_path, metric, say
+
+BATCH = 128  # documents tokenised at once
+FERTILITY_DOCUMENTS = 200  # of each source, in which numbers are looked at
+ADDED = ("weights", "train_bytes", "near_duplicates", "quality", "languages", "decontaminate", "evaluation_sets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,85 +54,138 @@ class PrepareConfig(StageConfig):
     tokenizer_documents: int = option(20_000, "documents the tokenizer is trained on")
     kind_documents: int = option(300, "held-out documents of each kind, measured apart where there are several kinds")
     row_length: int = option(512, "tokens a packed row; the context length of pretraining")
+    weights: dict[str, float] = option({}, "by source, its share of the training text: less than it has is a sample, more repeats it")
+    train_bytes: int = option(0, "training text that a mixture by weights makes (0: as much as its sources hold)")
+    near_duplicates: Literal["keep", "drop"] = option("keep", "drop documents that nearly repeat an earlier one (MinHash)")
+    quality: dict[str, Any] | None = option(None, "drop what does not read like text: {} for the rules of Gopher, {rule: threshold} to "
+                                            "change some (docs/corpus.md)")
+    languages: list[str] = option([], "keep documents in these languages, as [en, de] (empty: all; needs py3langid)")
+    decontaminate: Literal["off", "report", "drop"] = option("report", "training documents that hold a question of an evaluation set: "
+                                                             "count and show them, drop them too, or do not look")
+    evaluation_sets: list[str] = option([], "sets to look for beside the recipe's own problems, as format:source", recorded_only=True)
+
+    def fingerprinted(self) -> dict[str, Any]:
+        """What a setting that came later was before it came does not count: runs from before stay finished."""
+        standard = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
+        return {name: value for name, value in super().fingerprinted().items() if name not in ADDED or value != standard[name]}
 
 
 def main(config: PrepareConfig) -> Manifest:
+    check_weights(config.weights, config.sources, config.train_bytes)
+    evaluated = {split_spec(spec)[0]: load_problems(spec, hub_split="test") for spec in config.evaluation_sets}
+    if len(evaluated) < len(config.evaluation_sets):
+        raise ValueError(f"two evaluation_sets of one name ({', '.join(config.evaluation_sets)}): name them apart, as in a=gsm8k:a.jsonl")
     generator = {"curriculum": hash_path(Path(curriculum.__file__)), "entropy": hash_path(Path(entropy.__file__)),
                  "chat_template": hash_data(CHAT_TEMPLATE)}
-    run = Run(config, inputs=generator | corpora.hash_inputs(config.sources) | hash_tokenizer(config.tokenizer))
+    run = Run(config, inputs=generator | corpora.hash_inputs(config.sources) | hash_tokenizer(config.tokenizer)
+              | {f"evaluation set {name}": hash_data(rows) for name, rows in evaluated.items()})
     if run.finished:
         return run.manifest
     disable_progress_bars()
-
-    drops = corpora.Drops()
-    documents = list(progress(read(config, drops), "reading"))
-    for line in drops.lines():
-        say(line)
-    if not documents:
-        raise ValueError(f"no document is left of {', '.join(config.sources)}: see what was dropped above")
-
-    tokenizer = make_tokenizer(config, [d["text"] for d in documents if not d["heldout"]])
-    tokenizer.save_pretrained(run.directory / "tokenizer")
-    say(f"tokenizer: {len(tokenizer)} tokens, numbers {config.numbers}")
-
-    random.Random(config.seed).shuffle(documents)
-    counts: dict[str, int] = {"vocabulary": len(tokenizer), "documents": len(documents)}
-    kinds: Counter[str] = Counter()
-    parts = {"train-easy": ("easy", False), "train": ("main", False), "heldout": ("main", True)}
-    for part, (phase, heldout) in parts.items():
-        texts = [d["text"] for d in documents if d["phase"] == phase and d["heldout"] == heldout]
-        if not texts:
-            if part == "train-easy":
-                continue
-            raise ValueError(f"no document fell into {part}: give more text, or change heldout_share ({config.heldout_share})")
-        dataset = tokens_of(texts, tokenizer, config.row_length, part)
-        dataset.save_to_disk(run.directory / "tokens" / part)
-        counts[f"{part}_documents"], counts[f"{part}_rows"] = len(texts), len(dataset)
-        counts[f"{part}_tokens"] = sum(int((row != tokenizer.pad_token_id).sum()) for row in dataset.with_format("numpy")["input_ids"])
-        filled = counts[f"{part}_tokens"] / (len(dataset) * config.row_length)
-        say(f"{part}: {len(texts):,} documents, {counts[f'{part}_tokens']:,} tokens in {len(dataset):,} rows ({filled:.1%} full)")
-    kinds.update(d["kind"] for d in documents)
-    if len(kinds) > 1:  # the loss on each kind of text shows what a mean hides: which skill came, and when
-        for kind in kinds:
-            texts = [d["text"] for d in documents if d["heldout"] and d["kind"] == kind][:config.kind_documents]
-            if texts:
-                tokens_of(texts, tokenizer, config.row_length, kind).save_to_disk(run.directory / "tokens" / "heldout-kinds" / kind)
+    shutil.rmtree(run.directory / "tokens", ignore_errors=True)  # what a killed attempt left
+    timer = Timer()
 
     write_problems(config, run.directory / "problems")
-    metrics = {"kept_share": metric(len(documents) / drops.read, n=drops.read)}
+    documents, drops = Documents(run.directory), Drops()
+    with timer("reading"):
+        gather(progress(read(config), "reading"), documents, drops, heldout_share=config.heldout_share, min_chars=config.min_chars,
+               faults=faults(config))
+    if config.near_duplicates == "drop":
+        with timer("near-duplicates"):
+            drop_near_duplicates(documents, drops)
+    with timer("contamination"):
+        found = find_overlap(config, documents, drops, evaluated | own_sets(config, run.directory / "problems"))
+    for line in drops.lines():
+        say(line)
+    drops.write(run.directory / "dropped.jsonl")
+    check_sources(config.sources, documents, drops)
+
+    times, epochs = mixture(documents, config.weights, config.train_bytes, config.seed)
+    order = in_order(times, config.seed)
+    with timer("tokenizer"):
+        tokenizer = make_tokenizer(config, documents, order)
+        tokenizer.save_pretrained(run.directory / "tokenizer")
+    say(f"tokenizer: {len(tokenizer)} tokens, numbers {config.numbers}")
+    encode = encoder(tokenizer, None if config.tokenizer else config.numbers)
+    with timer("tokens"):
+        counts, tokens = write_tokens(config, documents, order, tokenizer, encode, run.directory / "tokens")
+    counts = {"vocabulary": len(tokenizer), "documents": len(documents), **counts}
+
+    metrics = {"kept_share": metric(len(documents) / drops.read.total(), n=drops.read.total())}
+    sources = {source: describe(source, documents, order, tokenizer, tokens, metrics) for source in dict.fromkeys(config.sources)}
+    for source, passes in epochs.items():
+        sources[source]["epochs"] = passes
+        say(f"{source}: {passes:.2f} epochs" + ("; warning: beyond 4 repeated text teaches little (Muennighoff et al. 2023): lower its "
+                                                "weight or train_bytes" if passes > 4 else ""))
+    metrics |= {f"contamination/{name}": metric(each["found"] / max(1, each["questions"]), n=each["questions"])
+                for name, each in found.items()}
     if config.sources == ["curriculum"]:
-        texts = [d["text"] for d in documents if d["heldout"] and d["phase"] == "main"]
-        ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(texts)["input_ids"]]
-        metrics["text_entropy"] = metric(entropy.token_nats(ids, entropy.document_nats(config.seed)), n=len(texts))
+        held = order[(documents.columns["heldout"][order] == 1) & (documents.columns["easy"][order] == 0)]
+        ids = [[*row, tokenizer.eos_token_id] for row in encode(list(texts(documents, held)))]
+        metrics["text_entropy"] = metric(entropy.token_nats(ids, entropy.document_nats(config.seed)), n=len(ids))
         say(f"entropy of the generated text: {metrics['text_entropy']['value']:.4f} nats a token, the least mean loss there can be")
+    kinds = Counter(documents.columns["kind"].tolist())
     return run.finish(
         metrics=metrics, counts=counts,
-        products={"tokens": "tokens", "tokenizer": "tokenizer", "problems": "problems"},
-        notes={"dropped": dict(drops.reasons), "kinds": dict(kinds), "row_length": config.row_length})
+        products={"tokens": "tokens", "tokenizer": "tokenizer", "problems": "problems", "dropped": "dropped.jsonl"},
+        notes={"dropped": dict(drops.reasons), "kinds": {documents.names[kind]: count for kind, count in kinds.items()},
+               "row_length": config.row_length, "sources": sources, "contamination": found, "seconds": timer.seconds,
+               "dropped_by_source": {source: dict(reasons) for source, reasons in drops.by_source.items()}})
 
 
-def read(config: PrepareConfig, drops: corpora.Drops):
-    documents = itertools.chain.from_iterable(corpora.read_documents(
-        source, seed=config.seed, num_documents=config.num_documents, num_easy_documents=config.num_easy_documents,
-        text_column=config.text_column, hub_config=config.hub_config, hub_split=config.hub_split,
-        document_chars=config.document_chars, decode_errors=config.decode_errors) for source in config.sources)
-    return corpora.select(documents, drops, heldout_share=config.heldout_share, min_chars=config.min_chars)
+def read(config: PrepareConfig) -> Iterator[dict[str, str]]:
+    for source in config.sources:
+        for document in corpora.read_documents(
+                source, seed=config.seed, num_documents=config.num_documents, num_easy_documents=config.num_easy_documents,
+                text_column=config.text_column, hub_config=config.hub_config, hub_split=config.hub_split,
+                document_chars=config.document_chars, decode_errors=config.decode_errors):
+            yield {**document, "source": source}
 
 
-def hash_tokenizer(source: str | None) -> dict[str, str | None]:
-    """What a tokenizer's folder or hub id holds, for the fingerprint. Weights beside it do not count: they can be gigabytes."""
-    if source is None:
+def faults(config: PrepareConfig) -> list[Callable[[str], str | None]]:
+    rules = [] if config.quality is None else [Rules(**fill(Rules, config.quality, where="quality")).fault]
+    return rules + ([language_fault(config.languages)] if config.languages else [])
+
+
+def own_sets(config: PrepareConfig, problems: Path) -> dict[str, list[dict[str, Any]]]:
+    """The recipe's own problems that are asked but not learned from."""
+    return {f"problems/{split}": read_problems(problems / f"{split}.jsonl") for split in ("validation", "test") if
+            config.num_problems.get(split)}
+
+
+def find_overlap(config: PrepareConfig, documents: Documents, drops: Drops, sets: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    if config.decontaminate == "off" or set(config.sources) == {"curriculum"} or not sets:
         return {}
-    folder = Path(source)
-    if not folder.is_dir():
-        return {"tokenizer": corpora.known_revision(source, "model")}
-    return {"tokenizer": hash_data({str(p.relative_to(folder)): hash_path(p) for p in sorted(folder.rglob("*"))
-                                    if p.is_file() and p.suffix not in (".safetensors", ".bin", ".pt", ".pth", ".gguf")})}
+    questions = {name: [row["question"] for row in rows] for name, rows in sets.items()}
+    found = contamination(documents, drops, questions, passed_over="curriculum", drop=config.decontaminate == "drop")
+    for name, each in found.items():
+        say(f"contamination: {each['found']:,} of {each['questions']:,} questions of {name} stand in {each['documents']:,} "
+            "training documents")
+    return found
 
 
-def make_tokenizer(config: PrepareConfig, texts: list[str]):
+def describe(source: str, documents: Documents, order: np.ndarray, tokenizer: Any, tokens: np.ndarray, metrics: dict[str, Any],
+             ) -> dict[str, Any]:
+    """What a source gave (documents, bytes and tokens as they were written, repeats included), and how the tokenizer cuts its text."""
+    own = order[documents.of(source)[order]]
+    size, count = int(documents.columns["size"][own].sum()), int(tokens[documents.number(source)])
+    metrics[f"bytes_per_token/{source}"] = metric(size / count, n=count)
+    said = f"{source}: {size / count:.2f} bytes a token"
+    if tokenizer.is_fast:
+        pieces, numbers, digits = fertility(tokenizer, list(texts(documents, own[:FERTILITY_DOCUMENTS])))
+        if numbers:
+            metrics[f"tokens_per_number/{source}"] = metric(pieces / numbers, n=numbers)
+            metrics[f"tokens_per_digit/{source}"] = metric(pieces / digits, n=digits)
+            said += f", {pieces / numbers:.2f} tokens a number"
+    say(said)
+    return {"documents": len(own), "bytes": size, "tokens": count}
+
+
+def make_tokenizer(config: PrepareConfig, documents: Documents, order: np.ndarray) -> Any:
     if config.tokenizer is None:
-        return train_tokenizer(texts[:config.tokenizer_documents], vocab_size=config.vocab_size, numbers=config.numbers,
+        candidates = order if config.weights else np.arange(len(documents))  # of a mixture a sample, else the first there are
+        training = candidates[documents.columns["heldout"][candidates] == 0][:config.tokenizer_documents]
+        return train_tokenizer(texts(documents, training), vocab_size=config.vocab_size, numbers=config.numbers,
                                context_length=config.row_length)
     from transformers import AutoTokenizer
 
@@ -133,10 +196,40 @@ def make_tokenizer(config: PrepareConfig, texts: list[str]):
     return tokenizer
 
 
-def tokens_of(texts: list[str], tokenizer, row_length: int, what: str) -> Dataset:
-    batches = (tokenizer(texts[i:i + 1000])["input_ids"] for i in progress(range(0, len(texts), 1000), f"tokens of {what}"))
-    rows = pack(itertools.chain.from_iterable(batches), row_length, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
-    return to_dataset(rows, row_length, vocab_size=len(tokenizer))
+def write_tokens(config: PrepareConfig, documents: Documents, order: np.ndarray, tokenizer: Any, encode: Callable, folder: Path,
+                 ) -> tuple[dict[str, int], np.ndarray]:
+    """Packed rows of each part, and of each kind of held-out text; counts, and tokens by source (end-of-text tokens left out)."""
+    columns, tokens = documents.columns, np.zeros(len(documents.names), dtype=np.int64)
+    counts: dict[str, int] = {}
+
+    def encoded(positions: np.ndarray, what: str) -> Iterator[list[int]]:
+        for at in progress(range(0, len(positions), BATCH), f"tokens of {what}"):
+            batch = positions[at:at + BATCH]
+            rows = encode(list(texts(documents, batch)))
+            np.add.at(tokens, columns["source"][batch], [len(ids) for ids in rows])
+            yield from rows
+
+    def packed(rows: Iterable[list[int]]) -> Iterator[list[int]]:
+        return pack(rows, config.row_length, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
+
+    for part, (easy, heldout) in {"train-easy": (1, 0), "train": (0, 0), "heldout": (0, 1)}.items():
+        positions = order[(columns["easy"][order] == easy) & (columns["heldout"][order] == heldout)]
+        if not len(positions):
+            if part == "train-easy":
+                continue
+            raise ValueError(f"no document fell into {part}: give more text, or change heldout_share ({config.heldout_share})")
+        before = int(tokens.sum())
+        rows = save_rows(packed(encoded(positions, part)), config.row_length, folder / part, vocab_size=len(tokenizer))
+        count = int(tokens.sum()) - before + len(positions)
+        counts |= {f"{part}_documents": len(positions), f"{part}_rows": rows, f"{part}_tokens": count}
+        say(f"{part}: {len(positions):,} documents, {count:,} tokens in {rows:,} rows ({count / (rows * config.row_length):.1%} full)")
+    kinds = np.unique(columns["kind"])
+    for kind in kinds if len(kinds) > 1 else ():  # the loss on each kind of text shows what a mean hides: which skill came, and when
+        chosen = order[(columns["heldout"][order] == 1) & (columns["kind"][order] == kind)][:config.kind_documents]
+        if len(chosen):
+            save_rows(packed(encode(list(texts(documents, chosen)))), config.row_length, folder / "heldout-kinds" / documents.names[kind],
+                      vocab_size=len(tokenizer))
+    return counts, tokens
 
 
 def write_problems(config: PrepareConfig, folder: Path) -> None:

@@ -26,8 +26,8 @@ def everything(folder):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("bad.txt", b"", "no document is left of .*bad.txt: see what was dropped above"),
-    ("bad.txt", b" \n\n \n", "no document is left of"),
+    ("bad.txt", b"", "no document is left of .*bad.txt: it holds none"),
+    ("bad.txt", b" \n\n \n", r"no document is left of .*: all 1 were dropped \(1 empty or too short after cleaning\)"),
     ("bad.txt", b"PK\0\x01", "bad.txt is binary"),
     ("bad.txt", b"abc\xff", "bad.txt: byte 0xff at offset 3 is not UTF-8"),
     ("bad.jsonl", b'{"text": "x"}\nnot json\n', "bad.jsonl, line 2 is not JSON"),

@@ -104,6 +104,15 @@ def test_recipes_that_make_no_problems_ask_none(path):
     assert "validation" in prepare.num_problems or config.probe_prompts == 0
 
 
+@pytest.mark.parametrize("path", RECIPES.glob("*/prepare.yaml"), ids=lambda path: path.parent.name)
+def test_prepare_looks_for_every_set_that_its_recipe_evaluates_on(path):
+    """Told in two files, since prepare must not be out of date whenever another benchmark is asked. The curriculum is disjoint already."""
+    config, other = build_config(config_class("prepare"), read_yaml(path)), path.with_name("evaluation.yaml")
+    if config.sources != ["curriculum"] and other.is_file():
+        asked = build_config(config_class("evaluation"), read_yaml(other)).tasks
+        assert {spec for spec in asked if ":" in spec} <= set(config.evaluation_sets)
+
+
 @pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
 def test_plan_for_engines_that_divide_the_weights(engine, monkeypatch, capsys):
     from stages.plan import PlanConfig, main

@@ -106,8 +106,10 @@ def make_runs(home: Path, stages=STAGES) -> Path:
                          for i in range(40)],
                         best_of_n([[0.0, 1.0, 2.0, 3.0, 4.0]] * 2, [[0.8, 0.7, 0.9, 0.9, 0.9], [0.5, 0.6, 0.7, 0.8, 0.9]]))
     content = {
-        "prepare": {"metrics": {"kept_share": metric(0.925, n=50_000)}, "notes": {
-            "dropped": {"exact duplicate": 2827}, "kinds": {"worked": 17_946, "direct": 9839}, "row_length": 512}, "counts": {
+        "prepare": {"metrics": {"kept_share": metric(0.925, n=50_000), "bytes_per_token/web/a.txt": metric(3.25, n=1_234_567),
+                                "contamination/gsm8k": metric(0.02, n=1319)}, "notes": {
+            "dropped": {"exact duplicate": 2827}, "sources": {"web/a.txt": {}}, "contamination": {"gsm8k": {}},
+            "kinds": {"worked": 17_946, "direct": 9839}, "row_length": 512}, "counts": {
             "vocabulary": 620, "documents": 46_239, **{f"{p}_{k}": n for p in ("train", "heldout") for k, n in (
                 ("documents", 33_791), ("rows", 4207), ("tokens", 2_136_881))}}},
         "scaling": {"metrics": {"predicted_loss": metric(value, n=12, ci95=ends), "holdout_error": metric(0.011, n=3),
@@ -300,6 +302,7 @@ def test_every_number_leads_back_to_the_manifest_that_holds_it(whole, told):
             continue
         checked += 1
     assert checked > 150 and len(marks) > 300
+    assert {"1,234,567", "1,319"} <= {text for text, _ in marks}  # of prepare's sources and evaluation sets
 
 
 def test_a_number_that_is_changed_in_a_manifest_changes_in_the_report(whole, told, tmp_path):

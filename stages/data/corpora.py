@@ -1,19 +1,16 @@
-"""Documents from the embedded curriculum, local files or a hub dataset: read, cleaned, de-duplicated, split, with every drop counted."""
+"""Documents from the embedded curriculum, local files or a hub dataset, one after the other."""
+import codecs
 import csv
-import dataclasses
 import functools
 import glob
 import gzip
-import hashlib
 import io
 import itertools
 import json
 import os
 import re
 import sys
-import unicodedata
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,7 @@ from stages.run.manifest import hash_data, hash_path
 
 TABLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv", ".tsv")
 LOCAL_SUFFIXES = (".txt", ".md", *TABLE_SUFFIXES)
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
-_SPACES = re.compile(r"[ \t\u00a0\u2000-\u200a\u3000]+")
+PIECE = 1 << 20  # bytes read at a time
 
 
 def is_local(source: str) -> bool:
@@ -95,38 +91,82 @@ def hub_rows(source: str, hub_config: str | None, hub_split: str, *, streaming: 
         raise ValueError(f"loading {source} (configuration {hub_config}, split {hub_split}) from the hub failed: {error}") from error
 
 
-def read_text(path: Path, *, decode_errors: str = "strict") -> str:
-    """A UTF-8 file. Raises ValueError naming the byte offset when it is not text."""
+def text_pieces(path: Path, *, decode_errors: str = "strict") -> Iterator[str]:
+    """A UTF-8 file, gzipped or not, piece by piece. Raises ValueError naming the byte offset when it is not text."""
+    decoder = codecs.getincrementaldecoder("utf-8")(decode_errors)
+    read = start = 0  # bytes read of the file; where what the decoder looks at begins
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            while data := file.read(PIECE):
+                if not read and b"\0" in data:
+                    raise ValueError(f"{path} is binary (it has a zero byte at offset {data.index(0)}): give text, jsonl or parquet files")
+                start = read - len(decoder.getstate()[0])
+                read += len(data)
+                yield decoder.decode(data)
+            start = read - len(decoder.getstate()[0])
+            yield decoder.decode(b"", final=True)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from None
-    if b"\0" in data[:1 << 20]:
-        raise ValueError(f"{path} is binary (it has a zero byte at offset {data.index(0)}): give text, jsonl or parquet files")
-    try:
-        return data.decode("utf-8", errors=decode_errors)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {data[error.start]:#04x} at offset {error.start} is not UTF-8: convert the file "
+        raise ValueError(f"{path}: byte {error.object[error.start]:#04x} at offset {start + error.start} is not UTF-8: convert the file "
                          "(iconv -t UTF-8) or set decode_errors: replace") from None
 
 
-def cut(text: str, limit: int) -> Iterator[str]:
-    """A long text as documents of at most about `limit` characters, cut at blank lines (at lines where there are none)."""
+def read_text(path: Path, *, decode_errors: str = "strict") -> str:
+    """A UTF-8 file as one text. Raises ValueError as `text_pieces` does."""
+    return "".join(text_pieces(path, decode_errors=decode_errors))
+
+
+def cut(pieces: Iterable[str], limit: int) -> Iterator[str]:
+    """A long text as documents of at most about `limit` characters, cut at blank lines (at lines where there are none).
+
+    `pieces` are the text in order, however it is divided. Memory holds a document and a piece; only a line of more than `PIECE` and
+    `limit` characters is cut inside.
+    """
     held = ""
-    for block in re.split(r"(?<=\n)\n+", text):
-        pieces = [block] if len(block) <= limit else block.splitlines(keepends=True)
-        for piece in pieces:
-            if held and len(held) + len(piece) > limit:
-                yield held
-                held = ""
-            held += ("\n" if held and len(pieces) == 1 else "") + piece
+    for block, joint in _blocks(pieces, limit):
+        if held and len(held) + len(block) > limit:
+            yield held
+            held = ""
+        held += (joint if held else "") + block
     if held:
         yield held
+
+
+def _blocks(pieces: Iterable[str], limit: int) -> Iterator[tuple[str, str]]:
+    """What stands between blank lines, or its lines where that is longer than `limit`, each with what joins it to the one before."""
+    rest, inside = "", False  # inside: the first lines of a long block are out already
+    for piece in itertools.chain(pieces, [None]):
+        if piece is not None:
+            rest += piece
+        body = rest if piece is None else rest.rstrip("\n")  # more newlines may follow
+        *whole, last = re.split(r"(?<=\n)\n+", body)
+        for block in whole if piece is not None else [*whole, last]:
+            lines = block.splitlines(keepends=True) if inside or len(block) > limit else [block]
+            joint = "\n" if len(lines) == 1 and not inside else ""
+            yield from ((line, joint) for line in lines)
+            inside = False
+        if piece is None:
+            return
+        rest = last + rest[len(body):][:2]  # a longer run says no more
+        if len(last) > max(limit, PIECE):
+            at = last.rfind("\n") + 1 or len(last)  # whole lines; of one line all there is
+            yield from ((line, "") for line in rest[:at].splitlines(keepends=True))
+            rest, inside = rest[at:], True
+
+
+def lines_of(pieces: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    for piece in pieces:
+        *whole, rest = (rest + piece).split("\n")
+        yield from whole
+    yield rest
 
 
 def read_rows(path: str | Path, *, decode_errors: str = "strict") -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a file with where each came from: parquet, csv and tsv by their names, all else JSON, as one list or a row a line.
 
+    jsonl and parquet files may be larger than memory; json, csv and tsv files are read whole.
     Raises ValueError naming file and row for what is not a row.
     """
     path = Path(path)
@@ -135,16 +175,27 @@ def read_rows(path: str | Path, *, decode_errors: str = "strict") -> Iterator[tu
     elif path.suffix in (".txt", ".md"):
         raise ValueError(f"{path} has no rows with columns: give {', '.join(TABLE_SUFFIXES)}")
     else:
-        text = read_text(path, decode_errors=decode_errors).removeprefix("\ufeff")  # the mark that Windows programs put first
+        pieces = text_pieces(path, decode_errors=decode_errors)
+        begin = next(pieces).removeprefix("\ufeff")  # the mark that Windows programs put first
+        if path.name.endswith((".jsonl", ".jsonl.gz")) and not begin.lstrip().startswith("["):
+            for where, row in _line_rows(lines_of(itertools.chain([begin], pieces)), path):
+                yield where, _checked(row, where)
+            return
+        text = begin + "".join(pieces)
         if path.suffix in (".csv", ".tsv"):
             yield from _table_rows(text, path)
             return
         is_object = path.suffix == ".json" and text.lstrip().startswith("{")
-        rows = (_list_rows if text.lstrip().startswith("[") else _object_rows if is_object else _line_rows)(text, path)
+        rows = _list_rows(text, path) if text.lstrip().startswith("[") else _object_rows(text, path) if is_object else \
+            _line_rows(text.split("\n"), path)
     for where, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{where} must be a JSON object, got {type(row).__name__}")
-        yield where, row
+        yield where, _checked(row, where)
+
+
+def _checked(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} must be a JSON object, got {type(row).__name__}")
+    return row
 
 
 def source_rows(source: str, hub_config: str | None, hub_split: str, *, streaming: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -205,15 +256,15 @@ def _object_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{path}, line {error.lineno} is not JSON ({error.msg})") from None
         whole = {}
     if not isinstance(whole.get("examples"), list):
-        yield from _line_rows(text, path)
+        yield from _line_rows(text.split("\n"), path)
         return
     shared = {"task_prefix": whole["task_prefix"]} if "task_prefix" in whole else {}
     for number, row in enumerate(whole["examples"]):
         yield f"{path}, example {number}", {**shared, **row} if isinstance(row, dict) else row
 
 
-def _line_rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _line_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 yield f"{path}, line {number}", json.loads(line)
@@ -242,7 +293,7 @@ def read_documents(source: str, *, seed: int, num_documents: int, num_easy_docum
     elif is_local(source):
         for path in local_files(source):
             if path.suffix in (".txt", ".md"):
-                for text in cut(read_text(path, decode_errors=decode_errors), document_chars):
+                for text in cut(text_pieces(path, decode_errors=decode_errors), document_chars):
                     yield {"text": text, "kind": path.stem, "phase": "main"}
                 continue
             for where, row in read_rows(path, decode_errors=decode_errors):
@@ -250,52 +301,3 @@ def read_documents(source: str, *, seed: int, num_documents: int, num_easy_docum
     else:
         for where, row in itertools.islice(hub_rows(source, hub_config, hub_split), num_documents or None):
             yield {"text": text_of(row, text_column, where), "kind": source, "phase": "main"}
-
-
-def clean(text: str) -> str:
-    """NFC; no control characters; runs of spaces and more than one blank line collapsed; no space at line ends."""
-    text = _CONTROL.sub("", unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")))
-    lines = [_SPACES.sub(" ", line).strip(" ") for line in text.split("\n")]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n ")
-
-
-@dataclasses.dataclass
-class Drops:
-    """How many documents were read, kept and dropped, why, and one example of each reason."""
-
-    read: int = 0
-    reasons: Counter = dataclasses.field(default_factory=Counter)
-    examples: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def drop(self, reason: str, text: str) -> None:
-        self.reasons[reason] += 1
-        self.examples.setdefault(reason, text[:60])
-
-    def lines(self) -> list[str]:
-        kept = self.read - sum(self.reasons.values())
-        return [f"{self.read:,} documents read, {kept:,} kept"] + [
-            f"  dropped {count:,} ({reason}), for example {self.examples[reason]!r}" for reason, count in self.reasons.most_common()]
-
-
-def select(documents: Iterable[dict[str, str]], drops: Drops, *, heldout_share: float, min_chars: int = 1) -> Iterator[dict[str, Any]]:
-    """Cleaned documents, each text once, with `heldout` decided by the hash of the text.
-
-    The hash puts a text on the same side in every run, whatever else is in the corpus.
-    """
-    seen: set[bytes] = set()
-    for document in documents:
-        drops.read += 1
-        text = clean(document["text"])
-        if len(text) < min_chars:
-            drops.drop("empty or too short after cleaning", document["text"])
-            continue
-        digest = hashlib.sha256(text.encode()).digest()
-        if digest[:16] in seen:
-            drops.drop("exact duplicate", text)
-            continue
-        seen.add(digest[:16])
-        heldout = int.from_bytes(digest[16:24], "big") < heldout_share * 2**64
-        if heldout and document["phase"] == "easy":
-            drops.drop("easy document on the held-out side", text)
-            continue
-        yield {**document, "text": text, "heldout": heldout}

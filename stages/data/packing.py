@@ -9,8 +9,11 @@ Letters: B rows, T tokens a row.
 """
 import hashlib
 import itertools
+import json
 import random
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +23,7 @@ from datasets.table import InMemoryTable
 
 OPEN_ROWS = 16  # rows kept open at once: enough to fill them to 98 %, few enough to keep the order of the documents
 CHUNK_ROWS = 1000  # rows of an Arrow batch
+SHARD_TOKENS = 1 << 24  # tokens of a file, and of memory
 
 
 def pack(documents: Iterable[list[int]], row_length: int, *, eos_id: int, pad_id: int) -> Iterator[list[int]]:
@@ -92,6 +96,37 @@ def to_dataset(rows: Iterable[list[int]], row_length: int, *, vocab_size: int) -
         batches.append(pa.record_batch([pa.FixedSizeListArray.from_arrays(pa.array(ids), row_length)], schema=schema))
     table = InMemoryTable.from_batches(batches, schema=schema)
     return Dataset(table, info=DatasetInfo(features=features), fingerprint=digest.hexdigest()[:16])
+
+
+def save_rows(rows: Iterable[list[int]], row_length: int, folder: Path, *, vocab_size: int) -> int:
+    """`to_dataset(rows).save_to_disk(folder)`, with one shard in memory at a time; returns the number of rows.
+
+    Up to `SHARD_TOKENS` the files are the same to the byte. Raises ValueError when there are no rows.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed attempt left
+    rows, count = iter(rows), 0
+    parts: list[Path] = []
+    while chunk := list(itertools.islice(rows, 1)):
+        part = folder.with_name(f"{folder.name}.{len(parts)}")
+        shard = itertools.chain(chunk, itertools.islice(rows, SHARD_TOKENS // row_length - 1))
+        dataset = to_dataset(shard, row_length, vocab_size=vocab_size)
+        dataset.save_to_disk(part, num_shards=1)
+        count += len(dataset)
+        parts.append(part)
+    if not parts:
+        raise ValueError(f"no rows for {folder}")
+    states = [json.loads((part / "state.json").read_text(encoding="utf-8")) for part in parts]
+    if len(parts) > 1:
+        names = [{"filename": f"data-{i:05d}-of-{len(parts):05d}.arrow"} for i in range(len(parts))]
+        digest = hashlib.sha256("".join(state["_fingerprint"] for state in states).encode()).hexdigest()[:16]
+        for part, state, name in zip(parts, states, names, strict=True):
+            (part / state["_data_files"][0]["filename"]).rename(parts[0] / name["filename"])
+        state = states[0] | {"_data_files": names, "_fingerprint": digest}
+        (parts[0] / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True), encoding="utf-8")
+        for part in parts[1:]:
+            shutil.rmtree(part)
+    parts[0].rename(folder)
+    return count
 
 
 class PackedCollator:

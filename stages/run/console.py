@@ -1,6 +1,8 @@
 """What people see while they wait."""
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from stages.run.manifest import is_main
@@ -22,6 +24,19 @@ def progress(items: Iterable[T], what: str, *, total: int | None = None) -> Iter
 
     pause = 0.5 if sys.stderr.isatty() else 10.0
     return tqdm(items, desc=what, total=total, disable=not is_main(), mininterval=pause, delay=pause, dynamic_ncols=True, leave=False)
+
+
+class Timer:
+    """Wall and processor seconds of named pieces of work, all threads together: `with timer("reading"): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        wall, processor = time.monotonic(), time.process_time()
+        yield
+        self.seconds[name] = {"wall": round(time.monotonic() - wall, 3), "processor": round(time.process_time() - processor, 3)}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

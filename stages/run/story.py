@@ -71,6 +71,14 @@ def prepare(stages: Stages, folder: Path) -> Told:
         [part, *(s.count(f"{part}_{what}") for what in ("documents", "tokens", "rows"))]
         for part in ("train-easy", "train", "heldout") if f"{part}_tokens" in s.counts],
         "What the models are trained and measured on.", [s.cite()])]
+    if sources := s.notes.get("sources"):
+        tables.append(Table(["source", "tokens", "bytes a token", "tokens a number"], [
+            [source, s.n(f"bytes_per_token/{source}"), *(s.value(f"{what}/{source}") for what in ("bytes_per_token", "tokens_per_number"))]
+            for source in sources], "How the tokenizer cuts each source.", [s.cite()]))
+    if contamination := s.notes.get("contamination"):
+        tables.append(Table(["evaluation set", "questions", "found in training text"], [
+            [name, s.n(f"contamination/{name}"), s.value(f"contamination/{name}", SHARE)] for name in contamination],
+            "Questions of which 13 words in a row, or all, stand in the training text.", [s.cite()]))
     kinds = sorted(s.notes.get("kinds", {}).items(), key=lambda item: -item[1])
     if len(kinds) > 1:
         tables.append(Table(["kind of text", "documents"], [[kind, s.note(n, "kinds", kind)] for kind, n in kinds],
