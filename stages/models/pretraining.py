@@ -14,7 +14,8 @@ from stages.models.attention import DOCUMENTS
 from stages.models.counts import count_parameters, train_flops_per_token
 from stages.models.heldout import heldout, measured
 from stages.models.optimizer import build_optimizer
-from stages.models.routing import BiasUpdate, Routers, churn, dead, max_violation
+from stages.models.router_health import draw, health
+from stages.models.routing import BiasUpdate, Routers, churn
 from stages.models.sizes import build_decoder, decoder_of
 from stages.models.training import Resumable, export, fit, share_batch, training_arguments, world_size
 from stages.models.upcycling import upcycle
@@ -22,7 +23,7 @@ from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.config import StageConfig, option
 from stages.run.console import table
-from stages.run.manifest import Manifest, Run, hash_data, hash_path, is_main, metric, say
+from stages.run.manifest import Manifest, Run, hash_data, hash_path, is_main, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,8 @@ class PretrainTrainer(Resumable, Trainer):
             now = self.probe()
             if is_main():
                 if self.choices is not None:
-                    self.metrics_log.append({"step": self.state.global_step, "router/churn": churned(self.choices, now)})
+                    pair = [torch.from_numpy(each.astype(np.int64)) for each in (self.choices, now)]
+                    self.metrics_log.append({"step": self.state.global_step, "router/churn": churn(*pair).tolist()})
                 folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
                 folder.mkdir(parents=True, exist_ok=True)
                 np.save(folder / CHOICES, now)
@@ -229,46 +231,28 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
     fit(trainer)
 
     metrics = heldout(model, held.select(range(min(4 * config.eval_rows, len(held)))), trainer.data_collator)
-    for folder in sorted((tokens / "heldout-kinds").glob("*")):
-        apart = heldout(model, datasets.load_from_disk(str(folder)), trainer.data_collator)
-        metrics |= {f"{name}/{folder.name}": value for name, value in apart.items()}
-    experts = health(trainer, held.select(range(min(config.eval_rows, len(held)))), tokens) if routers else {}
+    kinds = {folder.name: datasets.load_from_disk(str(folder)) for folder in sorted((tokens / "heldout-kinds").glob("*"))}
+    for kind, rows in kinds.items():
+        metrics |= {f"{name}/{kind}": value for name, value in heldout(model, rows, trainer.data_collator).items()}
+    experts: dict[str, Any] = {}
+    if routers:
+        experts, measures = health(routers, model, trainer.data_collator, held.select(range(min(config.eval_rows, len(held)))), kinds)
+        metrics |= measures
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     export(trainer, tokenizer, run.directory / "model")
     if is_main():
         show(run.directory)
+        if experts:
+            draw(run.directory / "figures", read_metrics(run.directory / "metrics.jsonl"), experts)
     return run.finish(
-        metrics=metrics | experts.pop("metrics", {}), products={"model": "model"},
+        metrics=metrics, products={"model": "model"},
         counts={"parameters": sizes["total"], "matmul_parameters": sizes["matmul"],
                 "active_parameters": sizes["active"], "non_embedding_parameters": sizes["non_embedding"],
                 "tokens": steps * config.batch_tokens, "steps": steps,
                 "flops": steps * config.batch_tokens * train_flops_per_token(decoder, row_length, sizes)},
         notes={"epochs": steps * config.batch_tokens / row_length / max(1, prepared.counts["train_rows"]),
                **({"forecast": forecast} if forecast else {}), **({"routers": experts} if experts else {})})
-
-
-def churned(before: np.ndarray, now: np.ndarray) -> list[float]:
-    return churn(*(torch.from_numpy(each.astype(np.int64)) for each in (before, now))).tolist()
-
-
-def health(trainer: PretrainTrainer, held: datasets.Dataset, tokens: Path) -> dict[str, Any]:
-    """The trained routers on held-out text: load of each expert and layer in all of it and in each kind, MaxVio, dead experts, and churn
-    since the last checkpoint. Call on every process."""
-    routers = trainer.routers
-    assert routers is not None
-
-    def load(rows: datasets.Dataset) -> torch.Tensor:
-        visits = torch.tensor([row for row, in measured(trainer.model, rows, trainer.data_collator, measure=routers.visits)])
-        return visits.sum(0).view(len(routers.modules), -1).double()
-
-    whole = load(held)
-    kinds = {folder.name: load(datasets.load_from_disk(str(folder))) for folder in sorted((tokens / "heldout-kinds").glob("*"))}
-    worst, number = max_violation(whole), int(whole[0].sum()) // trainer.run_config.experts_per_token
-    share = lambda counts: (counts / counts.mean(-1, keepdim=True)).tolist()
-    return {"load": share(whole), "load_by_kind": {kind: share(counts) for kind, counts in kinds.items()}, "max_vio": worst.tolist(),
-            "dead": dead(whole).tolist(), "churn": churned(trainer.choices, trainer.probe()) if trainer.choices is not None else None,
-            "metrics": {"router_max_vio": metric(worst.mean().item(), n=number), "router_dead": metric(dead(whole).sum().item(), n=number)}}
 
 
 def show(directory: Path) -> None:

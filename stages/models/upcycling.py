@@ -29,6 +29,14 @@ def upcycle(model: PreTrainedModel, folder: str) -> None:
     if model.config.num_experts_per_tok == 1:
         raise ValueError("upcycle: one expert a token has a weight below 1, so the model would not begin as the dense one: "
                          "set experts_per_token to 2 or more")
+    for key in ("num_attention_heads", "num_key_value_heads", "rope_parameters", "tie_word_embeddings"):
+        mine, given = getattr(model.config, key), getattr(dense.config, key)
+        if mine != given:
+            raise ValueError(f"upcycle: {key} is {mine} here and {given} in {folder}: give both models the same")
+    model.config.rms_norm_eps = dense.config.rms_norm_eps  # architectures have defaults of their own
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = dense.config.rms_norm_eps
     source = dense.state_dict()
     copied = set()
     for name, target in model.named_parameters():
