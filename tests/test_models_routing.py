@@ -212,25 +212,42 @@ def test_biases_move_towards_balance_and_are_saved(tmp_path):
         Routers(decoder(), bias_rate=0.01)
 
 
+def test_padding_counts_for_nothing():
+    """The same documents in rows twice as long: equal losses, loads and visits."""
+    model = decoder()
+    routers = Routers(model, balance_coef=1.0, z_coef=1.0)
+    collator, found = PackedCollator(eos_id=END, pad_id=PAD), []
+    for length in (16, 32):
+        batch = collator([{"input_ids": [5, 6, 7, 8, END, 9, 5, END] + [PAD] * (length - 8)}])
+        routers.begin_step(model, [batch], torch.device("cpu"))
+        with routers.recording() as seen:
+            model(**batch, use_cache=False)
+        found.append((routers.loss(seen, batch["input_ids"]).item(), *routers.health()[1]["load"], routers.visits(model, batch)[0].tolist()))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5) and found[0][1:] == found[1][1:]
+    assert sum(found[0][-1][0]) == 8 * 2 * 2  # tokens, layers, experts each
+
+
 @pytest.mark.parametrize("architecture", MIXTURES)
 def test_transformers_loads_what_was_built(tmp_path, architecture):
     model = decoder(architecture)
     model.save_pretrained(tmp_path)
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and type(plain) is type(model)
-    batch = PackedCollator(eos_id=END, pad_id=PAD)([row for row in rows(4)])
+    batch = PackedCollator(eos_id=END, pad_id=PAD)(list(rows(4)))
     with torch.no_grad():
         for inputs in (batch, {"input_ids": torch.arange(3, 15)[None], "position_ids": torch.arange(12)[None]}):
             inputs.pop("labels", None)
             torch.testing.assert_close(plain(**inputs, use_cache=False).logits, model(**inputs).logits, atol=2e-5, rtol=1e-4)
     dense = count_parameters(decoder_config(tokenizer(), hidden_size=32, num_layers=2, num_heads=2))
-    assert count_parameters(model)["experts"] // 2 + count_parameters(model)["mlp"] == pytest.approx(dense["mlp"], rel=0.03)  # as many visited
+    counts = count_parameters(model)
+    assert counts["experts"] // 2 + counts["mlp"] == pytest.approx(dense["mlp"], rel=0.03)  # as many visited
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"architecture": "qwen3", "num_experts": 4}, "qwen3 has no experts"), ({"architecture": "olmoe"}, "olmoe is a mixture of experts: set"),
+    ({"architecture": "qwen3", "num_experts": 4}, "qwen3 has no experts"), ({}, "olmoe is a mixture of experts: set"),
     ({"num_experts": 4, "experts_per_token": 4}, "set it to 1 up to 3"), ({"num_experts": 4, "shared_expert_size": 8}, "no shared expert"),
     ({"num_experts": 4, "shared_expert_size": 0, "architecture": "qwen2_moe"}, "always has a shared expert"),
+    ({"num_experts": 4, "experts_per_token": 1, "architecture": "mixtral"}, "its router learns nothing"),
     ({"num_experts": 4, "shared_expert_size": 9, "expert_size": 8, "architecture": "dots1"}, "9 is not a multiple of 8")])
 def test_experts_that_no_router_can_choose_from(settings, message):
     with pytest.raises(ValueError, match=message):
@@ -242,7 +259,7 @@ def test_an_upcycled_model_says_what_the_dense_one_said(tmp_path, dense, archite
     source = decoder(dense)
     source.save_pretrained(tmp_path)
     model = decoder(architecture, expert_size=96)
-    batch = PackedCollator(eos_id=END, pad_id=PAD)([row for row in rows(4)])
+    batch = PackedCollator(eos_id=END, pad_id=PAD)(list(rows(4)))
     with torch.no_grad():
         apart = (model(**batch).logits - source(**batch).logits).abs().max()
         upcycle(model, str(tmp_path))
@@ -270,5 +287,6 @@ def test_muon_takes_experts_one_by_one():
         parameter.grad = torch.randn_like(parameter)
     gate, down = experts.gate_up_proj.grad[2, :48].clone(), experts.down_proj.grad[1].clone()
     optimizer.step()
-    torch.testing.assert_close(before[0][2, :48] - experts.gate_up_proj[2, :48], 0.1 * 1.5 ** 0.5 * orthogonalize(gate), atol=1e-5, rtol=1e-4)
+    moved = before[0][2, :48] - experts.gate_up_proj[2, :48]
+    torch.testing.assert_close(moved, 0.1 * 1.5 ** 0.5 * orthogonalize(gate), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(before[1][1] - experts.down_proj[1], 0.1 * orthogonalize(down), atol=1e-5, rtol=1e-4)

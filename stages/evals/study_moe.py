@@ -59,7 +59,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     names = list(arms(64))
     parser = argparse.ArgumentParser(prog="python -m stages.evals.study_moe", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(MAIN), choices=[*names, "all"], metavar="ARM", help=f"of: {'; '.join(names)}; or all")
+    parser.add_argument("--arms", nargs="+", default=list(MAIN), choices=[*names, "all"], metavar="ARM",
+                        help=f"of: {'; '.join(names)}; or all")
     parser.add_argument("--tokens", nargs="+", type=int, default=[225_000, 450_000, 900_000], help="budgets")
     parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run")
@@ -124,8 +125,8 @@ def cost(settings: Mapping[str, Mapping[str, Any]], prepare: str) -> dict[str, d
                 train_step(model, optimizer, routers, batch)
             spent[name].append((time.process_time() - began) / (STEPS * rows_a_step * row_length))
     torch.set_num_threads(threads)
-    return {name: counts[name] | {"processor_s": median(own[1:]), "ratio": median(a / b for a, b in zip(own[1:], spent[DENSE][1:], strict=True))}
-            for name, own in spent.items()}
+    return {name: counts[name] | {"processor_s": median(own[1:]), "ratio": median(
+        a / b for a, b in zip(own[1:], spent[DENSE][1:], strict=True))} for name, own in spent.items()}
 
 
 def train_step(model: Any, optimizer: Any, routers: Routers | None, batch: dict[str, torch.Tensor]) -> None:
@@ -200,7 +201,8 @@ def draw(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
                 if line["arm"] == name:
                     budgets.setdefault(axis(line, kind), []).append(line["figures"]["heldout_loss"])
             spans = [mean_interval(values) if len(values) > 1 else (values[0],) * 3 for values in budgets.values()]
-            series.append(Series(name, list(budgets), *(list(column) for column in zip(*spans, strict=True))))
+            centre, low, high = (list(column) for column in zip(*spans, strict=True))
+            series.append(Series(name, list(budgets), centre, low, high))
         figures.plot(folder / f"moe-{kind}.svg", series, x={"tokens": "training tokens", "flops": "training FLOPs"}.get(
             kind, "processor seconds of training"), y="held-out loss (nats a token)", log_x=True)
     say(f"figures: {folder}/moe-*.svg")

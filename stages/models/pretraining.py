@@ -39,7 +39,7 @@ class PretrainConfig(StageConfig):
     intermediate_size: int | None = option(None, "width of the MLP (default: 8/3 of hidden_size, rounded up to 32)")
     num_experts: int | None = option(None, "experts of each layer, where architecture is olmoe, qwen3_moe, qwen2_moe, mixtral or dots1")
     experts_per_token: int = option(2, "experts that a token visits")
-    expert_size: int | None = option(None, "width of an expert (default: those that a token visits are together as wide as intermediate_size)")
+    expert_size: int | None = option(None, "width of an expert (default: intermediate_size over the experts that a token visits)")
     shared_expert_size: int | None = option(None, "width of the expert that every token visits: qwen2_moe, dots1 (default: expert_size)")
     balance_coef: float = option(0.01, "coefficient of the load-balancing loss, the mean over layers")
     router_z_coef: float = option(0.001, "coefficient of the router z-loss, the mean over layers")
@@ -134,8 +134,9 @@ class PretrainTrainer(Resumable, Trainer):
         """(N, L, k): the experts that tokens of a few held-out rows visit."""
         assert self.routers is not None
         rows = self.heldout_rows.select(range(min(PROBE_ROWS, len(self.heldout_rows))))
+        assert self.model is not None
         found = measured(self.model, rows, self.data_collator, measure=self.routers.chosen)
-        return np.array([column for column, in found], dtype=np.uint16).reshape(-1, len(self.routers.modules), self.run_config.experts_per_token)
+        return np.array([row for row, in found], dtype=np.uint16).reshape(-1, len(self.routers.modules), self.routers.top_k)
 
     def _save_checkpoint(self, model, trial):
         if self.routers:

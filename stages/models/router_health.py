@@ -27,10 +27,10 @@ def health(routers: Routers, model: torch.nn.Module, collator: Any, held: datase
         return (counts / counts.mean(-1, keepdim=True)).tolist()
 
     whole = visits(held)
-    violation, gone, number = max_violation(whole), dead(whole), int(whole[0].sum()) // routers.modules[0].top_k
+    violation, gone, number = max_violation(whole), dead(whole), int(whole[0].sum()) // routers.top_k
     notes = {"load": load(whole), "load_by_kind": {kind: load(visits(rows)) for kind, rows in kinds.items()},
              "max_vio": violation.tolist(), "dead": gone.tolist()}
-    return notes, {"router_max_vio": metric(violation.mean().item(), n=number), "router_dead": metric(gone.sum().item(), n=number)}
+    return notes, {"router_max_vio": metric(float(violation.mean()), n=number), "router_dead": metric(int(gone.sum()), n=number)}
 
 
 def draw(folder: Path, logged: list[dict[str, Any]], notes: Mapping[str, Any]) -> None:

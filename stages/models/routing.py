@@ -107,9 +107,10 @@ class Routers:
         self.balance_coef, self.z_coef, self.bias_rate = balance_coef, z_coef, bias_rate
         self.sigmoid = hasattr(self.modules[0], BIAS)
         if bias_rate and not self.sigmoid:
-            raise ValueError(f"balance_bias_rate {bias_rate}: routers of {model.config.model_type} have no bias, and transformers would load "
-                             "the model without it: set it to 0, or architecture to dots1")
+            raise ValueError(f"balance_bias_rate {bias_rate}: routers of {model.config.model_type} have no bias, and transformers would "
+                             "load the model without it: set it to 0, or architecture to dots1")
         self.pad_id = model.config.pad_token_id
+        self.top_k, self.num_experts = int(model.config.num_experts_per_tok), int(self.modules[0].num_experts)  # type: ignore[arg-type]
         self._seen: list[Routing] | None = None
         for module in self.modules:
             module.register_forward_hook(self._record)
@@ -127,7 +128,8 @@ class Routers:
     @contextmanager
     def recording(self) -> Iterator[list[Routing]]:
         """A list that holds the routing of each layer, in order, after one forward pass inside."""
-        self._seen = seen = []
+        seen: list[Routing] = []
+        self._seen = seen
         try:
             yield seen
         finally:
@@ -148,7 +150,7 @@ class Routers:
         self.tokens = reduced(sum((self.real(one["input_ids"]).sum() for one in inputs), torch.zeros((), device=device)))
         self.shares = None
         if len(batches) > 1:
-            counts = 0
+            counts: Any = 0
             for one in inputs:
                 with self.recording() as seen:
                     model(**one, use_cache=False, logits_to_keep=1)
@@ -184,19 +186,20 @@ class Routers:
                 bias.copy_(updated_bias(bias, shares, self.bias_rate))
 
     def health(self) -> tuple[dict[str, float], dict[str, list]]:
-        """Since the last call, means over its steps: figures to log, means over layers (of `dead` the sum), and the same for each layer with
-        the load of each expert, 1 being even.
+        """Since the last call, means over its steps: figures to log, means over layers (of `dead` the sum), and the same for each layer
+        with the load of each expert, 1 being even.
 
         Call on every process. MaxVio is that of single steps; an expert is dead when it was so over all of them.
         """
         if not self._steps:
             return {}, {}
         balance, z, entropy = reduced(self._losses) / self._steps
-        layers = {"balance_loss": balance, "z_loss": z, "entropy": entropy, "max_vio": self._violation / self._steps, "dead": dead(self._load),
-                  "load": self._load / self._load.mean(-1, keepdim=True)}
+        layers = {"balance_loss": balance, "z_loss": z, "entropy": entropy, "max_vio": self._violation / self._steps,
+                  "dead": dead(self._load).float()}
+        load = self._load / self._load.mean(-1, keepdim=True)
         self._load = self._violation = self._losses = self._steps = 0
-        return ({f"router/{name}": (column.sum() if name == "dead" else column.mean()).item() for name, column in layers.items() if name != "load"},
-                {name: column.tolist() for name, column in layers.items()})
+        return ({f"router/{name}": (column.sum() if name == "dead" else column.mean()).item() for name, column in layers.items()},
+                {name: column.tolist() for name, column in layers.items()} | {"load": load.tolist()})
 
     @torch.no_grad()
     def chosen(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor]:
@@ -209,7 +212,7 @@ class Routers:
     def visits(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor]:
         """(B, L E): how many tokens of each row visit each expert, padding left out."""
         chosen = self.chosen(model, batch)[0].view(*batch["input_ids"].shape, len(self.modules), -1)
-        held = nn.functional.one_hot(chosen, self.modules[0].num_experts).sum(3)  # (B, T, L, E)
+        held = nn.functional.one_hot(chosen, self.num_experts).sum(3)  # (B, T, L, E)
         return ((held * (batch["input_ids"] != self.pad_id)[..., None, None]).sum(1).flatten(1),)
 
 

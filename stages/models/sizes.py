@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from stages.models.norms import speed_up_norms
 from stages.models.optimizer import is_matrix
 
-# Architectures whose MLPs are experts: what their configs call the number of experts and the width of one. `olmoe` and `qwen3_moe` differ
-# in the attention's norms alone; `qwen2_moe` and `dots1` have experts that every token visits, and `dots1` a bias on the choice.
+# Architectures whose MLPs are experts: what their configs call the number of experts and the width of one. `olmoe` and `qwen3_moe`
+# differ in the attention's norms alone; `qwen2_moe` and `dots1` have an expert that every token visits, and `dots1` a bias on the choice.
 MIXTURES = {"olmoe": ("num_experts", "intermediate_size"), "qwen3_moe": ("num_experts", "moe_intermediate_size"),
             "qwen2_moe": ("num_experts", "moe_intermediate_size"), "mixtral": ("num_local_experts", "intermediate_size"),
             "dots1": ("n_routed_experts", "moe_intermediate_size")}
-EXPERTS = "grouped_mm"  # a sort and two grouped products: on a CPU faster than a loop, and than gathered weights by far (docs/performance.md)
+EXPERTS = "grouped_mm"  # a sort and two grouped products: faster on a CPU than a loop or gathered weights (docs/performance.md)
 
 
 def mixture(architecture: str, *, num_experts: int | None, experts_per_token: int, expert_size: int | None,
@@ -44,7 +44,11 @@ def mixture(architecture: str, *, num_experts: int | None, experts_per_token: in
     shared = size if shared_expert_size is None else shared_expert_size
     number, width = MIXTURES[architecture]
     found: dict[str, Any] = {number: num_experts, width: size, "num_experts_per_tok": experts_per_token}
-    if architecture != "mixtral":  # it always does
+    if architecture == "mixtral":  # it always makes them one
+        if experts_per_token == 1:
+            raise ValueError("mixtral gives a single expert the weight 1, from which its router learns nothing: set experts_per_token to 2 "
+                             "or more, or choose olmoe")
+    else:
         found["norm_topk_prob"] = experts_per_token > 1
     if architecture == "qwen2_moe":
         if not shared:
@@ -52,7 +56,7 @@ def mixture(architecture: str, *, num_experts: int | None, experts_per_token: in
         found["shared_expert_intermediate_size"] = shared
     if architecture == "dots1":
         if shares and shared % size:
-            raise ValueError(f"the shared experts of dots1 have the width of the others: shared_expert_size {shared} is not a multiple of {size}")
+            raise ValueError(f"shared experts of dots1 are as wide as the others: shared_expert_size {shared} is not a multiple of {size}")
         found |= {"n_shared_experts": shared // size if shares else 0, "first_k_dense_replace": 0, "sliding_window": None}
     return found
 
