@@ -222,7 +222,8 @@ def test_padding_counts_for_nothing():
         routers.begin_step(model, [batch], torch.device("cpu"))
         with routers.recording() as seen:
             model(**batch, use_cache=False)
-        found.append((routers.loss(seen, batch["input_ids"]).item(), *routers.health()[1]["load"], routers.visits(model, batch)[0].tolist()))
+        loss = routers.loss(seen, batch["input_ids"]).item()
+        found.append((loss, routers.health()[1]["load"], routers.visits(model, batch)[0].tolist()))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-5) and found[0][1:] == found[1][1:]
     assert sum(found[0][-1][0]) == 8 * 2 * 2  # tokens, layers, experts each
 

@@ -42,6 +42,7 @@ RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 DENSE = "dense"
 MOE: dict[str, Any] = {"architecture": "qwen3_moe", "num_experts": 8}  # a dense Qwen3's attention and norms: the MLPs alone differ
 MAIN = (DENSE, "MoE 8/2", "dense, wide")
+EXPERTS_BY, WAYS = "experts_implementation", ("eager", "grouped_mm", "batched_mm")  # how transformers can compute experts
 ASSUMED_TOKENS_PER_S = 8000  # for the budget until costs are measured
 ROUNDS, STEPS = 7, 2  # of the cost; the first round warms up
 
@@ -65,6 +66,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run")
     parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_moe", help="a folder a run in here")
+    parser.add_argument("--cost", action="store_true", help="measure the cost alone, that of other ways to compute experts, too")
     parser.add_argument("--out", type=Path, help="one JSON line a run (default: study_moe.jsonl in --runs)")
     given = parser.parse_args(argv)
     given.arms = [name for name in names if name in given.arms or "all" in given.arms or name == DENSE]
@@ -74,13 +76,15 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def study(given: argparse.Namespace) -> None:
     chosen = {name: arm for name, arm in arms(given.hidden_size).items() if name in given.arms}
+    common = {"hidden_size": given.hidden_size, "num_heads": max(1, given.hidden_size // 32), "evaluations": 1, "logs": 10}
+    if given.cost:
+        ways = {f"MoE 8/2, {way}": MOE | {"intermediate_size": chosen[DENSE]["intermediate_size"], EXPERTS_BY: way} for way in WAYS}
+        say("\n" + costs_table(cost({name: common | arm for name, arm in (chosen | ways).items()}, given.prepare)))
+        return
     total = len(chosen) * len(given.seeds) * sum(given.tokens)
     say(f"budget: {len(chosen) * len(given.seeds) * len(given.tokens)} runs, {total:,} tokens, about {clock(total / ASSUMED_TOKENS_PER_S)}")
-    common = {"hidden_size": given.hidden_size, "num_heads": max(1, given.hidden_size // 32), "evaluations": 1, "logs": 10}
     costs = cost({name: common | arm for name, arm in chosen.items()}, given.prepare)
-    for name, found in costs.items():
-        say(f"{name}: {found['matmul']:,} matmul parameters visited by a token of {found['total']:,} parameters; "
-            f"{found['processor_s'] * 1e6:.0f} us of processor time a token, {found['ratio']:.2f} of the dense one's")
+    say(costs_table(costs))
     lines: list[dict[str, Any]] = []
     for tokens in given.tokens:
         for seed in given.seeds:
@@ -97,7 +101,7 @@ def study(given: argparse.Namespace) -> None:
 
 def cost(settings: Mapping[str, Mapping[str, Any]], prepare: str) -> dict[str, dict[str, float]]:
     """Processor seconds a token of whole training steps on the same rows, one thread, the arms in turn: median over rounds, and the median
-    ratio to the dense arm's within rounds; with each arm's counts."""
+    ratio to the dense arm's within rounds with its extremes; and each arm's counts."""
     tokens = Manifest(prepare).product("tokens")
     tokenizer = AutoTokenizer.from_pretrained(Manifest(prepare).product("tokenizer"))
     rows = datasets.load_from_disk(str(tokens / "train"))
@@ -106,9 +110,13 @@ def cost(settings: Mapping[str, Mapping[str, Any]], prepare: str) -> dict[str, d
     made: dict[str, Any] = {}
     counts: dict[str, dict[str, float]] = {}
     for name, arm in settings.items():
-        config = build_config(PretrainConfig, read_yaml("recipes/tiny/pretrain.yaml") | dict(arm), recipe="tiny")
+        arm = dict(arm)
+        way = arm.pop(EXPERTS_BY, None)
+        config = build_config(PretrainConfig, read_yaml("recipes/tiny/pretrain.yaml") | arm, recipe="tiny")
         decoder = decoder_of(config, tokenizer, row_length)
         model = build_decoder(decoder, seed=0, attn_implementation=DOCUMENTS)
+        if way:
+            model.set_experts_implementation(way)
         counted = count_parameters(decoder)
         counts[name] = {"total": counted["total"], "active": counted["active"], "matmul": counted["matmul"],
                         "flops": train_flops_per_token(decoder, row_length, counted)}
@@ -118,15 +126,23 @@ def cost(settings: Mapping[str, Mapping[str, Any]], prepare: str) -> dict[str, d
     rows_a_step = max(1, 1024 // row_length)
     spent: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(ROUNDS):
-        batches = [collator([rows[(turn * STEPS + s) * rows_a_step + i] for i in range(rows_a_step)]) for s in range(STEPS)]
+        batches = [collator([rows[((turn * STEPS + s) * rows_a_step + i) % len(rows)] for i in range(rows_a_step)]) for s in range(STEPS)]
         for name, (model, optimizer, routers) in made.items():
             began = time.process_time()
             for batch in batches:
                 train_step(model, optimizer, routers, batch)
             spent[name].append((time.process_time() - began) / (STEPS * rows_a_step * row_length))
     torch.set_num_threads(threads)
-    return {name: counts[name] | {"processor_s": median(own[1:]), "ratio": median(
-        a / b for a, b in zip(own[1:], spent[DENSE][1:], strict=True))} for name, own in spent.items()}
+    ratios = {name: [a / b for a, b in zip(own[1:], spent[DENSE][1:], strict=True)] for name, own in spent.items()}
+    return {name: counts[name] | {"processor_s": median(own[1:]), "ratio": median(ratios[name]), "ratio_low": min(ratios[name]),
+                                  "ratio_high": max(ratios[name])} for name, own in spent.items()}
+
+
+def costs_table(costs: Mapping[str, Mapping[str, float]]) -> str:
+    header = ["arm", "matmul parameters visited", "parameters", "FLOPs a token, times dense", "processor us a token", "times dense"]
+    return markdown(header, [
+        [name, f"{c['matmul']:,}", f"{c['total']:,}", f"{c['flops'] / costs[DENSE]['flops']:.2f}", f"{c['processor_s'] * 1e6:.0f}",
+         f"{c['ratio']:.2f} ({c['ratio_low']:.2f} to {c['ratio_high']:.2f})"] for name, c in costs.items()])
 
 
 def train_step(model: Any, optimizer: Any, routers: Routers | None, batch: dict[str, torch.Tensor]) -> None:
