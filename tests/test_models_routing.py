@@ -291,3 +291,22 @@ def test_muon_takes_experts_one_by_one():
     moved = before[0][2, :48] - experts.gate_up_proj[2, :48]
     torch.testing.assert_close(moved, 0.1 * 1.5 ** 0.5 * orthogonalize(gate), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(before[1][1] - experts.down_proj[1], 0.1 * orthogonalize(down), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_stage_with_experts(smoke, tmp_path):
+    """Killed and continued, health by kind of text, figures; then a second one that starts from the dense model of the recipe."""
+    smoke.path("pretrain")
+    flags = ["--architecture", "olmoe", "--num-experts", "4", "--run-dir", str(tmp_path / "olmoe")]
+    smoke.killed("step:30", "pretrain", *flags)
+    smoke.run("pretrain", *flags)
+    notes = json.loads((tmp_path / "olmoe" / "manifest.json").read_text())["notes"]["routers"]
+    assert set(notes["load_by_kind"]) >= {"worked", "direct"} and torch.tensor(notes["load"]).sum(1).tolist() == pytest.approx([4, 4])
+    drawn = {path.name for path in (tmp_path / "olmoe" / "figures").glob("router-*.png")}
+    assert drawn == {f"router-{name}.png" for name in ("max_vio", "dead", "entropy", "churn", "load")}
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "olmoe" / "model")).__name__ == "OlmoeForCausalLM"
+    smoke.run("pretrain", "--architecture", "qwen3_moe", "--num-experts", "4", "--expert-size", "96", "--tokens", "1024", "--batch-tokens",
+              "1024", "--upcycle", str(smoke.path("pretrain") / "model"), "--run-dir", str(tmp_path / "upcycled"))
+    dense, upcycled = (json.loads((path / "manifest.json").read_text())["metrics"]["heldout_loss"]["value"]
+                       for path in (smoke.path("pretrain"), tmp_path / "upcycled"))
+    assert upcycled == pytest.approx(dense, abs=0.05)  # one step, at the warm-up's rate of 0

@@ -11,7 +11,7 @@ from stages.models.routing import Routers, dead, max_violation
 from stages.run import figures
 from stages.run.manifest import metric
 
-FIGURES = {"max_vio": "MaxVio: the fullest expert's load over the even share, less 1", "dead": "dead experts",
+FIGURES = {"max_vio": "MaxVio (fullest over even load, less 1)", "dead": "dead experts",
            "entropy": "entropy of the router (nats a token)"}
 
 
@@ -44,7 +44,7 @@ def draw(folder: Path, logged: list[dict[str, Any]], notes: Mapping[str, Any]) -
     if saved:
         figures.lines(folder / "router-churn.png", {
             f"layer {i}": ([r["tokens"] for r in saved], [r["router/churn"][i] for r in saved]) for i in layers}, x="tokens",
-            y="experts of a token that are new since the last checkpoint")
+            y="share of a token's experts that is new")
     kinds = {"all": notes["load"], **notes["load_by_kind"]}
     figures.heat(folder / "router-load.png", {
         f"{layer}.{expert}": [kinds[kind][layer][expert] for kind in kinds] for layer in layers for expert in range(len(notes["load"][0]))},
