@@ -128,7 +128,12 @@ class PretrainTrainer(Resumable, Trainer):
         means, layers = self.routers.health() if self.routers and "loss" in logs else ({}, {})
         super().log(logs | means, start_time)
         if layers and is_main():
-            self.metrics_log.append({"step": self.state.global_step, "router/layers": layers})
+            self._note({"router/layers": layers})
+
+    def _note(self, figures: dict[str, Any]) -> None:
+        """Add figures of layers to the metrics, which trackers and the console line do without."""
+        step = self.state.global_step
+        self.metrics_log.append({"step": step, "tokens": step * self.run_config.batch_tokens, **figures})
 
     def probe(self) -> np.ndarray:
         """(N, L, k): the experts that tokens of a few held-out rows visit."""
@@ -144,7 +149,7 @@ class PretrainTrainer(Resumable, Trainer):
             if is_main():
                 if self.choices is not None:
                     pair = [torch.from_numpy(each.astype(np.int64)) for each in (self.choices, now)]
-                    self.metrics_log.append({"step": self.state.global_step, "router/churn": churn(*pair).tolist()})
+                    self._note({"router/churn": churn(*pair).tolist()})
                 folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
                 folder.mkdir(parents=True, exist_ok=True)
                 np.save(folder / CHOICES, now)
