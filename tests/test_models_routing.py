@@ -108,13 +108,13 @@ class Stop(TrainerCallback):
 
 
 def train(folder: Path, *, micro: int = 8, processes: int = 1, stop: int | None = None, architecture: str = "olmoe", bias_rate: float = 0.0,
-          checkpointing: bool = False, **coefficients):
+          checkpointing: bool = False, logging: int = 1, **coefficients):
     """Four steps of eight rows, checkpoints after the second and the fourth; the trainer."""
     folder.mkdir(parents=True, exist_ok=True)
     config = PretrainConfig(optimizer="adamw", num_experts=4)
     model = decoder(architecture)
     arguments = TrainingArguments(**training_arguments(
-        SimpleNamespace(directory=folder), seed=0, logging_steps=1, save_steps=2, max_steps=4, per_device_train_batch_size=micro,
+        SimpleNamespace(directory=folder), seed=0, logging_steps=logging, save_steps=2, max_steps=4, per_device_train_batch_size=micro,
         gradient_accumulation_steps=8 // processes // micro, learning_rate=1e-3, adam_epsilon=1e-4, train_sampling_strategy="sequential",
         gradient_checkpointing=checkpointing))
     trainer = PretrainTrainer(
@@ -192,6 +192,12 @@ def test_an_interrupted_run_logs_the_same(tmp_path):
     saved(tmp_path / "cut")
     assert_equal(tmp_path / "whole", tmp_path / "cut", 1e-6)
     assert [len(row.get("router/churn", [])) for row in logged(tmp_path / "whole")] == [0, 0, 0, 2]
+
+
+def test_churn_at_a_checkpoint_between_logged_steps_has_its_tokens(tmp_path):
+    train(tmp_path, logging=3)
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert (last["step"], last["tokens"], len(last["router/churn"])) == (4, 4 * PretrainConfig().batch_tokens, 2)
 
 
 def test_the_loss_of_a_step_has_both_parts(tmp_path):
