@@ -64,6 +64,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
                         help=f"of: {'; '.join(names)}; or all")
     parser.add_argument("--tokens", nargs="+", type=int, default=[225_000, 450_000, 900_000], help="budgets")
     parser.add_argument("--hidden-size", type=int, default=64)
+    parser.add_argument("--batch-tokens", type=int, default=1024, help="tokens a step")
     parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run")
     parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_moe", help="a folder a run in here")
     parser.add_argument("--cost", action="store_true", help="measure the cost alone, that of other ways to compute experts, too")
@@ -76,7 +77,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 def study(given: argparse.Namespace) -> None:
     chosen = {name: arm for name, arm in arms(given.hidden_size).items() if name in given.arms}
-    common = {"hidden_size": given.hidden_size, "num_heads": max(1, given.hidden_size // 32), "evaluations": 1, "logs": 10}
+    common = {"hidden_size": given.hidden_size, "num_heads": max(1, given.hidden_size // 32), "evaluations": 1, "logs": 10,
+              "batch_tokens": given.batch_tokens}
     if given.cost:
         ways = {f"MoE 8/2, {way}": MOE | {"intermediate_size": chosen[DENSE]["intermediate_size"], EXPERTS_BY: way} for way in WAYS}
         say("\n" + costs_table(cost({name: common | arm for name, arm in (chosen | ways).items()}, given.prepare)))
@@ -123,7 +125,7 @@ def cost(settings: Mapping[str, Mapping[str, Any]], prepare: str) -> dict[str, d
         made[name] = (model, build_optimizer(model, matrix_lr=config.matrix_lr, lr=config.learning_rate),
                       Routers(model, balance_coef=config.balance_coef, z_coef=config.router_z_coef) if config.num_experts else None)
     collator = PackedCollator(eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
-    rows_a_step = max(1, 1024 // row_length)
+    rows_a_step = max(1, config.batch_tokens // row_length)
     spent: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(ROUNDS):
         batches = [collator([rows[((turn * STEPS + s) * rows_a_step + i) % len(rows)] for i in range(rows_a_step)]) for s in range(STEPS)]
