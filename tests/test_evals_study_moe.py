@@ -67,8 +67,8 @@ def test_one_line_a_run_and_the_figures(monkeypatch, tmp_path, prepared, capsys)
     lines = [json.loads(line) for line in (tmp_path / "runs" / "study_moe.jsonl").read_text().splitlines()]
     assert len(calls) == len(lines) == 12 and [line["tokens"] for line in lines] == [1000] * 6 + [2000] * 6
     assert {line["arm"] for line in lines} == set(MAIN) and (tmp_path / "runs" / "moe-flops.svg").is_file()
-    own = ("--run_dir", "--tokens", "--seed", "--intermediate_size")
-    alike = {key: {flags[key] for flags in calls} for key in calls[0] if key not in own}
+    own = {"--run_dir", "--tokens", "--seed", "--intermediate_size", "--architecture", "--num_experts"}
+    alike = {key: {flags.get(key) for flags in calls} for key in set().union(*calls) - own}
     assert all(len(values) == 1 for values in alike.values()), alike
     assert "budget: 12 runs, 18,000 tokens" in capsys.readouterr().out
 
