@@ -28,7 +28,8 @@ GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
-	study-critique bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare clean
+	study-critique bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare study-moe \
+	clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -106,6 +107,9 @@ rewardbench: setup ## a reward model on pairwise and best-of-n benchmarks: ARGS=
 
 study-gate: setup ## does what is measured of a reward model foretell what PPO does on it: 24 models (40 minutes; needs make prepare)
 	$(PY) -m stages.evals.study_gate $(ARGS)
+
+study-moe: setup ## dense decoders against mixtures of experts over budgets and seeds: 27 runs (half an hour; needs make prepare)
+	$(PY) -m stages.evals.study_moe $(ARGS)
 
 study-hh: setup ## a reward model on HH-RLHF's pairs against TF-IDF and length, five folds (half an hour; docs/real-input.md)
 	$(PY) -m stages.evals.study_hh $(ARGS)

@@ -8,8 +8,11 @@ from torch import nn
 from stages.models.norms import SAME, FastNorm, RmsNorm, speed_up_norms
 from tests.rl_tiny import policy
 
-ARCHITECTURES = {"LlamaRMSNorm": "llama", "MistralRMSNorm": "mistral", "MixtralRMSNorm": "mixtral", "Qwen2RMSNorm": "qwen2",
-                 "Qwen3RMSNorm": "qwen3", "Qwen3MoeRMSNorm": "qwen3_moe"}
+ARCHITECTURES = {"Dots1RMSNorm": "dots1", "LlamaRMSNorm": "llama", "MistralRMSNorm": "mistral", "MixtralRMSNorm": "mixtral",
+                 "OlmoeRMSNorm": "olmoe", "Qwen2MoeRMSNorm": "qwen2_moe", "Qwen2RMSNorm": "qwen2", "Qwen3MoeRMSNorm": "qwen3_moe",
+                 "Qwen3RMSNorm": "qwen3"}
+SMALL = {"dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16},
+         "qwen2_moe": {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}}
 
 
 def norms(model):
@@ -31,7 +34,7 @@ def test_the_gradient_is_that_of_the_formula():
 
 @pytest.mark.parametrize("name", SAME)
 def test_models_compute_what_they_did(name):
-    plain = policy(architecture=ARCHITECTURES[name])
+    plain = policy(architecture=ARCHITECTURES[name], **SMALL.get(ARCHITECTURES[name], {}))
     assert norms(plain) and {type(module).__name__ for module in norms(plain)} == {name}
     for module in norms(plain):
         nn.init.uniform_(module.weight)

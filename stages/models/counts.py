@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from stages.models.sizes import decoder_config
+from stages.models.sizes import decoder_of
 
 CONVENTIONS = {
     "total": "all parameters, a tied head once", "non_embedding": "all but token and position embeddings and an untied head",
@@ -119,8 +119,4 @@ class _Vocabulary:
 
 def planned_decoder(config: Any, *, vocabulary: int, row_length: int) -> PretrainedConfig:
     """The decoder that a pretraining config would build over a vocabulary of this many tokens, before either exists."""
-    return decoder_config(
-        _Vocabulary(vocabulary), architecture=config.architecture, hidden_size=config.hidden_size,  # type: ignore[arg-type]
-        num_layers=config.num_layers, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
-        intermediate_size=config.intermediate_size, context_length=row_length, rope_theta=config.rope_theta,
-        tie_embeddings=config.tie_embeddings)
+    return decoder_of(config, _Vocabulary(vocabulary), row_length)  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from stages.models.counts import count_parameters
+from stages.models.optimizer import is_matrix
 
 Engine = Literal["ddp", "zero2", "zero3", "fsdp2"]
 GATHERED = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
@@ -92,8 +93,8 @@ def cache_bytes(w: dict[str, int], tokens: int) -> int:
 
 
 def matrices_of_layers(model: PreTrainedModel) -> int:
-    """Parameters that Muon moves: the 2-D weights inside the decoder layers."""
+    """Parameters that Muon moves: the matrices, stacked or not, inside the decoder layers."""
     outer = {id(model.get_input_embeddings().weight)}
     head = model.get_output_embeddings()
     outer |= {id(head.weight)} if isinstance(head, torch.nn.Module) else set()
-    return sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in outer)
+    return sum(p.numel() for name, p in model.named_parameters() if is_matrix(name, p) and id(p) not in outer)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # Classes of transformers with the formula below, by name, because they are many; tested one by one.
-SAME = ("LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Qwen3MoeRMSNorm")
+SAME = ("Dots1RMSNorm", "LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "OlmoeRMSNorm", "Qwen2MoeRMSNorm", "Qwen2RMSNorm",
+        "Qwen3MoeRMSNorm", "Qwen3RMSNorm")
 
 
 def scale_of(x: Tensor, epsilon: float) -> Tensor:

@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
 
+PAIRED = "experts.gate_up_proj"  # (E, 2 f, h) in transformers: gate above up
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter of a decoder is a matrix or, as experts are kept, a stack of them."""
+    return parameter.ndim == 2 or (parameter.ndim == 3 and ".experts." in name)
+
 
 def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrix, approximately: singular values land in about [0.7, 1.2].
@@ -30,11 +37,12 @@ def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
 class MuonAdamW(torch.optim.Optimizer):
     """Groups with `muon=True` take Muon steps, the others AdamW steps; state and schedules work as in any optimizer.
 
-    Group keys: `lr`, `muon`, `momentum` (Muon), `betas`, `eps` (AdamW), `weight_decay` (decoupled, both).
+    Group keys: `lr`, `muon`, `momentum` and `parts`, into which rows divide as matrices of their own (Muon), `betas`, `eps` (AdamW),
+    `weight_decay` (decoupled, both). Parameters of more than two dimensions, stacked experts, are stacks of matrices.
     """
 
     def __init__(self, groups: list[dict], *, weight_decay: float = 0.0):
-        super().__init__(groups, {"lr": 0.0, "muon": False, "momentum": 0.95, "betas": (0.8, 0.95), "eps": 1e-8,
+        super().__init__(groups, {"lr": 0.0, "muon": False, "momentum": 0.95, "parts": 1, "betas": (0.8, 0.95), "eps": 1e-8,
                                   "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -60,8 +68,9 @@ class MuonAdamW(torch.optim.Optimizer):
             momentum = torch.stack([self.state[p]["momentum"] for p in params]).lerp_(grads, 1 - group["momentum"])
             for p, m in zip(params, momentum, strict=True):
                 self.state[p]["momentum"].copy_(m)
-            update = orthogonalize(grads.lerp_(momentum, group["momentum"]))  # Nesterov
-            scale = group["lr"] * max(1.0, shape[-2] / shape[-1]) ** 0.5
+            update = grads.lerp_(momentum, group["momentum"]).unflatten(-2, (group["parts"], -1))  # Nesterov
+            scale = group["lr"] * max(1.0, update.size(-2) / shape[-1]) ** 0.5
+            update = orthogonalize(update).flatten(-3, -2)
             for p, u in zip(params, update, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-scale)
 
@@ -81,14 +90,19 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def build_optimizer(model: PreTrainedModel, *, matrix_lr: float, lr: float, embedding_lr_factor: float = 10.0,
                     weight_decay: float = 0.0) -> MuonAdamW:
-    """Muon for 2-D weights inside the decoder layers, AdamW for embedding (at `embedding_lr_factor` times `lr`), head and norms."""
+    """Muon for the matrices inside the decoder layers, AdamW for embedding (at `embedding_lr_factor` times `lr`), head and norms.
+
+    An expert's gate and up projection, which transformers keeps in one tensor, are two matrices as in a dense MLP.
+    """
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     outer = {id(embedding)} | ({id(head.weight)} if head is not None else set())
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in outer]
-    rest = [p for p in trainable if (p.ndim != 2 or id(p) in outer) and id(p) != id(embedding)]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trainable if is_matrix(name, p) and id(p) not in outer and not name.endswith(PAIRED)]
+    pairs = [p for name, p in trainable if name.endswith(PAIRED)]
+    rest = [p for name, p in trainable if (not is_matrix(name, p) or id(p) in outer) and id(p) != id(embedding)]
     return MuonAdamW([
         {"params": matrices, "lr": matrix_lr, "muon": True},
+        *([{"params": pairs, "lr": matrix_lr, "muon": True, "parts": 2}] if pairs else []),
         {"params": [embedding], "lr": lr * embedding_lr_factor},
         {"params": rest, "lr": lr}], weight_decay=weight_decay)

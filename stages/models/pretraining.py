@@ -12,15 +12,18 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from stages.data.packing import PackedCollator
 from stages.models.attention import DOCUMENTS
 from stages.models.counts import count_parameters, train_flops_per_token
-from stages.models.heldout import heldout
+from stages.models.heldout import heldout, measured
 from stages.models.optimizer import build_optimizer
-from stages.models.sizes import build_decoder, decoder_config
+from stages.models.router_health import draw, health
+from stages.models.routing import BiasUpdate, Routers, churn
+from stages.models.sizes import build_decoder, decoder_of
 from stages.models.training import Resumable, export, fit, share_batch, training_arguments, world_size
+from stages.models.upcycling import upcycle
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.config import StageConfig, option
 from stages.run.console import table
-from stages.run.manifest import Manifest, Run, hash_data, is_main, say
+from stages.run.manifest import Manifest, Run, hash_data, hash_path, is_main, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,14 @@ class PretrainConfig(StageConfig):
     num_heads: int = option(4, "attention heads")
     num_kv_heads: int | None = option(None, "key and value heads (default: num_heads)")
     intermediate_size: int | None = option(None, "width of the MLP (default: 8/3 of hidden_size, rounded up to 32)")
+    num_experts: int | None = option(None, "experts of each layer, where architecture is olmoe, qwen3_moe, qwen2_moe, mixtral or dots1")
+    experts_per_token: int = option(2, "experts that a token visits")
+    expert_size: int | None = option(None, "width of an expert (default: intermediate_size over the experts that a token visits)")
+    shared_expert_size: int | None = option(None, "width of the expert that every token visits: qwen2_moe, dots1 (default: expert_size)")
+    balance_coef: float = option(0.01, "coefficient of the load-balancing loss, the mean over layers")
+    router_z_coef: float = option(0.001, "coefficient of the router z-loss, the mean over layers")
+    balance_bias_rate: float = option(0.0, "step of the bias that balances without a loss (dots1; with it, set balance_coef to 0 or near)")
+    upcycle: str | None = option(None, "folder of a dense model to start from: every expert begins as its MLP")
     rope_theta: float = option(1000.0, "base of the rotary frequencies")
     tie_embeddings: bool = option(False, "one matrix for embedding and head")
     matrix_std: float = option(0.07, "initial standard deviation of the trunk's matrices")
@@ -61,17 +72,24 @@ class PretrainConfig(StageConfig):
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
 
 
+PROBE_ROWS, CHOICES = 8, "choices.npy"  # held-out rows whose tokens' experts are compared between checkpoints
+
+
 def identity(config: PretrainConfig) -> str:
     """Hash of everything but the seed that decides the loss: what a prediction is made for."""
     return hash_data({key: value for key, value in config.fingerprinted().items() if key != "seed"})
 
 
 class PretrainTrainer(Resumable, Trainer):
-    """Trainer on packed rows in their own order, with this project's optimizer and held-out measurement."""
+    """Trainer on packed rows in their own order, with this project's optimizer, held-out measurement and, where there are `routers`, their
+    losses and health."""
 
-    def __init__(self, *args, config: PretrainConfig, heldout_rows, **kwargs):
+    def __init__(self, *args, config: PretrainConfig, heldout_rows, routers: Routers | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.run_config, self.heldout_rows = config, heldout_rows
+        self.run_config, self.heldout_rows, self.routers = config, heldout_rows, routers
+        self.choices: np.ndarray | None = None  # experts that tokens of the probe visited at the last checkpoint
+        if routers:
+            self.add_callback(BiasUpdate(routers))
 
     def create_optimizer(self, model=None):
         c = self.run_config
@@ -89,6 +107,59 @@ class PretrainTrainer(Resumable, Trainer):
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)  # else the epoch's end repeats it
         return logs
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.routers:
+            self.routers.begin_step(self.model_wrapped, batches, device)
+        return batches, items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.routers:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.routers.recording() as seen:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # Both are parts of a sum over micro-batches and processes, whose gradients are averaged over processes: Trainer multiplies its
+        # own part by their number.
+        loss = loss + world_size() * self.routers.loss(seen, inputs["input_ids"])
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        means, layers = self.routers.health() if self.routers and "loss" in logs else ({}, {})
+        super().log(logs | means, start_time)
+        if layers and is_main():
+            self._note({"router/layers": layers})
+
+    def _note(self, figures: dict[str, Any]) -> None:
+        """Add figures of layers to the metrics, which trackers and the console line do without."""
+        step = self.state.global_step
+        self.metrics_log.append({"step": step, "tokens": step * self.run_config.batch_tokens, **figures})
+
+    def probe(self) -> np.ndarray:
+        """(N, L, k): the experts that tokens of a few held-out rows visit."""
+        assert self.routers is not None
+        rows = self.heldout_rows.select(range(min(PROBE_ROWS, len(self.heldout_rows))))
+        assert self.model is not None
+        found = measured(self.model, rows, self.data_collator, measure=self.routers.chosen)
+        return np.array([row for row, in found], dtype=np.uint16).reshape(-1, len(self.routers.modules), self.routers.top_k)
+
+    def _save_checkpoint(self, model, trial):
+        if self.routers:
+            now = self.probe()
+            if is_main():
+                if self.choices is not None:
+                    pair = [torch.from_numpy(each.astype(np.int64)) for each in (self.choices, now)]
+                    self._note({"router/churn": churn(*pair).tolist()})
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                folder.mkdir(parents=True, exist_ok=True)
+                np.save(folder / CHOICES, now)
+            self.choices = now
+        super()._save_checkpoint(model, trial)
+
+    def rewind(self, step):
+        if self.routers and step > 0:
+            self.choices = np.load(Path(self.args.output_dir) / f"checkpoint-{step}" / CHOICES)
+        super().rewind(step)
 
 
 def select_rows(tokens: Path, wanted: int, easy_share: float, seed: int) -> datasets.Dataset:
@@ -112,7 +183,7 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
     `forecast` is what was predicted for this run before it started; it goes into the manifest's notes beside the result.
     Raises ValueError for a batch that does not divide or a tokenizer that does not match the tokens.
     """
-    run = Run(config)
+    run = Run(config, inputs={"upcycle": hash_path(Path(config.upcycle))} if config.upcycle and Path(config.upcycle).exists() else None)
     if run.finished:
         return run.manifest
     prepared = run.parents["prepare"]
@@ -133,17 +204,19 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
     if steps < 1:
         raise ValueError(f"tokens {config.tokens} is less than one batch of {config.batch_tokens}: give more tokens or a smaller batch")
 
-    decoder = decoder_config(
-        tokenizer, architecture=config.architecture, hidden_size=config.hidden_size, num_layers=config.num_layers,
-        num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, intermediate_size=config.intermediate_size,
-        context_length=row_length, rope_theta=config.rope_theta, tie_embeddings=config.tie_embeddings)
+    decoder = decoder_of(config, tokenizer, row_length)
     attention: str = config.attn_implementation
     if attention == "auto":
         attention = "sdpa" if torch.cuda.is_available() else DOCUMENTS
     model = build_decoder(decoder, seed=config.seed, matrix_std=config.matrix_std, embedding_std=config.embedding_std,
                           head_std=config.head_std, attn_implementation=attention)
+    if config.upcycle:
+        upcycle(model, config.upcycle)
+    routers = Routers(model, balance_coef=config.balance_coef, z_coef=config.router_z_coef,
+                      bias_rate=config.balance_bias_rate) if config.num_experts else None
     sizes = count_parameters(decoder)
-    say(f"pretrain: {config.architecture} {config.hidden_size} wide, {sizes['total']:,} parameters, {steps:,} steps of "
+    say(f"pretrain: {config.architecture} {config.hidden_size} wide, {sizes['total']:,} parameters"
+        + (f" ({sizes['active']:,} visited by a token)" if routers else "") + f", {steps:,} steps of "
         f"{config.batch_tokens:,} tokens on {world_size()} process(es)")
 
     rows = select_rows(tokens, steps * config.batch_tokens // row_length, config.easy_share, config.seed)
@@ -159,26 +232,33 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
     trainer = PretrainTrainer(
         model=model, args=arguments, train_dataset=rows, eval_dataset=held,
         data_collator=PackedCollator(eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id),
-        config=config, heldout_rows=held.select(range(min(config.eval_rows, len(held)))))
+        config=config, routers=routers, heldout_rows=held.select(range(min(config.eval_rows, len(held)))))
     trainer.tokens_per_step = config.batch_tokens
     fit(trainer)
 
     metrics = heldout(model, held.select(range(min(4 * config.eval_rows, len(held)))), trainer.data_collator)
-    for folder in sorted((tokens / "heldout-kinds").glob("*")):
-        apart = heldout(model, datasets.load_from_disk(str(folder)), trainer.data_collator)
-        metrics |= {f"{name}/{folder.name}": value for name, value in apart.items()}
+    kinds = {folder.name: datasets.load_from_disk(str(folder)) for folder in sorted((tokens / "heldout-kinds").glob("*"))}
+    for kind, rows in kinds.items():
+        metrics |= {f"{name}/{kind}": value for name, value in heldout(model, rows, trainer.data_collator).items()}
+    experts: dict[str, Any] = {}
+    if routers:
+        experts, measures = health(routers, model, trainer.data_collator, held.select(range(min(config.eval_rows, len(held)))), kinds)
+        metrics |= measures
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     export(trainer, tokenizer, run.directory / "model")
     if is_main():
         show(run.directory)
+        if experts:
+            draw(run.directory / "figures", read_metrics(run.directory / "metrics.jsonl"), experts)
     return run.finish(
         metrics=metrics, products={"model": "model"},
-        counts={"parameters": sizes["total"], "matmul_parameters": sizes["matmul"], "non_embedding_parameters": sizes["non_embedding"],
+        counts={"parameters": sizes["total"], "matmul_parameters": sizes["matmul"],
+                "active_parameters": sizes["active"], "non_embedding_parameters": sizes["non_embedding"],
                 "tokens": steps * config.batch_tokens, "steps": steps,
                 "flops": steps * config.batch_tokens * train_flops_per_token(decoder, row_length, sizes)},
         notes={"epochs": steps * config.batch_tokens / row_length / max(1, prepared.counts["train_rows"]),
-               **({"forecast": forecast} if forecast else {})})
+               **({"forecast": forecast} if forecast else {}), **({"routers": experts} if experts else {})})
 
 
 def show(directory: Path) -> None:

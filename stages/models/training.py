@@ -11,6 +11,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from stages.models.optimizer import is_matrix
 from stages.run.checkpoint import MetricsLog, mark_complete, newest_complete, remove_incomplete, step_of
 from stages.run.console import clock
 from stages.run.manifest import Run, is_main, say
@@ -88,6 +89,21 @@ class Resumable:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
             mark_complete(folder, world_size=world_size())
         barrier()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        self._load_experts(model or self.model, resume_from_checkpoint)  # type: ignore[attr-defined]
+
+    def _load_best_model(self):
+        super()._load_best_model()  # type: ignore[misc]
+        self._load_experts(self.model, self.state.best_model_checkpoint)  # type: ignore[attr-defined]
+
+    def _load_experts(self, model: Any, folder: str) -> None:
+        """The experts of a checkpoint: transformers saves them one by one and holds them stacked, and Trainer, which reads the file
+        without translating names, would go on with those of a fresh model and say nothing."""
+        stacked = isinstance(model, PreTrainedModel) and any(is_matrix(n, p) and p.ndim == 3 for n, p in model.named_parameters())
+        if stacked and not self.is_fsdp_enabled:  # type: ignore[attr-defined]
+            model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
 
     def _run_epoch(self, *args, **kwargs):
         """An epoch; none of a training that had come to its end when it was interrupted: Trainer would ask only after one more step."""

@@ -126,6 +126,22 @@ def bars(path: Path, rows: Mapping[str, Mapping[str, Bar | None]], *, x: str, ti
     return path
 
 
+def heat(path: Path, rows: Mapping[str, Sequence[float]], *, columns: Sequence[str], y: str, legend: str) -> Path:
+    """A table of shades, `{row: values}`, with its numbers where there are few enough to read. Returns `path`."""
+    with _axes(path, (SIZE[0], 1.0 + 0.16 * max(len(rows), 6))) as axes:
+        image = axes.imshow(list(rows.values()), aspect="auto", cmap="viridis", vmin=0)
+        if len(rows) <= 40:
+            for i, values in enumerate(rows.values()):
+                for j, value in enumerate(values):
+                    axes.annotate(f"{value:.1f}", (j, i), ha="center", va="center", fontsize=5.5,
+                                  color="white" if value < image.norm.vmax / 2 else "black")
+        axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=6)
+        axes.set_ylabel(y)
+        axes.figure.colorbar(image, ax=axes, label=legend)
+    return path
+
+
 @contextmanager
 def _axes(path: Path, size: tuple[float, float] = SIZE) -> Iterator[Any]:
     """Axes to draw on, written to `path` afterwards."""
