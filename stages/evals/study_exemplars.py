@@ -73,7 +73,7 @@ def study(given: argparse.Namespace) -> None:
     training = sum((ASSUMED_SFT_S + ASSUMED_PPO_S * (width in given.ppo)) * width / 128 for width in given.widths)
     say(f"budget: {len(given.widths)} sizes to train, about {clock(training)}; at most {cells} measurements of {given.problems} problems, "
         f"about {clock(cells * ASSUMED_CELL_S * given.problems / 300)}; a frontier over {models} models, about "
-        f"{clock(models * ASSUMED_FRONTIER_S if given.num_samples else 0)}")
+        f"{clock(models * ASSUMED_FRONTIER_S * given.problems / 300 * given.num_samples / 16)}")
     tasks = [load_task(name, problems=Manifest(given.main / "prepare").product("problems"), difficulties=given.difficulties,
                        num_problems=given.problems, seed=given.seed) for name in given.tasks]
     out = given.out or given.runs / "study_exemplars.jsonl"
