@@ -28,7 +28,7 @@ GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
-	bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval clean
+	study-exemplars bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -115,6 +115,9 @@ study-alarms: setup ## alarms of reward hacking: lead before the gold peak, fals
 
 study-curves: setup ## PPO's curves in a sound run and with one thing broken at a time: 17 runs (25 minutes; needs make prepare)
 	$(PY) -m stages.evals.study_curves $(ARGS)
+
+study-exemplars: setup ## accuracy against exemplars in the prompt, and inference against training compute, over sizes (over an hour; needs make sft rlhf)
+	$(PY) -m stages.evals.study_exemplars $(ARGS)
 
 bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, and TRL's own trainer (needs make prepare)
 	$(PY) -m stages.evals.bench_sft $(ARGS)

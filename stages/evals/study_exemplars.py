@@ -60,7 +60,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--difficulties", nargs="+", type=int, default=[3, 4, 5], help="steps of problems and exemplars")
     parser.add_argument("--problems", type=int, default=300, help="test problems a task, the same for every model")
     parser.add_argument("--draws", type=int, default=2, help="draws of exemplars, by seed")
-    parser.add_argument("--num-samples", type=int, default=16, help="chains that vote, for the frontier (0: leave the frontier out)")
+    parser.add_argument("--num-samples", type=int, default=8, help="chains that vote, for the frontier (0: leave the frontier out)")
     parser.add_argument("--seed", type=int, default=0, help="of training, and of the choice of problems")
     parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_exemplars", help="a folder a run in here, and the figures")
     parser.add_argument("--out", type=Path, help="one JSON line a measurement (default: study_exemplars.jsonl in --runs)")
@@ -73,7 +73,7 @@ def study(given: argparse.Namespace) -> None:
     training = sum((ASSUMED_SFT_S + ASSUMED_PPO_S * (width in given.ppo)) * width / 128 for width in given.widths)
     say(f"budget: {len(given.widths)} sizes to train, about {clock(training)}; at most {cells} measurements of {given.problems} problems, "
         f"about {clock(cells * ASSUMED_CELL_S * given.problems / 300)}; a frontier over {models} models, about "
-        f"{clock(models * ASSUMED_FRONTIER_S * given.problems / 300 * given.num_samples / 16)}")
+        f"{clock(models * ASSUMED_FRONTIER_S * given.problems / 300 * given.num_samples / 8)}")
     tasks = [load_task(name, problems=Manifest(given.main / "prepare").product("problems"), difficulties=given.difficulties,
                        num_problems=given.problems, seed=given.seed) for name in given.tasks]
     out = given.out or given.runs / "study_exemplars.jsonl"
