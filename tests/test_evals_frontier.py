@@ -230,7 +230,8 @@ def test_command_puts_evaluations_together(tmp_path, capsys):
     assert shown.strip() in capsys.readouterr().out
     assert "| sft 100k | 1e+12 | 0.500 [0.400, 0.600], 20M | 0.750 [0.650, 0.850], 160M | 0.300 [0.200, 0.400], 20M | - |" in shown
     assert "| maths | 0.7 | sft 100k, vote of 8: 160M | sft 100k, vote of 8: 2.6e+12 |" in shown
-    assert "| maths | 0.9 | ppo 1M, zero_shot_cot: 200M | ppo 1M, zero_shot_cot: 2.2e+13 |" in shown and "| maths | 0.95" not in shown
+    assert "| maths | 0.8 to 0.9 | ppo 1M, zero_shot_cot: 200M | ppo 1M, zero_shot_cot: 2.2e+13 |" in shown
+    assert "0.95" not in shown  # nobody is so good
     with pytest.raises(ValueError, match="asked other problems"):
         commands.frontier([runs[0], evaluation_of(tmp_path / "other", LARGE, "sha256:2"), "--out", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="no model of these evaluations has a price"):

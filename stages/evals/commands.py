@@ -108,12 +108,14 @@ def prices(points: Sequence[Mapping[str, Any]]) -> str:
 
 def levels(points: Sequence[Mapping[str, Any]], questions: Sequence[float]) -> str:
     """Markdown: the cheapest way to each of `LEVELS`, by inference alone and with training for so many questions."""
-    rows = []
+    rows: list[list[str]] = []
     for task in dict.fromkeys(p["task"] for p in points):
+        told: dict[tuple[str, ...], list[float]] = {}  # levels by their ways: what holds for several is one row
         for level in LEVELS:
             found = [cheapest([p for p in points if p["task"] == task], level, n) for n in (0, *questions)]
             if any(found):
-                rows.append([task, f"{level:g}", *(f"{of[0]['model']}, {way(of[0])}: {short(of[1])}" if of else "-" for of in found)])
+                told.setdefault(tuple(f"{of[0]['model']}, {way(of[0])}: {short(of[1])}" if of else "-" for of in found), []).append(level)
+        rows += [[task, " to ".join(f"{level:g}" for level in dict.fromkeys((same[0], same[-1]))), *ways] for ways, same in told.items()]
     return markdown(["task", "accuracy", "FLOPs a question", *(f"in all, {short(n)} questions" for n in questions)], rows)
 
 
