@@ -2,6 +2,7 @@
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m stages.evaluation --config recipes/tiny/evaluation.yaml
     python -m stages.evaluation score samples.jsonl --answer-type number --out result.json
+    python -m stages.evaluation frontier RUN [RUN ...] --out FOLDER
 """
 import sys
 from collections import Counter
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 from stages.data.corpora import read_rows
 from stages.evals import scoring
 from stages.evals.asking import MODELS, AskingConfig, ask, cells, check, file_of, first_prompts, needs_judge
-from stages.evals.commands import score
+from stages.evals.commands import frontier, score
 from stages.evals.frontier import computed, frontiers
 from stages.evals.pairs import pairs
 from stages.evals.tasks import load_task, task_name
@@ -127,7 +128,8 @@ def report(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["score"]:
-        run_program(lambda given: score(given[1:]))
+    commands = {"score": score, "frontier": frontier}
+    if sys.argv[1:2] and sys.argv[1] in commands:
+        run_program(lambda given: commands[given[0]](given[1:]))
     else:
         launch(main, EvaluationConfig)

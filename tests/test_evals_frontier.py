@@ -1,11 +1,13 @@
 """The frontier and the table of pairs on records worked by hand."""
 import itertools
+import json
 import random
 
 import numpy as np
 import pytest
 
 from prompts.intervals import wilson
+from stages.evals import commands
 from stages.evals import frontier as f
 from stages.evals.pairs import pairs
 from stages.evals.scoring import clusters_of, shares
@@ -181,3 +183,56 @@ def test_a_model_s_training_is_that_of_its_stages():
         *[("base", 1e13, 2 * 1000 * 45)] * 2, *[("sft", 1.2e13, 2 * 1000 * 45)] * 2]  # PPO's FLOPs were not counted
     assert [p["pareto"] for p in found] == [True, True, False, False]
     assert f.computed(f.frontiers(cells), {}) == []
+
+
+def priced(model, parameters, accuracy, *, k=None, training=1e12, tokens=100, task="maths"):
+    return {"model": model, "task": task, "strategy": "self_consistency" if k else "zero_shot_cot", "k": k, "parameters": parameters,
+            "training_flops": training, "inference_flops": 2.0 * parameters * tokens, "tokens": tokens, "counted": "prompt and generated",
+            "accuracy": accuracy, "ci95": [accuracy - 0.1, accuracy + 0.1], "n": 50, "pareto": True}
+
+
+SMALL = [priced("sft", 1e5, 0.5), priced("sft", 1e5, 0.75, k=8, tokens=800), priced("sft", 1e5, 0.3, task="letters")]
+LARGE = [priced("sft", 1e6, 0.7, training=1e13), priced("ppo", 1e6, 0.9, training=2e13)]
+
+
+def test_sizes_stand_side_by_side():
+    found = f.joined([SMALL, LARGE])
+    assert [p["model"] for p in found] == ["sft 100k"] * 3 + ["sft 1M", "ppo 1M"]
+    assert [p["pareto"] for p in found] == [True, True, True, False, True]  # eight answers of the small one are cheaper and better
+    with pytest.raises(ValueError, match="two evaluations hold a model 'sft 1M'"):
+        f.joined([LARGE, SMALL, LARGE[:1]])
+
+
+def test_the_cheapest_way_depends_on_how_much_is_asked():
+    points = [p for p in f.joined([SMALL, LARGE]) if p["task"] == "maths"]
+    vote, greedy, ppo = points[1], points[2], points[3]
+    assert f.cheapest(points, 0.7, 0) == (vote, 1.6e8) and f.cheapest(points, 0.7, 1e4) == (vote, 1e12 + 1.6e12)
+    assert f.cheapest([greedy, ppo], 0.7, 1e4) == (greedy, 1e13 + 2e12)  # as dear an answer, less training
+    cheap = {**ppo, "inference_flops": 1e8}
+    assert f.cheapest([greedy, cheap], 0.7, 1e4)[0] is greedy and f.cheapest([greedy, cheap], 0.7, 1e6)[0] is cheap
+    assert f.cheapest(points, 0.95, 1e4) is None
+
+
+def evaluation_of(folder, points, problems="sha256:1"):
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps({"compute": points}))
+    (folder / "manifest.json").write_text(json.dumps({"inputs": {"prompts": str(folder), "task maths": problems}, "fingerprint": "f",
+                                                      "products": {"results": {"path": "results.json"}}}))
+    return str(folder)
+
+
+def test_command_puts_evaluations_together(tmp_path, capsys):
+    runs = [evaluation_of(tmp_path / name, points) for name, points in (("small", SMALL), ("large", LARGE))]
+    commands.frontier([*runs, "--questions", "1e4", "--out", str(tmp_path / "out")])
+    assert len(json.loads((tmp_path / "out" / "frontier.json").read_text())["points"]) == 5
+    assert {path.name for path in (tmp_path / "out").glob("*.svg")} == {"maths.svg", "letters.svg"}
+    shown = (tmp_path / "out" / "frontier.md").read_text()
+    assert shown.strip() in capsys.readouterr().out
+    assert "| sft 100k | 1e+12 | 0.500 [0.400, 0.600], 20M | 0.750 [0.650, 0.850], 160M | 0.300 [0.200, 0.400], 20M | - |" in shown
+    assert "| maths | 0.7 | sft 100k, vote of 8: 160M | sft 100k, vote of 8: 2.6e+12 |" in shown
+    assert "| maths | 0.8 to 0.9 | ppo 1M, zero_shot_cot: 200M | ppo 1M, zero_shot_cot: 2.2e+13 |" in shown
+    assert "0.95" not in shown  # nobody is so good
+    with pytest.raises(ValueError, match="asked other problems"):
+        commands.frontier([runs[0], evaluation_of(tmp_path / "other", LARGE, "sha256:2"), "--out", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="no model of these evaluations has a price"):
+        commands.frontier([evaluation_of(tmp_path / "none", []), "--out", str(tmp_path / "out")])

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 
+from prompts.intervals import wilson
 from prompts.records import Request, Result, Step
 from prompts.strategies import conclude
 from stages.evals import scoring
@@ -24,6 +25,15 @@ def test_cell_by_hand():
     assert cell["gold_score"] == pytest.approx((1.5 + 0 + 1 + 0.5 - 0.3) / 4)
     sampled = scoring.sampled_summary(records)
     assert sampled["accuracy"] == 0.5 and sampled["tokens_mean"] == 8.0 and sampled["unparsed_rate"] == 0.25
+    assert sampled["pass_at_k"] == {"1": 0.5, "2": 1.0}  # either chain of two; both problems have one that is right
+    # 0 and 1 within each problem, half of them right in both: all of the spread is within
+    assert sampled["variance"]["within"] == 0.5 and sampled["variance"]["between"] == 0
+
+
+def test_chains_that_are_all_wrong_have_an_interval():
+    wrong = scoring.sampled_summary([made(id, "2", "The answer is 1.", "The answer is 3.") for id in "abcd"])
+    assert wrong["accuracy"] == 0 and wrong["bootstrap95"] == list(wilson(0, 4)) and wrong["pass_at_k"]["2"] == 0
+    assert scoring.sampled_summary([made("a", "2", "The answer is 2.")])["variance"] is None
 
 
 def test_comparisons_pair_by_problem():

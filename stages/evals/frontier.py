@@ -4,7 +4,7 @@ Pure functions of the records that an evaluation leaves (`scoring.record`). A *p
 spent on each question; the chains of self-consistency make one for each number K of them, a *curve*. n: questions; K: chains.
 """
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from prompts.voting import count
 from stages.evals.pairs import Cells, Records, aligned
 from stages.evals.scoring import clusters_of, equal_votes
 from stages.evals.statistics import compare, maj_at_k
+from stages.run.figures import short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,3 +205,35 @@ def computed(frontiers: Sequence[Mapping[str, Any]], counts: Mapping[str, Mappin
                             "ci95": p["ci95"], "n": p["n"]} for p in of["points"]]
         found += compute(points)
     return found
+
+
+def joined(evaluations: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The `compute` points of several evaluations together, each model named with its size ("sft 883k").
+
+    `pareto` is about the price of an answer alone: no other point of the task costs at most as much inference and gets more right. What
+    training adds to it depends on how many questions will be asked: `cheapest`.
+    Raises ValueError where two evaluations hold models that would share a name.
+    """
+    found: list[dict[str, Any]] = []
+    for points in evaluations:
+        named = [{**p, "model": f"{p['model']} {short(p['parameters'])}"} for p in points]
+        if twice := {p["model"] for p in found} & {p["model"] for p in named}:
+            raise ValueError(f"two evaluations hold a model {min(twice)!r}: give one run for each stage and size")
+        found += named
+    best: dict[str, Iterator[bool]] = {}
+    for task in {p["task"] for p in found}:
+        own = [p for p in found if p["task"] == task]
+        best[task] = iter(pareto([p["inference_flops"] for p in own], [p["accuracy"] for p in own]))
+    return [{**p, "pareto": next(best[p["task"]])} for p in found]
+
+
+def cheapest(points: Sequence[Mapping[str, Any]], accuracy: float, questions: float) -> tuple[Mapping[str, Any], float] | None:
+    """The point that gets at least `accuracy` right for the fewest FLOPs, and these: training and the inference of so many `questions`.
+
+    At 0 questions those of inference alone, a question (a model that is there anyway). None where no point is so good.
+    """
+    def flops(p: Mapping[str, Any]) -> float:
+        return p["training_flops"] + questions * p["inference_flops"] if questions else p["inference_flops"]
+
+    good = [p for p in points if p["accuracy"] >= accuracy]
+    return min(((p, flops(p)) for p in good), key=lambda found: found[1], default=None)

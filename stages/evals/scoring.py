@@ -13,10 +13,10 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prompts.intervals import wilson
+from prompts.intervals import share_interval, wilson
 from prompts.records import Request, Solution
 from reward.verifiers import gold_score, right
-from stages.evals.statistics import bootstrap_mean, compare
+from stages.evals.statistics import bootstrap_mean, compare, pass_at_k, variance_split
 
 SAMPLED = "sampled_cot"  # one chain at the temperature of self-consistency: the mean over its chains
 PAIRS = (("self_consistency", "zero_shot_cot"), ("self_consistency", SAMPLED), ("zero_shot_cot", "direct"),
@@ -114,12 +114,21 @@ def clusters_of(records: Sequence[Mapping[str, Any]]) -> list[Hashable] | None:
 
 
 def sampled_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The same figures for one of the chains that voted. Chains of one problem are not independent, so the interval is a
-    bootstrap over problems."""
+    """The same figures for one of the chains that voted, equally many a problem. Chains of one problem are not independent, so the
+    interval is a bootstrap over problems; where they do not differ it has no width, and Wilson's at one trial a problem is given.
+
+    `pass_at_k`: the chance that one of k chains is right, for k = 1, 2, 4 and so on. `variance`: how much of the spread lies between
+    problems (`variance_split`), None for a single problem or chain.
+    """
     right, whole = shares(records), summary(records)
+    chains = [[float(s["correct"]) for s in r["samples"]] for r in records]
+    num = len(chains[0])
     kept = ("n", "unparsed", "unparsed_rate", "num_samples", "finished", "finished_wilson95", "in_format", "gold_score",
             "gold_score_ci95")
-    return {"accuracy": sum(right) / len(right), "bootstrap95": list(bootstrap_mean(right)), **{key: whole[key] for key in kept},
+    return {"accuracy": sum(right) / len(right), **{key: whole[key] for key in kept},
+            "bootstrap95": list(bootstrap_mean(right) if len(set(right)) > 1 else share_interval(right)[1:]),
+            "pass_at_k": {str(2**i): sum(pass_at_k(num, int(sum(c)), 2**i) for c in chains) / len(chains) for i in range(num.bit_length())},
+            "variance": variance_split(chains) if num > 1 and len(chains) > 1 else None,
             "ties": 0, "tokens_mean": whole["tokens_mean"] * len(records) / whole["num_samples"]}
 
 

@@ -43,44 +43,55 @@ def frontier(found: Mapping[str, Any], folder: Path, source: list[str], strategi
                 log_x=True, y_range=(0, 1.02))
 
 
+def compute_series(points: Sequence[Mapping[str, Any]], models: Names) -> list[Series]:
+    """Accuracy against FLOPs of an answer on one task: a colour for each model, which is named with the FLOPs of its training, its votes a
+    band, and rings on the Pareto set."""
+    series = []
+    for color, model in enumerate(dict.fromkeys(p["model"] for p in points)):
+        own = sorted((p for p in points if p["model"] == model), key=lambda p: p["inference_flops"])
+        label = f"{models.get(model, model)}, {short(own[0]['training_flops'])} to train"
+        for k, look in ((False, "points"), (True, "band")):
+            if some := [p for p in own if (p.get("k") is not None) == k]:
+                series.append(bars_of(some, label, "inference_flops", look=look, color=color))
+                label = ""
+    return [*series, ring(points, "inference_flops")]
+
+
 def compute(points: Sequence[Mapping[str, Any]], folder: Path, source: list[str], models: Names) -> list[Figure]:
     """A figure a task: accuracy against FLOPs of an answer, a colour for each model, which is named with the FLOPs of its training."""
     drawn = []
     for task in dict.fromkeys(p["task"] for p in points):
         here = [p for p in points if p["task"] == task]
-        series = []
-        for color, model in enumerate(dict.fromkeys(p["model"] for p in here)):
-            own = sorted((p for p in here if p["model"] == model), key=lambda p: p["inference_flops"])
-            label = f"{models.get(model, model)}, {short(own[0]['training_flops'])} to train"
-            for k, look in ((False, "points"), (True, "band")):
-                if some := [p for p in own if (p.get("k") is not None) == k]:
-                    series.append(bars_of(some, label, "inference_flops", look=look, color=color))
-                    label = ""
         caption = (f"{task}: training against inference. Across: FLOPs of answering a question, 2N a token"
                    + ("" if all(p["counted"] == "prompt and generated" for p in here) else ", prompts left out where not recorded")
                    + "; in the legend: FLOPs of training, without those of preferences and reward model, which are not counted. Rings: no "
                    "other point needs as little of both and gets as much right.")
-        drawn.append(draw(figures.plot, folder, file_name(f"compute-{task}"), [*series, ring(here, "inference_flops")], caption, source,
+        drawn.append(draw(figures.plot, folder, file_name(f"compute-{task}"), compute_series(here, models), caption, source,
                           x="FLOPs a question", y="accuracy", log_x=True, y_range=(0, 1.02)))
     return drawn
 
 
-def examples(cells: Sequence[Mapping[str, Any]], shots: int, folder: Path, source: list[str], models: Names) -> list[Figure]:
-    """In-context learning, a figure a task: accuracy against the number of examples in the prompt, with and without worked steps.
+def example_series(cells: Sequence[Mapping[str, Any]], shots: int, models: Names) -> list[Series]:
+    """Accuracy against the number of examples in the prompt on one task: a colour for each model, worked steps solid, bare answers dashed.
 
-    The number is a cell's `shots` where it has one, else 0 without examples and the evaluation's own with them.
+    The number is a cell's `shots` where it has one, else 0 without examples and `shots` with them.
     """
+    series = []
+    for color, model in enumerate(models):
+        for kind, family, look in ((", worked", WORKED, "line"), (", bare", BARE, "dashed")):
+            own = [{**c, "shots": c.get("shots", family[c["strategy"]] if family[c["strategy"]] is not None else shots),
+                    "ci95": c["wilson95"]} for c in cells if c["model"] == model and c["strategy"] in family]
+            own.sort(key=lambda c: c["shots"])
+            if len({c["shots"] for c in own}) > 1:
+                series.append(bars_of(own, models[model] + kind, "shots", look=look, color=color))
+    return series
+
+
+def examples(cells: Sequence[Mapping[str, Any]], shots: int, folder: Path, source: list[str], models: Names) -> list[Figure]:
+    """In-context learning, a figure a task that was asked with more than one number of examples."""
     drawn = []
     for task in dict.fromkeys(c["task"] for c in cells):
-        series = []
-        for color, model in enumerate(models):
-            for kind, family, look in ((", worked", WORKED, "line"), (", bare", BARE, "dashed")):
-                own = [{**c, "shots": c.get("shots", family[c["strategy"]] if family[c["strategy"]] is not None else shots),
-                        "ci95": c["wilson95"]} for c in cells if (c["task"], c["model"]) == (task, model) and c["strategy"] in family]
-                own.sort(key=lambda c: c["shots"])
-                if len({c["shots"] for c in own}) > 1:
-                    series.append(bars_of(own, models[model] + kind, "shots", look=look, color=color))
-        if series:
+        if series := example_series([c for c in cells if c["task"] == task], shots, models):
             drawn.append(draw(figures.plot, folder, file_name(f"examples-{task}"), series, f"{task}: accuracy against the number of "
                               "examples in the prompt, with worked steps (solid) and without (dashed), with 95 % intervals.", source,
                               x="examples in the prompt", y="accuracy", y_range=(0, 1.02)))
