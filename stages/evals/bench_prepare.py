@@ -5,11 +5,10 @@
 Each size is a text file made for it and deleted afterwards, prepared by `stages.prepare` in a process of its own: words of a Zipf
 distribution over 200,000 (as English has it, roughly), three in a hundred numbers, one paragraph in fifty a near copy of an earlier
 one. Speed is given by wall time and by processor time, which counts all threads and is the steadier on a shared machine; memory is the
-process's highest, beside what it held before the first document.
+process's highest.
 """
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,13 +20,13 @@ import numpy as np
 
 from stages.evals.studies import markdown
 from stages.run.entry import run_program
-from stages.run.manifest import say
+from stages.run.manifest import Manifest, say
 
 MB, MIB = 10**6, 1 << 20
 VOCABULARY, NUMBERS, PARAGRAPH, COPIES = 200_000, 0.03, 80, 0.02
-SCREENS = {"plain": {}, "screened": {"near_duplicates": "drop", "quality": {"min_stop_words": 0}}}
+SCREENS: dict[str, dict[str, Any]] = {"plain": {}, "screened": {"near_duplicates": "drop", "quality": {"min_stop_words": 0}}}
 HEADER = ["text", "settings", "tokens", "reading, MB/s", "a processor-s", "near-duplicates, MB a processor-s", "tokens/s", "a processor-s",
-          "whole stage, wall s", "processor s", "peak MiB", "above its start"]
+          "whole stage, wall s", "processor s", "peak MiB"]
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -37,7 +36,6 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
                         help="plain: defaults; screened: near-duplicates and quality rules, too")
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--folder", type=Path, help="where text and tokens are written for a while (default: the temporary folder)")
-    parser.add_argument("--one", nargs=2, metavar=("TEXT", "NAME"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -64,19 +62,19 @@ def write_text(path: Path, size: int) -> None:
                 written += f.write(text + ".\n\n")
 
 
-def one(text: Path, name: str, vocab_size: int) -> dict[str, Any]:
-    """Prepare the text in this process: what the manifest says of it, and memory before and at its highest."""
-    from stages.prepare import PrepareConfig, main
-    from stages.run.config import build_config
-
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    manifest = main(build_config(PrepareConfig, {
-        "run_dir": str(text.with_suffix(".prepare")), "sources": [str(text)], "num_problems": {}, "vocab_size": vocab_size,
-        "heldout_share": 0.01, **SCREENS[name]}))
-    notes = manifest.data["notes"]
-    return {"bytes": text.stat().st_size, "settings": name, "seconds": notes["seconds"], "dropped": notes["dropped"],
+def prepared(text: Path, name: str, vocab_size: int) -> dict[str, Any]:
+    """Prepare the text in a process of its own: what the manifest says of it."""
+    folder = text.with_suffix(".prepare")
+    settings: dict[str, Any] = {"run_dir": str(folder), "sources": [str(text)], "num_problems": {}, "vocab_size": vocab_size,
+                                "heldout_share": 0.01, **SCREENS[name]}
+    flags = [part for key, value in settings.items() for part in (f"--{key}", value if isinstance(value, str) else json.dumps(value))]
+    done = subprocess.run([sys.executable, "-m", "stages.prepare", *flags], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{text}, {name}, failed: {done.stderr[-2000:]}")
+    manifest = Manifest(folder)
+    return {"bytes": text.stat().st_size, "settings": name, "seconds": manifest.data["notes"]["seconds"],
             "tokens": manifest.counts["train_tokens"] + manifest.counts["heldout_tokens"],
-            "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "before": before}
+            "peak": manifest.data["provenance"]["peak_rss_bytes"]}
 
 
 def row_of(result: dict[str, Any]) -> list[str]:
@@ -87,25 +85,18 @@ def row_of(result: dict[str, Any]) -> list[str]:
             f"{size / near['processor']:.1f}" if near else "-",
             *(f"{tokens / seconds['tokens'][clock]:,.0f}" for clock in ("wall", "processor")),
             *(f"{sum(each[clock] for each in seconds.values()):,.0f}" for clock in ("wall", "processor")),
-            f"{result['peak'] / MIB:,.0f}", f"{(result['peak'] - result['before']) / MIB:,.0f}"]
+            f"{result['peak'] / MIB:,.0f}"]
 
 
 def main(argv: list[str]) -> None:
     given = arguments(argv)
-    if given.one:
-        print(json.dumps(one(Path(given.one[0]), given.one[1], given.vocab_size)), flush=True)
-        return
     rows = []
     for size in given.megabytes:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             text = Path(folder) / "text.txt"
             write_text(text, size * MB)
             for name in given.settings:
-                done = subprocess.run([sys.executable, "-m", "stages.evals.bench_prepare", "--one", str(text), name, "--vocab-size",
-                                       str(given.vocab_size)], capture_output=True, text=True)
-                if done.returncode:
-                    raise ValueError(f"{size} MB, {name}, failed: {done.stderr[-2000:]}")
-                rows.append(row_of(json.loads(done.stdout.splitlines()[-1])))
+                rows.append(row_of(prepared(text, name, given.vocab_size)))
                 say(" | ".join(rows[-1]))
     say(markdown(HEADER, rows))
 
