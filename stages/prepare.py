@@ -7,7 +7,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,6 @@ from stages.run.manifest import Manifest, Run, hash_data, hash_path, metric, say
 
 BATCH = 128  # documents tokenised at once
 FERTILITY_DOCUMENTS = 200  # of each source, in which numbers are looked at
-ADDED = ("weights", "train_bytes", "near_duplicates", "quality", "languages", "decontaminate", "evaluation_sets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +53,16 @@ class PrepareConfig(StageConfig):
     tokenizer_documents: int = option(20_000, "documents the tokenizer is trained on")
     kind_documents: int = option(300, "held-out documents of each kind, measured apart where there are several kinds")
     row_length: int = option(512, "tokens a packed row; the context length of pretraining")
-    weights: dict[str, float] = option({}, "by source, its share of the training text: less than it has is a sample, more repeats it")
-    train_bytes: int = option(0, "training text that a mixture by weights makes (0: as much as its sources hold)")
-    near_duplicates: Literal["keep", "drop"] = option("keep", "drop documents that nearly repeat an earlier one (MinHash)")
+    weights: dict[str, float] = option({}, "by source, its share of the training text: less than it has is a sample, more repeats it",
+                                       added=True)
+    train_bytes: int = option(0, "training text that a mixture by weights makes (0: as much as its sources hold)", added=True)
+    near_duplicates: Literal["keep", "drop"] = option("keep", "drop documents that nearly repeat an earlier one (MinHash)", added=True)
     quality: dict[str, Any] | None = option(None, "drop what does not read like text: {} for the rules of Gopher, {rule: threshold} to "
-                                            "change some (docs/corpus.md)")
-    languages: list[str] = option([], "keep documents in these languages, as [en, de] (empty: all; needs py3langid)")
+                                            "change some (docs/corpus.md)", added=True)
+    languages: list[str] = option([], "keep documents in these languages, as [en, de] (empty: all; needs py3langid)", added=True)
     decontaminate: Literal["off", "report", "drop"] = option("report", "training documents that hold a question of an evaluation set: "
-                                                             "count and show them, drop them too, or do not look")
+                                                             "count and show them, drop them too, or do not look", added=True)
     evaluation_sets: list[str] = option([], "sets to look for beside the recipe's own problems, as format:source", recorded_only=True)
-
-    def fingerprinted(self) -> dict[str, Any]:
-        """What a setting that came later was before it came does not count: runs from before stay finished."""
-        standard = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
-        return {name: value for name, value in super().fingerprinted().items() if name not in ADDED or value != standard[name]}
 
 
 def main(config: PrepareConfig) -> Manifest:

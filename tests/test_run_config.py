@@ -75,6 +75,17 @@ def test_fingerprint_leaves_out_paths_and_logging():
     assert build_config(Example, {"seed": 1}).fingerprinted() != a.fingerprinted()
 
 
+def test_a_setting_that_came_later_counts_once_it_is_set():
+    @dataclass(frozen=True, kw_only=True)
+    class Grown(Example):
+        experts: int = option(0, added=True)
+        kinds: list[str] = option([], added=True)
+
+    assert build_config(Grown, {}).fingerprinted() == build_config(Example, {}).fingerprinted()
+    assert build_config(Grown, {"experts": 2}).fingerprinted() == {**build_config(Example, {}).fingerprinted(), "experts": 2}
+    assert "kinds" in build_config(Grown, {"kinds": ["a"]}).fingerprinted()
+
+
 def test_read_yaml_of_an_empty_file(tmp_path):
     (tmp_path / "e.yaml").write_text("# nothing\n")
     assert read_yaml(tmp_path / "e.yaml") == {}

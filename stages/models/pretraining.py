@@ -37,14 +37,18 @@ class PretrainConfig(StageConfig):
     num_heads: int = option(4, "attention heads")
     num_kv_heads: int | None = option(None, "key and value heads (default: num_heads)")
     intermediate_size: int | None = option(None, "width of the MLP (default: 8/3 of hidden_size, rounded up to 32)")
-    num_experts: int | None = option(None, "experts of each layer, where architecture is olmoe, qwen3_moe, qwen2_moe, mixtral or dots1")
-    experts_per_token: int = option(2, "experts that a token visits")
-    expert_size: int | None = option(None, "width of an expert (default: intermediate_size over the experts that a token visits)")
-    shared_expert_size: int | None = option(None, "width of the expert that every token visits: qwen2_moe, dots1 (default: expert_size)")
-    balance_coef: float = option(0.01, "coefficient of the load-balancing loss, the mean over layers")
-    router_z_coef: float = option(0.001, "coefficient of the router z-loss, the mean over layers")
-    balance_bias_rate: float = option(0.0, "step of the bias that balances without a loss (dots1; with it, set balance_coef to 0 or near)")
-    upcycle: str | None = option(None, "folder of a dense model to start from: every expert begins as its MLP")
+    num_experts: int | None = option(None, "experts of each layer, where architecture is olmoe, qwen3_moe, qwen2_moe, mixtral or dots1",
+                                     added=True)
+    experts_per_token: int = option(2, "experts that a token visits", added=True)
+    expert_size: int | None = option(None, "width of an expert (default: intermediate_size over the experts that a token visits)",
+                                     added=True)
+    shared_expert_size: int | None = option(None, "width of the expert that every token visits: qwen2_moe, dots1 (default: expert_size)",
+                                            added=True)
+    balance_coef: float = option(0.01, "coefficient of the load-balancing loss, the mean over layers", added=True)
+    router_z_coef: float = option(0.001, "coefficient of the router z-loss, the mean over layers", added=True)
+    balance_bias_rate: float = option(0.0, "step of the bias that balances without a loss (dots1; with it, set balance_coef to 0 or near)",
+                                      added=True)
+    upcycle: str | None = option(None, "folder of a dense model to start from: every expert begins as its MLP", added=True)
     rope_theta: float = option(1000.0, "base of the rotary frequencies")
     tie_embeddings: bool = option(False, "one matrix for embedding and head")
     matrix_std: float = option(0.07, "initial standard deviation of the trunk's matrices")

@@ -18,9 +18,10 @@ import yaml
 C = TypeVar("C", bound="StageConfig")
 
 
-def option(default: Any = dataclasses.MISSING, help: str = "", *, recorded_only: bool = False) -> Any:
-    """A config field. `recorded_only` keeps it out of the fingerprint: paths, logging, anything that cannot change the numbers."""
-    metadata = {"help": help, "recorded_only": recorded_only}
+def option(default: Any = dataclasses.MISSING, help: str = "", *, recorded_only: bool = False, added: bool = False) -> Any:
+    """A config field. `recorded_only` keeps it out of the fingerprint: paths, logging, anything that cannot change the numbers. `added`
+    is for what came after runs were made, and by default does what was done before: it counts once it is set, so they stay finished."""
+    metadata = {"help": help, "recorded_only": recorded_only, "added": added}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -41,7 +42,13 @@ class StageConfig:
 
     def fingerprinted(self) -> dict[str, Any]:
         """The fields that can change the numbers."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata.get("recorded_only")}
+        found = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            unset = value == (field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
+            if not (field.metadata.get("recorded_only") or (field.metadata.get("added") and unset)):
+                found[field.name] = value
+        return found
 
 
 class _StrictLoader(yaml.SafeLoader):
