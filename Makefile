@@ -126,7 +126,7 @@ study-critique: setup ## can a model find the first wrong step, and does that he
 bench-prepare: setup ## MB/s and tokens/s of preparing 10 MB and 1 GB of text, and the memory it takes (half an hour)
 	$(PY) -m stages.evals.bench_prepare $(ARGS)
 
-study-exemplars: setup ## accuracy against exemplars in the prompt, and inference against training compute, over sizes (over an hour; needs make sft rlhf)
+study-exemplars: setup ## accuracy against exemplars in the prompt, and inference against training compute, over sizes (two to three hours; needs make sft rlhf)
 	$(PY) -m stages.evals.study_exemplars $(ARGS)
 
 bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, and TRL's own trainer (needs make prepare)

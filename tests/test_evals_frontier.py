@@ -216,7 +216,8 @@ def test_the_cheapest_way_depends_on_how_much_is_asked():
 def evaluation_of(folder, points, problems="sha256:1"):
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps({"compute": points}))
-    (folder / "manifest.json").write_text(json.dumps({"inputs": {"prompts": str(folder), "task maths": problems}, "fingerprint": "f",
+    (folder / "manifest.json").write_text(json.dumps({"stage": "evaluation", "fingerprint": "f",
+                                                      "inputs": {"prompts": str(folder), "task maths": problems},
                                                       "products": {"results": {"path": "results.json"}}}))
     return str(folder)
 
@@ -236,3 +237,7 @@ def test_command_puts_evaluations_together(tmp_path, capsys):
         commands.frontier([runs[0], evaluation_of(tmp_path / "other", LARGE, "sha256:2"), "--out", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="no model of these evaluations has a price"):
         commands.frontier([evaluation_of(tmp_path / "none", []), "--out", str(tmp_path / "out")])
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "manifest.json").write_text(json.dumps({"stage": "sft", "products": {"model": {"path": "model"}}}))
+    with pytest.raises(ValueError, match="is a sft run: give finished evaluations"):
+        commands.frontier([str(tmp_path / "sft"), "--out", str(tmp_path / "out")])

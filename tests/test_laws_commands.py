@@ -104,6 +104,13 @@ def test_isoflop_states_its_bias(tmp_path, capsys):
     assert found["bias"]["a_by_the_sum"] == pytest.approx(3 / 7, rel=1e-3) and found["a"] == pytest.approx(3 / 7, abs=0.03)
     assert "bias" not in printed(capsys, "isoflop", path, "--c-column", "C", "--method", "akima")
     refused(capsys, ["isoflop", path], "needs --c-column")
+    twice = table(tmp_path / "two.csv", ["C", "N", "loss"], [*C, *C], [*N, *N], [*law((1.7, 400.0, 400.0, 0.4, 0.3), N, C / 6 / N)] * 2)
+    assert printed(capsys, "isoflop", twice, "--c-column", "C")["warnings"][0].startswith("36 rows repeat a size")
+
+
+def test_settings_that_cannot_be_are_refused_before_the_fit(runs, tmp_path, capsys):
+    refused(capsys, ["fit", runs, *SELECT[:-1], "-3"], "--draws -3 must not be negative")
+    refused(capsys, ["fit", runs, *SELECT, "--out", str(tmp_path / "none" / "fit.json")], "there is no folder")
 
 
 def refused(capsys, arguments, message):

@@ -252,7 +252,8 @@ def test_transformers_loads_what_was_built(tmp_path, architecture):
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"architecture": "qwen3", "num_experts": 4}, "qwen3 has no experts"), ({}, "olmoe is a mixture of experts: set"),
-    ({"num_experts": 4, "experts_per_token": 4}, "set it to 1 up to 3"), ({"num_experts": 4, "shared_expert_size": 8}, "no shared expert"),
+    ({"num_experts": 4, "experts_per_token": 4}, "set it below their number"),
+    ({"num_experts": 4, "shared_expert_size": 8}, "no shared expert"),
     ({"num_experts": 4, "shared_expert_size": 0, "architecture": "qwen2_moe"}, "always has a shared expert"),
     ({"num_experts": 4, "experts_per_token": 1, "architecture": "mixtral"}, "its router learns nothing"),
     ({"num_experts": 4, "shared_expert_size": 9, "expert_size": 8, "architecture": "dots1"}, "9 is not a multiple of 8")])

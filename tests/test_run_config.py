@@ -75,6 +75,15 @@ def test_fingerprint_leaves_out_paths_and_logging():
     assert build_config(Example, {"seed": 1}).fingerprinted() != a.fingerprinted()
 
 
+def test_a_recipe_named_alone_is_read(tmp_path, monkeypatch):
+    (tmp_path / "recipes").mkdir()
+    config(tmp_path / "recipes", "learning_rate: 2e-3\n")
+    monkeypatch.chdir(tmp_path)
+    found = load_config(Example, ["--recipe", "tiny", "--hidden-size", "32"])
+    assert (found.learning_rate, found.hidden_size, found.recipe) == (2e-3, 32, "tiny")
+    assert load_config(Example, ["--recipe", "other"]).learning_rate == 1e-3  # no such file
+
+
 def test_a_setting_that_came_later_counts_once_it_is_set():
     @dataclass(frozen=True, kw_only=True)
     class Grown(Example):

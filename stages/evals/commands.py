@@ -74,6 +74,8 @@ def frontier(arguments: list[str]) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder for frontier.json, frontier.md and the figures")
     given = parser.parse_args(arguments)
     runs = [Manifest(path) for path in given.runs]
+    if other := [run for run in runs if "results" not in run.data["products"]]:
+        raise ValueError(f"{other[0].path} is a {other[0].data['stage']} run: give finished evaluations")
     asked = [{name: value for name, value in run.data["inputs"].items() if name.startswith("task ")} for run in runs]
     if other := [run for run, tasks in zip(runs, asked, strict=True) if tasks != asked[0]]:
         raise ValueError(f"{other[0].path} asked other problems than {runs[0].path}: evaluate with the same prepare run, tasks, "

@@ -29,6 +29,7 @@ from prompts.templates import Style, render
 from stages.data.corpora import read_rows
 from stages.data.curriculum import CUES, DIRECT, WORKED, problems
 from stages.data.planted import KINDS, TASKS, chain, dialogue, first_wrong, record
+from stages.data.problems import load_problems
 from stages.evals import scoring
 from stages.evals.backends import LocalModel
 from stages.evals.frontier import frontier
@@ -239,6 +240,10 @@ def answers(given: argparse.Namespace, arm: str, seed: int, model: str, threshol
 
 
 def study(given: argparse.Namespace) -> None:
+    for folder in (given.prepare, given.sft):
+        Manifest(folder)  # said now, not after the chains are drawn
+    if given.mistakes:
+        load_problems(f"mistake:{given.mistakes}", hub_split="test")
     runs, reviewers = len(given.arms) * len(given.seeds), (len(given.arms) + 2) * len(given.seeds)
     answerers = len(given.seeds) * (1 + bool(given.arms))
     say(f"budget: {runs} critics trained on {given.critiques + given.replay} dialogues, {reviewers} sets of reviews, {answerers} of "

@@ -68,6 +68,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def study(given: argparse.Namespace) -> None:
+    if wrong := [width for width in given.widths if width <= 0 or width % 32]:
+        raise ValueError(f"--widths {wrong[0]}: heads are 32 wide, so give a multiple of 32")
     models = len(MODELS) + 2 * len(given.widths) + len(set(given.ppo) & set(given.widths))
     cells = models * len(given.tasks) * len(KINDS) * (1 + given.draws * len(SHOTS))
     training = sum((ASSUMED_SFT_S + ASSUMED_PPO_S * (width in given.ppo)) * width / 128 for width in given.widths)

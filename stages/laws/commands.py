@@ -130,8 +130,10 @@ def conventions_of(a: argparse.Namespace, table: dict[str, np.ndarray]) -> dict[
 def fit(a: argparse.Namespace) -> dict[str, Any]:
     table = runs(a)
     N, D, loss = table["N"], table["D"], table["loss"]
-    if a.drop_worst < 0 or not a.delta > 0:
-        raise ValueError(f"--drop-worst {a.drop_worst} must not be negative and --delta {a.delta:g} must be positive")
+    if a.drop_worst < 0 or a.draws < 0 or not a.delta > 0:
+        raise ValueError(f"--drop-worst {a.drop_worst} and --draws {a.draws} must not be negative, --delta {a.delta:g} must be positive")
+    if a.out and not Path(a.out).parent.is_dir():
+        raise ValueError(f"--out {a.out}: there is no folder {Path(a.out).parent}: make it first")
     settings = {"floor": a.floor, "delta": a.delta, "weights": table.get("weight")}
     conventions, extra = conventions_of(a, table), {}
     if "unique" in table and "total" in table:
@@ -178,6 +180,9 @@ def isoflop(a: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("isoflop needs --c-column, the budget of each row")
     table = runs(a)
     found = approach_2(table["C"], table["N"], table["loss"], method=a.method, window=a.window)
+    if repeated := len(table["N"]) - len({*zip(table["C"], table["N"], strict=True)}):
+        found["warnings"] = [f"{repeated} rows repeat a size of their budget, of which the lowest loss counts: if they are of several "
+                             "experiments, select one with --where"]
     if a.method == "parabola":
         law = fit_law(table["N"], table["D"], table["loss"], num_draws=0)
         found["bias"] = {"alpha": law["alpha"], "beta": law["beta"], "factor_on_N": vertex_bias(law["alpha"], law["beta"], a.window),

@@ -31,12 +31,12 @@ def mixture(architecture: str, *, num_experts: int | None, experts_per_token: in
     """
     if architecture not in MIXTURES:
         if num_experts is not None:
-            raise ValueError(f"architecture {architecture} has no experts: leave num_experts out, or choose from {', '.join(MIXTURES)}")
+            raise ValueError(f"architecture {architecture} has no experts: leave num_experts out, or choose {', '.join(MIXTURES)}")
         return {}
     if num_experts is None:
         raise ValueError(f"architecture {architecture} is a mixture of experts: set num_experts, for instance to 8")
     if not 1 <= experts_per_token < num_experts:
-        raise ValueError(f"experts_per_token is {experts_per_token} of {num_experts} experts: set it to 1 up to {num_experts - 1}")
+        raise ValueError(f"experts_per_token is {experts_per_token} of {num_experts} experts: set it below their number")
     shares = architecture == "qwen2_moe" or (architecture == "dots1" and shared_expert_size != 0)
     if shared_expert_size and not shares:
         raise ValueError(f"architecture {architecture} has no shared expert: leave shared_expert_size out, or choose qwen2_moe")

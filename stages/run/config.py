@@ -211,10 +211,13 @@ def parse_flags(argv: list[str]) -> dict[str, Any]:
 def load_config(cls: type[C], argv: list[str]) -> C:
     """Config of a stage from its command line: `--config recipes/tiny/sft.yaml --learning-rate 1e-3`.
 
-    Flags win over the file; `--parents.sft DIR` sets one entry of a mapping. Raises ValueError for anything not understood.
+    Flags win over the file; `--parents.sft DIR` sets one entry of a mapping; `--recipe smoke` alone reads recipes/smoke/<stage>.yaml where
+    there is one. Raises ValueError for anything not understood.
     """
     flags = parse_flags(argv)
     path = flags.pop("config", None)
+    if not path and "recipe" in flags and (usual := Path("recipes") / str(flags["recipe"]) / f"{cls.STAGE}.yaml").is_file():
+        path = str(usual)
     values = read_yaml(path) if path else {}
     for key, value in flags.items():
         nested = isinstance(value, dict) and isinstance(values.get(key), dict)
