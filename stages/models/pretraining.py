@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from stages.data.packing import PackedCollator
 from stages.models.attention import DOCUMENTS
+from stages.models.branching import OwnSteps, learning_rate_schedule, start_from
 from stages.models.counts import count_parameters, train_flops_per_token
 from stages.models.heldout import heldout, measured
 from stages.models.optimizer import build_optimizer
@@ -56,6 +57,7 @@ class PretrainConfig(StageConfig):
     head_std: float = option(0.002, "initial standard deviation of the head")
     tokens: int = option(2_000_000, "training tokens, padding included")
     easy_share: float = option(0.15, "share of the tokens at the beginning that come from the easy documents, where there are any")
+    easy_tokens: int | None = option(None, "tokens of these, instead of easy_share: the same for every budget", added=True)
     batch_tokens: int = option(1024, "tokens a step, over all processes")
     micro_batch_rows: int | None = option(None, "rows a forward pass and process; smaller accumulates gradients (default: all)")
     optimizer: Literal["muon", "adamw"] = option("muon", "muon: Muon for matrices and AdamW for the rest; adamw: AdamW for all")
@@ -64,12 +66,20 @@ class PretrainConfig(StageConfig):
     learning_rate: float = option(5e-3, "peak learning rate of AdamW")
     embedding_lr_factor: float = option(10.0, "the embedding's learning rate is this many times learning_rate (muon)")
     weight_decay: float = option(0.0, "decoupled weight decay")
-    warmup_share: float = option(0.02, "share of the steps with a rising learning rate; it then falls linearly to zero")
+    schedule: Literal["linear", "wsd", "wsd-linear"] = option(
+        "linear", "of the learning rate after the warmup. linear: it falls to zero all the way; wsd: it is constant, then falls to zero by 1 - "
+        "sqrt over a last part, so that a ladder's budgets share one beginning; wsd-linear: falls by a line there", added=True)
+    cooldown_share: float = option(0.2, "share of the steps, the last, over which wsd falls (0: it never does)", added=True)
+    warmup_share: float = option(0.02, "share of the steps with a rising learning rate")
+    warmup_tokens: int | None = option(None, "tokens of the warmup, instead of warmup_share: the same for every budget", added=True)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     evaluations: int = option(10, "held-out evaluations over the run")
     eval_rows: int = option(96, "held-out rows of each evaluation; the last one takes four times as many")
     logs: int = option(50, "lines of metrics over the run", recorded_only=True)
     checkpoints: int = option(4, "checkpoints over the run")
+    keep_at: list[int] = option([], "training tokens at which checkpoints are kept, with all others, for runs to branch off", recorded_only=True)
+    branch_from: str | None = option(None, "finished run of the same settings but for tokens, schedule wsd: go on from its last checkpoint "
+                                     "at which the rate of both was constant, instead of training the same once more", recorded_only=True)
     attn_implementation: Literal["auto", "documents", "sdpa", "eager"] = option(
         "auto", "the same sums by other ways; auto: documents on CPU, which computes nothing between documents, else sdpa",
         recorded_only=True)
@@ -166,8 +176,10 @@ class PretrainTrainer(Resumable, Trainer):
         super().rewind(step)
 
 
-def select_rows(tokens: Path, wanted: int, easy_share: float, seed: int) -> datasets.Dataset:
-    """`wanted` rows in training order: the easy part first, then the main part, repeated in a new order when it is too short."""
+def select_rows(tokens: Path, wanted: int, easy: int, seed: int) -> datasets.Dataset:
+    """`wanted` rows in training order: up to `easy` easy ones first, then the main part, repeated in a new order when it is too short.
+
+    With as many easy ones, fewer rows are the beginning of more."""
     def take(name: str, count: int) -> datasets.Dataset:
         rows = datasets.load_from_disk(str(tokens / name))
         order = [np.arange(len(rows))]
@@ -176,7 +188,7 @@ def select_rows(tokens: Path, wanted: int, easy_share: float, seed: int) -> data
             order.append(rng.permutation(len(rows)))
         return rows.select(np.concatenate(order)[:count])
 
-    easy = int(wanted * easy_share) if (tokens / "train-easy").exists() else 0
+    easy = min(easy, wanted) if (tokens / "train-easy").exists() else 0
     main = take("train", wanted - easy)
     return datasets.concatenate_datasets([take("train-easy", easy), main]) if easy else main
 
@@ -223,14 +235,16 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
         + (f" ({sizes['active']:,} visited by a token)" if routers else "") + f", {steps:,} steps of "
         f"{config.batch_tokens:,} tokens on {world_size()} process(es)")
 
-    rows = select_rows(tokens, steps * config.batch_tokens // row_length, config.easy_share, config.seed)
+    schedule, wanted = learning_rate_schedule(config), steps * config.batch_tokens // row_length
+    easy = int(wanted * config.easy_share) if config.easy_tokens is None else config.easy_tokens // row_length
+    rows = select_rows(tokens, wanted, easy, config.seed)
     held = datasets.load_from_disk(str(tokens / "heldout"))
     every = math.ceil(steps / config.evaluations)
     arguments = TrainingArguments(**training_arguments(
         run, seed=config.seed, report_to=config.report_to, logging_steps=max(1, steps // config.logs),
         save_steps=max(1, steps // (config.checkpoints + 1)), max_steps=steps, per_device_train_batch_size=micro,
-        gradient_accumulation_steps=local_rows // micro, learning_rate=config.learning_rate, lr_scheduler_type="linear",
-        warmup_steps=max(1, int(steps * config.warmup_share)), max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
+        gradient_accumulation_steps=local_rows // micro, learning_rate=config.learning_rate, **schedule,
+        **({"save_total_limit": None} if config.keep_at else {}), max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
         adam_beta2=0.95, eval_strategy="steps", eval_steps=every, train_sampling_strategy="sequential",
         gradient_checkpointing=config.gradient_checkpointing))
     trainer = PretrainTrainer(
@@ -238,6 +252,8 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
         data_collator=PackedCollator(eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id),
         config=config, routers=routers, heldout_rows=held.select(range(min(config.eval_rows, len(held)))))
     trainer.tokens_per_step = config.batch_tokens
+    trainer.add_callback(OwnSteps({kept // config.batch_tokens for kept in config.keep_at}))
+    branched = start_from(config, run) if config.branch_from and is_main() else 0
     fit(trainer)
 
     metrics = heldout(model, held.select(range(min(4 * config.eval_rows, len(held)))), trainer.data_collator)
@@ -259,7 +275,7 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
         metrics=metrics, products={"model": "model"},
         counts={"parameters": sizes["total"], "matmul_parameters": sizes["matmul"],
                 "active_parameters": sizes["active"], "non_embedding_parameters": sizes["non_embedding"],
-                "tokens": steps * config.batch_tokens, "steps": steps,
+                "tokens": steps * config.batch_tokens, "steps": steps, **({"branched_step": branched} if branched else {}),
                 "flops": steps * config.batch_tokens * train_flops_per_token(decoder, row_length, sizes)},
         notes={"epochs": steps * config.batch_tokens / row_length / max(1, prepared.counts["train_rows"]),
                **({"forecast": forecast} if forecast else {}), **({"routers": experts} if experts else {})})

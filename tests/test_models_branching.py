@@ -1,0 +1,108 @@
+"""A cooldown that branches off another run is the run that trained on by itself; what may not branch off says why."""
+import json
+import shutil
+
+import pytest
+
+from stages.models import branching
+from stages.models.pretraining import PretrainConfig, PretrainTrainer, pretrain
+from stages.run.checkpoint import read_metrics
+from stages.run.config import build_config
+
+SETTINGS = {"hidden_size": 16, "num_layers": 1, "num_heads": 1, "batch_tokens": 256, "evaluations": 2, "eval_rows": 4, "checkpoints": 1,
+            "logs": 100, "schedule": "wsd", "warmup_tokens": 512, "easy_tokens": 1024}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    from stages import prepare
+
+    folder = tmp_path_factory.mktemp("prepared") / "prepare"
+    prepare.main(build_config(prepare.PrepareConfig, {
+        "run_dir": str(folder), "num_documents": 300, "num_easy_documents": 60, "row_length": 128, "vocab_size": 320,
+        "num_problems": {"sft": 4, "preferences": 4, "ppo": 4, "validation": 4, "test": 4}}))
+    return folder
+
+
+def config_for(prepared, run_dir, **changes):
+    return build_config(PretrainConfig, {**SETTINGS, "run_dir": str(run_dir), "parents": {"prepare": str(prepared)}, **changes})
+
+
+@pytest.fixture(scope="module")
+def trunk(prepared, tmp_path_factory):
+    """16 steps of constant rate, kept at 8 and at the end: where cooldowns of 10 and 20 steps begin."""
+    folder = tmp_path_factory.mktemp("trunk") / "stable"
+    return pretrain(config_for(prepared, folder, tokens=16 * 256, cooldown_share=0.0, keep_at=[8 * 256, 16 * 256]))
+
+
+def test_schedules_by_hand():
+    config = PretrainConfig(tokens=10 * 256, batch_tokens=256, schedule="wsd", cooldown_share=0.4, warmup_tokens=512)
+    assert branching.cooldown_start(config) == 6
+    assert branching.learning_rate_schedule(config) == {
+        "lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 4, "decay_type": "1-sqrt"}, "warmup_steps": 2}
+    assert branching.learning_rate_schedule(PretrainConfig(tokens=100 * 1024)) == {"lr_scheduler_type": "linear", "warmup_steps": 2}
+    with pytest.raises(ValueError, match="cooldown_share 0.9 begins the cooldown at step 1 of 10, and the warmup takes 2"):
+        branching.learning_rate_schedule(PretrainConfig(tokens=2560, batch_tokens=256, schedule="wsd", cooldown_share=0.9, warmup_tokens=512))
+
+
+@pytest.mark.parametrize(("tokens", "start"), [(10 * 256, 8), (20 * 256, 16), (15 * 256, 8)])
+def test_a_branch_is_the_run_that_trained_by_itself(prepared, trunk, tmp_path, tokens, start, monkeypatch):
+    steps = []
+    original = PretrainTrainer.training_step
+    monkeypatch.setattr(PretrainTrainer, "training_step", lambda self, *a, **k: steps.append(self.state.global_step) or original(self, *a, **k))
+    branch = pretrain(config_for(prepared, tmp_path / "branch", tokens=tokens, branch_from=str(trunk.path)))
+    assert steps == list(range(start, tokens // 256)) and branch.counts["branched_step"] == start
+    whole = pretrain(config_for(prepared, tmp_path / "whole", tokens=tokens))
+    assert branch.metrics == whole.metrics and branch.data["products"] == whole.data["products"]  # the weights' hash among them
+    assert branch.fingerprint == whole.fingerprint
+    assert {**branch.counts, "branched_step": None} == {**whole.counts, "branched_step": None}  # the FLOPs of the path
+    ours, theirs = (read_metrics(run.path / "metrics.jsonl") for run in (branch, whole))
+    assert [row["step"] for row in ours] == sorted({row["step"] for row in ours}) and ours[0]["step"] == 1
+    late = {row["step"]: row for row in theirs}
+    assert all(row["train/learning_rate"] == late[row["step"]]["train/learning_rate"] for row in ours if "train/learning_rate" in row)
+    assert [row["step"] for row in ours if "heldout/loss" in row and row["step"] > start] == [
+        row["step"] for row in theirs if "heldout/loss" in row and row["step"] > start]
+
+
+def test_a_killed_branch_goes_on_and_the_trunk_can_go(prepared, trunk, tmp_path, monkeypatch):
+    config = config_for(prepared, tmp_path / "branch", tokens=20 * 256, branch_from=str(trunk.path), checkpoints=6)
+    original = PretrainTrainer.training_step
+
+    def dies(self, *args, **kwargs):
+        if self.state.global_step == 18:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(PretrainTrainer, "training_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config)
+    steps = []
+    monkeypatch.setattr(PretrainTrainer, "training_step", lambda self, *a, **k: steps.append(self.state.global_step) or original(self, *a, **k))
+    resumed = pretrain(config)
+    assert steps == [18, 19] and resumed.counts["branched_step"] == 16
+    whole = pretrain(config_for(prepared, tmp_path / "whole", tokens=20 * 256, checkpoints=6))
+    assert resumed.metrics == whole.metrics
+
+
+def test_a_longer_trunk_goes_on_from_a_shorter_one(prepared, trunk, tmp_path):
+    longer = pretrain(config_for(prepared, tmp_path / "longer", tokens=24 * 256, cooldown_share=0.0, branch_from=str(trunk.path)))
+    assert longer.counts["branched_step"] == 16
+    assert longer.metrics == pretrain(config_for(prepared, tmp_path / "whole", tokens=24 * 256, cooldown_share=0.0)).metrics
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"schedule": "linear"}, "schedule is linear, whose rate depends on tokens"), ({"seed": 1}, "has seed 0, not 1"),
+    ({"easy_tokens": None}, "easy_tokens is not set, so that the beginning depends on tokens: set it to 384"),
+    ({"matrix_lr": 0.01}, "has matrix_lr 0.02, not 0.01"), ({"schedule": "wsd-linear"}, "has schedule 'wsd', not 'wsd-linear'"),
+    ({"tokens": 7 * 256}, "it kept no checkpoint up to step 6, where the rate begins to fall, but at 8, 16: train it with keep_at 1536")])
+def test_what_begins_otherwise_does_not_branch_off(prepared, trunk, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(config_for(prepared, tmp_path / "branch", **{"tokens": 10 * 256, "branch_from": str(trunk.path), **changes}))
+
+
+def test_other_tokens_do_not_branch_off(prepared, trunk, tmp_path):
+    shutil.copytree(prepared, tmp_path / "prepare")
+    manifest = json.loads((prepared / "manifest.json").read_text()) | {"fingerprint": "sha256:other"}
+    (tmp_path / "prepare" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="was trained on other tokens"):
+        pretrain(config_for(tmp_path / "prepare", tmp_path / "branch", tokens=10 * 256, branch_from=str(trunk.path)))
