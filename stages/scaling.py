@@ -12,10 +12,9 @@ Without training, on any csv or jsonl of runs (docs/scaling-laws.md; each comman
     python -m stages.scaling emergence task.csv --flops-column flops --accuracy-column accuracy --smooth-column brier
 """
 import json
-import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +24,12 @@ from stages.laws.commands import COMMANDS, command
 from stages.laws.fit import FORMS, PARAMETERS, Form, cross_check, expected, fit_law, formula, predict
 from stages.laws.holdout import holdout, rolling
 from stages.run import figures
-from stages.run.config import StageConfig, build_config, option, read_yaml
+from stages.run.config import StageConfig, option
 from stages.run.console import clock, table
 from stages.run.entry import launch
 from stages.run.figures import Series
 from stages.run.manifest import MANIFEST, Manifest, Run, hash_data, is_main, metric, say, write_json
 
-SIZE_KEYS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
 COUNTS = {"matmul": "matmul_parameters", "non_embedding": "non_embedding_parameters", "total": "parameters"}
 
 
@@ -45,9 +43,10 @@ class ScalingConfig(StageConfig):
         recorded_only=True)  # its content is fingerprinted instead
     sizes: list[dict[str, int]] = option(
         [{"hidden_size": 32, "num_heads": 1}, {"hidden_size": 48, "num_heads": 2}, {"hidden_size": 64, "num_heads": 2}],
-        f"sizes of the ladder, three at least; each changes some of {', '.join(SIZE_KEYS)}")
+        "sizes of the ladder, three at least; each changes some of hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size")
     tokens: list[int] = option(
-        [200_000, 400_000, 800_000], "training tokens, three budgets at least; each run has a whole schedule")
+        [200_000, 400_000, 800_000], "training tokens, three budgets at least; by the main model's schedule each run has a whole one "
+        "(linear), or a size's budgets branch off one run (wsd)")
     evaluations: int = option(2, "held-out evaluations over each run, for its curve; the law takes the last measurement")
     parameters: Literal["matmul", "non_embedding", "total"] = option("matmul", "the convention by which N counts parameters")
     loss: str = option("heldout_loss", "metric of the runs that the law is fitted to")
@@ -60,11 +59,15 @@ class ScalingConfig(StageConfig):
 
 def main(config: ScalingConfig) -> Manifest:
     from stages.models.counts import CONVENTIONS, FLOPS, count_parameters, planned_decoder, train_flops_per_token
-    from stages.models.pretraining import identity, pretrain  # torch takes seconds to import, which the subcommands do without
+    from stages.models.ladder import ladder_configs, main_config, nested, schedule_of, shared_tokens  # torch takes seconds to import,
+    from stages.models.pretraining import identity, pretrain  # which the subcommands do without
     from stages.models.training import barrier
 
-    base = main_config(config)
-    ladder = ladder_configs(config, base)
+    if config.form == "product" and config.floor == "fitted":
+        raise ValueError("form: product needs a known floor: set floor to text, or form to sum")
+    base = main_config(config.recipe, config.pretrain_config)
+    ladder = ladder_configs(base, config.sizes, config.tokens, seed=config.seed, parents=config.parents, evaluations=config.evaluations,
+                            logs=min(10, base.logs), report_to=config.report_to)
     run = Run(config, inputs={"pretrain": hash_data(base.fingerprinted())})
     if run.finished:
         return run.manifest
@@ -78,29 +81,30 @@ def main(config: ScalingConfig) -> Manifest:
         return tokens * train_flops_per_token(decoder, row_length, counts), tokens, counts
 
     costs = {name: cost(c) for name, c in ladder.items()}
-    order = sorted(ladder, key=lambda name: costs[name][0])
-    total = sum(flops for flops, _, _ in costs.values())
-    points, done, trained, spent = [], 0, 0, 0.0
+    own = {name: costs[name][0] * (1 - shared_tokens(c) / costs[name][1]) for name, c in ladder.items()}  # FLOPs spent in no other run
+    order = sorted(ladder, key=lambda name: (costs[ladder[name].branch_from or name][0], bool(ladder[name].branch_from), costs[name][0]))
+    total = sum(own.values())
+    points, done, trained, spent = [], 0.0, 0.0, 0.0
     for number, name in enumerate(order, start=1):
-        nested = replace(ladder[name], run_dir=str(run.directory / name))
         rate = f", ETA of the ladder {clock((total - done) / (trained / spent))}" if trained else ""
         say(f"ladder {number}/{len(order)}: {name}, {done / total:.0%} of {total:.2g} FLOPs done{rate}")
-        reuse(Path(config.run_dir) / name, run.directory / name)
+        settings = nested(ladder[name], name, run)
         barrier()
         began, known = time.time(), (run.directory / name / MANIFEST).is_file()
-        manifest = pretrain(nested)
+        manifest = pretrain(settings)
         barrier()
-        done += costs[name][0]
+        done += own[name]
         if not known:
-            trained, spent = trained + costs[name][0], spent + time.time() - began
-        points.append(point(name, manifest, config))
+            trained, spent = trained + own[name], spent + time.time() - began
+        if not ladder[name].keep_at:
+            points.append(point(name, manifest, config))
 
     N, D, loss = (np.array([p[key] for p in points], dtype=float) for key in ("N", "D", "loss"))
     spent_flops = np.array([costs[p["run"]][0] for p in points], dtype=float)
     fit = fit_law(N, D, loss, floor=floor, form=config.form, num_draws=config.bootstrap_draws, seed=config.seed, conventions={
         "N": f"{config.parameters}: {CONVENTIONS[config.parameters]}", "D": "tokens trained on, padding included",
         "loss": f"{config.loss}, nats a token", "flops": FLOPS, "flops_per_unit": float(np.median(spent_flops / (N * D))),
-        "schedule": "each run has its own, decayed to zero"})
+        "schedule": schedule_of(base)})
     fit["projection"] = cross_check(fit, N, D, loss, floor=floor)
     fit["coverage"] = rolling(N, D, loss, flops=spent_flops, floor=floor, form=config.form, seed=config.seed)
     flops, tokens, counts = cost(base)
@@ -108,7 +112,7 @@ def main(config: ScalingConfig) -> Manifest:
     value, interval = predict(fit, size, tokens)
     prediction = {"value": value, "interval": list(interval), "form": config.form, "loss": config.loss, "N": size, "D": tokens,
                   "flops": flops, "main_model": identity(base), "prepare": prepared.fingerprint,
-                  "beyond": {"N": size / N.max(), "D": tokens / D.max()},
+                  "beyond": {"N": size / N.max(), "D": tokens / D.max(), "flops": flops / spent_flops.max()}, "warnings": fit["warnings"],
                   "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     checked = check(config, N, D, loss, floor, spent_flops)
     if is_main():
@@ -119,17 +123,20 @@ def main(config: ScalingConfig) -> Manifest:
     say(table(["run", "N", "D", config.loss, "fit"], [
         [p["run"], f"{p['N']:,}", f"{p['D']:,}", f"{p['loss']:.4f}", f"{expected(fit, p['N'], p['D']):.4f}"]
         for p in points]))
+    say(f"L = {formula(fit)}; predicted for the main model (N = {size:,}, D = {tokens:,}, {flops / spent_flops.max():.2g} times the "
+        f"FLOPs of the dearest run), before it is trained: {value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]")
     for text in fit["warnings"]:
-        say(f"warning: {text}")
-    say(f"L = {formula(fit)}; predicted for the main model (N = {size:,}, D = {tokens:,}), before it is trained: "
-        f"{value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]")
+        say(f"warning: do not trust this prediction: {text}")
+    say(f"{len(order)} runs took {total:.3g} FLOPs; every budget trained from its beginning, {spent_flops.sum():.3g} "
+        f"({total / spent_flops.sum() - 1:+.0%})")
     barrier()
     return run.finish(
         metrics={"predicted_loss": metric(value, n=len(points), ci95=interval), **checked,
                  **{name: metric(fit[name], n=len(points), ci95=fit["intervals"].get(name)) for name in PARAMETERS},
                  **{name: metric(fit["product"][name], n=len(points), ci95=ends)
                     for name, ends in fit.get("product", {}).get("intervals", {}).items()}},
-        counts={"runs": len(points), "tokens": sum(int(p["D"]) for p in points), "flops": total},
+        counts={"runs": len(points), "tokens": sum(costs[name][1] - shared_tokens(c) for name, c in ladder.items()),
+                "flops": total, "flops_unshared": spent_flops.sum()},
         products={"fit": "fit.json", "prediction": "prediction.json", "points": "points.jsonl"})
 
 
@@ -141,40 +148,6 @@ def known_floor(config: ScalingConfig, prepared: Manifest) -> float | None:
         raise ValueError("floor: text needs heldout_loss on the embedded curriculum alone, whose entropy prepare computes; "
                          "set floor to fitted")
     return prepared.metrics["text_entropy"]["value"]
-
-
-def main_config(config: ScalingConfig) -> Any:
-    """The main model's pretraining config; its defaults where the recipe has no file."""
-    from stages.models.pretraining import PretrainConfig
-
-    path = Path(config.pretrain_config or f"recipes/{config.recipe}/pretrain.yaml")
-    if not path.is_file() and config.pretrain_config:
-        raise ValueError(f"pretrain_config {path} does not exist: give the pretrain.yaml of the main model")
-    return build_config(PretrainConfig, read_yaml(path) if path.is_file() else {}, recipe=config.recipe, where=str(path))
-
-
-def ladder_configs(config: ScalingConfig, base: Any) -> dict[str, Any]:
-    """A pretraining config for each size and budget, by run name. Raises ValueError for a grid or a form that no law can be fitted with."""
-    if config.form == "product" and config.floor == "fitted":
-        raise ValueError("form: product needs a known floor: set floor to text, or form to sum")
-    names = {}
-    for size in config.sizes:
-        if unknown := sorted(set(size) - set(SIZE_KEYS)):
-            raise ValueError(f"sizes: unknown key {unknown[0]!r}: choose from {', '.join(SIZE_KEYS)}")
-        changed = {"hidden_size": base.hidden_size, **size}
-        letters = {"hidden_size": "d", "num_layers": "l", "num_heads": "h", "num_kv_heads": "k", "intermediate_size": "f"}
-        names["-".join(f"{letters[key]}{value}" for key, value in changed.items())] = changed
-    if len(names) < 3 or len(set(config.tokens)) < 3:
-        raise ValueError(f"{len(names)} sizes and {len(set(config.tokens))} budgets cannot determine a law: give three of each")
-    return {f"{name}-{tokens}": replace(base, **changed, tokens=tokens, seed=config.seed, parents=config.parents,
-                                        evaluations=config.evaluations, logs=min(10, base.logs), report_to=config.report_to)
-            for name, changed in names.items() for tokens in sorted(set(config.tokens))}
-
-
-def reuse(earlier: Path, nested: Path) -> None:
-    """Start from the same run of an earlier ladder; it is run again if its fingerprint is another."""
-    if is_main() and (earlier / MANIFEST).is_file() and not list(nested.parent.glob(nested.name + "*")):
-        shutil.copytree(earlier, nested)
 
 
 def point(name: str, manifest: Manifest, config: ScalingConfig) -> dict[str, Any]:

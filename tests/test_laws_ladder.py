@@ -125,6 +125,89 @@ def test_longer_ladder_reuses_the_shorter_one(ladder, prepared, tmp_path, monkey
             assert started == before[f"d{size}-{tokens}"]
 
 
+BRANCHES = PRETRAIN + "schedule: wsd\nwarmup_tokens: 512\neasy_tokens: 512\n"
+
+
+@pytest.fixture(scope="module")
+def branching(prepared):
+    """The ladder's settings with budgets that branch off one run a size."""
+    path = prepared.parent / "wsd.yaml"
+    path.write_text(BRANCHES)
+    return {"pretrain_config": str(path), "tokens": [2560, 5120, 10240]}
+
+
+@pytest.fixture(scope="module")
+def branched(prepared, branching, tmp_path_factory):
+    return scaling.main(config_for(prepared, tmp_path_factory.mktemp("branched") / "scaling", **branching))
+
+
+def test_budgets_branch_off_one_run_a_size(branched, capsys):
+    runs = {path.parent.name: Manifest(path.parent) for path in branched.path.glob("*/manifest.json")}
+    assert set(runs) == {f"d{size}-{end}" for size in (16, 24, 32) for end in (2560, 5120, 10240, "stable")}
+    for size in (16, 24, 32):
+        assert runs[f"d{size}-stable"].counts["tokens"] == 8192  # four fifths of the largest budget
+        assert [runs[f"d{size}-{end}"].counts["branched_step"] * 256 for end in (2560, 5120, 10240)] == [2048, 4096, 8192]
+    points = [json.loads(line) for line in branched.product("points").read_text().splitlines()]
+    assert {p["run"] for p in points} == {name for name in runs if "stable" not in name}  # no run whose rate never fell
+    for p in points:  # the path to a point, all of it
+        assert p["D"] == int(p["run"].rpartition("-")[2]) and p["flops"] == runs[p["run"]].counts["flops"]
+    a_token = {name: run.counts["flops"] / run.counts["tokens"] for name, run in runs.items()}
+    once = sum(a_token[f"d{size}-stable"] * (8192 + 512 + 1024 + 2048) for size in (16, 24, 32))
+    assert branched.counts["flops"] == pytest.approx(once) and branched.counts["tokens"] == 3 * (8192 + 512 + 1024 + 2048)
+    assert branched.counts["flops_unshared"] == pytest.approx(sum(p["flops"] for p in points))
+    fit = json.loads(branched.product("fit").read_text())
+    assert fit["conventions"]["schedule"].startswith("wsd: one run a size at a constant rate, and off it a cooldown over the last 20%")
+
+
+def test_a_killed_ladder_of_branches_trains_nothing_twice(branched, prepared, branching, tmp_path, monkeypatch):
+    trained, dies = [], []
+    original = pretraining.PretrainTrainer.training_step
+
+    def watched(self, *args, **kwargs):
+        run = self.run_config
+        if dies == [run.hidden_size, run.tokens, self.state.global_step]:
+            raise KeyboardInterrupt
+        trained.append((run.hidden_size, run.tokens, run.cooldown_share, self.state.global_step))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(pretraining.PretrainTrainer, "training_step", watched)
+    config = config_for(prepared, tmp_path / "scaling", **branching)
+    for moment in ([16, 8192, 16], [24, 5120, 16]):  # a stable run at a branching point; a branch before its first step
+        dies[:] = moment
+        with pytest.raises(KeyboardInterrupt):
+            scaling.main(config)
+    dies.clear()
+    resumed = scaling.main(config)
+    assert resumed.metrics == branched.metrics and resumed.counts == branched.counts
+    assert len(trained) == len(set(trained)) == 3 * (8192 + 512 + 1024 + 2048) // 256
+
+
+def test_another_budget_trains_only_what_is_new(branched, prepared, branching, tmp_path, monkeypatch):
+    import shutil
+
+    shutil.copytree(branched.path, tmp_path / "scaling")
+    trained = []
+    original = pretraining.PretrainTrainer.training_step
+    monkeypatch.setattr(pretraining.PretrainTrainer, "training_step", lambda self, *args, **kwargs: trained.append(
+        (self.run_config.hidden_size, self.state.global_step)) or original(self, *args, **kwargs))
+    budgets = [2560, 5120, 10240, 12800]
+    scaling.main(config_for(prepared, tmp_path / "scaling", **branching | {"tokens": budgets}))
+    for size in (16, 24, 32):
+        assert [step for width, step in trained if width == size] == list(range(32, 50))  # the stable run goes on, then one cooldown
+    trained.clear()
+    scaling.main(config_for(prepared, tmp_path / "scaling", **branching | {"tokens": [*budgets, 7680]}))
+    assert sorted(set(trained)) == [(size, step) for size in (16, 24, 32) for step in range(16, 30)]  # from the last checkpoint before
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    (PRETRAIN + "schedule: wsd\nwarmup_tokens: 512\n", "easy_tokens is not set, so that the beginning depends on tokens: set it to 614"),
+    (BRANCHES + "cooldown_share: 0\n", "cooldown_share is 0, so that no rate ever falls")])
+def test_budgets_that_cannot_begin_alike_are_refused(prepared, tmp_path, lines, message):
+    (tmp_path / "pretrain.yaml").write_text(lines)
+    with pytest.raises(ValueError, match=message):
+        scaling.main(config_for(prepared, tmp_path / "scaling", pretrain_config=str(tmp_path / "pretrain.yaml")))
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"sizes": [{"hidden_size": 16}]}, "1 sizes and 3 budgets"), ({"tokens": [512, 1024]}, "3 sizes and 2 budgets"),
     ({"form": "product"}, "form: product needs a known floor"),

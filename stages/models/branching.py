@@ -1,13 +1,14 @@
 """Runs that share a beginning: one at a constant learning rate, and a cooldown from it for each of several budgets.
 
-Hägele et al. 2024 (arXiv 2405.18392): after a warmup the rate stays constant and falls to zero over the last part of the budget, by 1 - sqrt
-rather than by a line; a fifth of the steps does what a cosine made for the budget does. A run of the schedule `wsd` (warmup, stable, decay)
-therefore needs nothing of its own but its cooldown: it may start from a checkpoint that another run of the same settings took while the rate
-was constant. It is then the run that trained on by itself, to the bit (a test holds it), which is why a fingerprint does not say how
-a run came by its beginning.
+Hägele et al. 2024 (arXiv 2405.18392): after a warmup the rate stays constant, and over the last part of the budget it falls to zero, by
+1 - sqrt rather than by a line; a fifth of the steps does what a cosine made for the budget does. A run of the schedule `wsd` (warmup,
+stable, decay) therefore needs nothing of its own but its cooldown: it may start from a checkpoint that another run of the same settings
+took while the rate was constant. It is then the run that trained on by itself, to the bit (a test holds it), which is why a fingerprint
+does not say how a run came by its beginning.
 """
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,50 +50,60 @@ def learning_rate_schedule(config: "PretrainConfig") -> dict[str, Any]:
             "lr_scheduler_kwargs": {"num_decay_steps": steps - start, "decay_type": DECAYS[config.schedule]}}
 
 
-def same_start(config: "PretrainConfig", source: Manifest, parents: dict[str, str]) -> str | None:
-    """What makes a run begin unlike the one in `source`; None where they begin alike. `parents` are fingerprints, by stage."""
+def tied_to_budget(config: "PretrainConfig") -> str | None:
+    """What ties the beginning of a run to its budget, so that none of another budget begins alike; None where nothing does."""
     if config.schedule == "linear":
         return "schedule is linear, whose rate depends on tokens from the first step: set schedule to wsd"
     for name, share in (("warmup_tokens", config.warmup_share), ("easy_tokens", config.easy_share)):
         if getattr(config, name) is None and share:
             return f"{name} is not set, so that the beginning depends on tokens: set it to {int(share * config.tokens)}, for example"
-    if source.data.get("stage") != config.STAGE:
-        return f"{source.path} is a {source.data.get('stage')} run: give a finished pretrain run"
-    if source.data["parents"] != parents:
-        return f"{source.path} was trained on other tokens"
-    theirs, ours = source.data["identity"]["config"], config.fingerprinted()
-    for key in sorted((theirs.keys() | ours.keys()) - set(LENGTH)):
-        if theirs.get(key) != ours.get(key):
-            return f"{source.path} has {key} {theirs.get(key)!r}, not {ours.get(key)!r}"
     return None
 
 
-def start_from(config: "PretrainConfig", run: Run) -> int:
-    """Copy the newest checkpoint of `branch_from` that this run can go on from, with the metrics up to it, where a run resumes from; one
-    that has begun stays as it is. Returns the step of the checkpoint. Call on the main process.
+def usable_checkpoints(config: "PretrainConfig", source: Manifest, parents: Mapping[str, str]) -> list[Path]:
+    """The checkpoints of the run in `source` that this one can go on from, the newest last; `parents` are fingerprints, by stage.
 
     Raises ValueError when the other run began in another way or kept no such checkpoint.
     """
-    assert config.branch_from is not None
-    source, mark = Manifest(config.branch_from), run.directory / "branched.json"
-    if reason := same_start(config, source, run.identity["parents"]):
-        raise ValueError(f"branch_from {config.branch_from}: {reason}")
-    if mark.is_file():
-        return json.loads(mark.read_text(encoding="utf-8"))["step"]
+    reason = tied_to_budget(config)
+    if source.data.get("stage") != config.STAGE:
+        reason = f"a {source.data.get('stage')} run: give a finished pretrain run"
+    elif source.data["parents"] != parents:
+        reason = "trained on other tokens"
+    theirs, ours = source.data["identity"]["config"], config.fingerprinted()
+    other = [key for key in sorted((theirs.keys() | ours.keys()) - set(LENGTH)) if theirs.get(key) != ours.get(key)]
+    if not reason and other:
+        reason = f"{other[0]} is {theirs.get(other[0])!r} there and {ours.get(other[0])!r} here"
+    if reason:
+        raise ValueError(f"branch_from {source.path}: {reason}")
     last = min(cooldown_start(config), cooldown_start(type(config)(**source.config)))
     there = sorted((p for p in (source.path / "checkpoints").glob("checkpoint-*") if is_complete(p)), key=step_of)
     fitting = [p for p in there if step_of(p) <= last]
     if not fitting:
-        raise ValueError(f"branch_from {config.branch_from}: it kept no checkpoint up to step {last}, where the rate begins to fall, but at "
+        raise ValueError(f"branch_from {source.path}: it kept no checkpoint up to step {last}, where the rate begins to fall, but at "
                          f"{', '.join(str(step_of(p)) for p in there) or 'none'}: train it with keep_at {last * config.batch_tokens}")
-    target = run.directory / "checkpoints" / fitting[-1].name
-    shutil.copytree(fitting[-1], target, dirs_exist_ok=True)
+    return fitting
+
+
+def start_from(config: "PretrainConfig", run: Run) -> int:
+    """Copy the checkpoint to go on from, and the metrics up to it, to where a run resumes from; one that has begun stays as it is. A run that
+    others branch off gets the earlier ones too. Returns the step. Call on the main process. Raises ValueError as `usable_checkpoints` does.
+    """
+    assert config.branch_from is not None
+    mark = run.directory / "branched.json"
+    if mark.is_file():
+        return json.loads(mark.read_text(encoding="utf-8"))["step"]
+    source = Manifest(config.branch_from)
+    there = usable_checkpoints(config, source, run.identity["parents"])
+    for checkpoint in there if config.keep_at else there[-1:]:
+        shutil.copytree(checkpoint, run.directory / "checkpoints" / checkpoint.name, dirs_exist_ok=True)
+    step = step_of(there[-1])
     if (source.path / "metrics.jsonl").is_file():
         shutil.copy(source.path / "metrics.jsonl", run.directory)
-        MetricsLog(run.directory / "metrics.jsonl").rewind(step_of(target))
-    write_json(mark, {"step": step_of(target), "from": str(source.path), "fingerprint": source.fingerprint})
-    say(f"branches off at step {step_of(target):,} of {source.path}")
-    return step_of(target)
+        MetricsLog(run.directory / "metrics.jsonl").rewind(step)
+    write_json(mark, {"step": step, "from": str(source.path), "fingerprint": source.fingerprint})
+    say(f"branches off at step {step:,} of {source.path}")
+    return step
 
 
 class OwnSteps(TrainerCallback):

@@ -67,8 +67,8 @@ class PretrainConfig(StageConfig):
     embedding_lr_factor: float = option(10.0, "the embedding's learning rate is this many times learning_rate (muon)")
     weight_decay: float = option(0.0, "decoupled weight decay")
     schedule: Literal["linear", "wsd", "wsd-linear"] = option(
-        "linear", "of the learning rate after the warmup. linear: it falls to zero all the way; wsd: it is constant, then falls to zero by 1 - "
-        "sqrt over a last part, so that a ladder's budgets share one beginning; wsd-linear: falls by a line there", added=True)
+        "linear", "the learning rate after the warmup. linear: it falls to zero all the way; wsd: it is constant, then falls to zero over "
+        "the last part, by 1 - sqrt, so that a ladder's budgets share one beginning; wsd-linear: by a line", added=True)
     cooldown_share: float = option(0.2, "share of the steps, the last, over which wsd falls (0: it never does)", added=True)
     warmup_share: float = option(0.02, "share of the steps with a rising learning rate")
     warmup_tokens: int | None = option(None, "tokens of the warmup, instead of warmup_share: the same for every budget", added=True)
@@ -77,7 +77,8 @@ class PretrainConfig(StageConfig):
     eval_rows: int = option(96, "held-out rows of each evaluation; the last one takes four times as many")
     logs: int = option(50, "lines of metrics over the run", recorded_only=True)
     checkpoints: int = option(4, "checkpoints over the run")
-    keep_at: list[int] = option([], "training tokens at which checkpoints are kept, with all others, for runs to branch off", recorded_only=True)
+    keep_at: list[int] = option([], "training tokens at which checkpoints are kept, and all others too, for runs to branch off",
+                                recorded_only=True)
     branch_from: str | None = option(None, "finished run of the same settings but for tokens, schedule wsd: go on from its last checkpoint "
                                      "at which the rate of both was constant, instead of training the same once more", recorded_only=True)
     attn_implementation: Literal["auto", "documents", "sdpa", "eager"] = option(

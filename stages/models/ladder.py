@@ -1,0 +1,79 @@
+"""The runs of a scaling ladder: which there are, what each shares with others, where each goes on from."""
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from stages.models.branching import cooldown_start, tied_to_budget, usable_checkpoints
+from stages.models.pretraining import PretrainConfig
+from stages.run.config import build_config, read_yaml
+from stages.run.manifest import MANIFEST, Manifest, Run, is_main
+
+LETTERS = {"hidden_size": "d", "num_layers": "l", "num_heads": "h", "num_kv_heads": "k", "intermediate_size": "f"}  # of a run's name
+
+
+def main_config(recipe: str, path: str) -> PretrainConfig:
+    """The main model's pretraining config, from `path` or the recipe's file; its defaults where the recipe has none."""
+    file = Path(path or f"recipes/{recipe}/pretrain.yaml")
+    if not file.is_file() and path:
+        raise ValueError(f"pretrain_config {file} does not exist: give the pretrain.yaml of the main model")
+    return build_config(PretrainConfig, read_yaml(file) if file.is_file() else {}, recipe=recipe, where=str(file))
+
+
+def ladder_configs(base: PretrainConfig, sizes: Sequence[dict[str, Any]], tokens: Sequence[int],
+                   **common: Any) -> dict[str, PretrainConfig]:
+    """A pretraining config for each run, by its name: one for each size and budget and, where the schedule allows it, for each size the
+    stable run that its budgets branch off, whose name is then their `branch_from`. `common` are settings of all beside the main model's.
+
+    Raises ValueError for a grid that no law can be fitted with, and for a schedule whose budgets cannot begin alike.
+    """
+    names: dict[str, dict[str, Any]] = {}
+    for size in sizes:
+        if unknown := sorted(set(size) - set(LETTERS)):
+            raise ValueError(f"sizes: unknown key {unknown[0]!r}: choose from {', '.join(LETTERS)}")
+        changed = {"hidden_size": base.hidden_size, **size}
+        names["-".join(f"{LETTERS[key]}{value}" for key, value in changed.items())] = changed
+    budgets = sorted(set(tokens))
+    if len(names) < 3 or len(budgets) < 3:
+        raise ValueError(f"{len(names)} sizes and {len(budgets)} budgets cannot determine a law: give three of each")
+    ladder: dict[str, PretrainConfig] = {}
+    for name, changed in names.items():
+        own = replace(base, **changed, **common, branch_from=None, keep_at=[])
+        runs = {f"{name}-{budget}": replace(own, tokens=budget) for budget in budgets}
+        if base.schedule != "linear":
+            reason = tied_to_budget(replace(own, tokens=budgets[-1]))
+            if reason or not base.cooldown_share:
+                raise ValueError("of the main model: " + (reason or "cooldown_share is 0, so that no rate ever falls: set it to 0.2"))
+            starts = sorted(cooldown_start(c) * c.batch_tokens for c in runs.values())
+            ladder[f"{name}-stable"] = replace(own, tokens=starts[-1], cooldown_share=0.0, keep_at=starts)
+            runs = {run: replace(c, branch_from=f"{name}-stable") for run, c in runs.items()}
+        ladder |= runs
+    return ladder
+
+
+def shared_tokens(run: PretrainConfig) -> int:
+    """Tokens that the stable run of its size sees for a run of the ladder."""
+    return cooldown_start(run) * run.batch_tokens if run.branch_from else 0
+
+
+def schedule_of(base: PretrainConfig) -> str:
+    """How the learning rate goes in every run, the main model's too, in words."""
+    return "each run has its own, decayed to zero" if base.schedule == "linear" else (
+        f"{base.schedule}: one run a size at a constant rate, and off it a cooldown over the last {base.cooldown_share:.0%} of each budget")
+
+
+def nested(config: PretrainConfig, name: str, run: Run) -> PretrainConfig:
+    """A run of the ladder in the ladder's folder. What an earlier ladder in the same place has finished is copied, and run again only if
+    its fingerprint is another; a stable run that was shorter there goes on from that one. For every process."""
+    earlier, here = run.final / name, run.directory / name
+    if is_main() and (earlier / MANIFEST).is_file() and not list(here.parent.glob(here.name + "*")):
+        shutil.copytree(earlier, here)
+    config = replace(config, run_dir=str(here), branch_from=config.branch_from and str(run.directory / config.branch_from))
+    if config.keep_at and (earlier / MANIFEST).is_file():
+        try:
+            usable_checkpoints(config, Manifest(earlier), run.identity["parents"])
+        except ValueError:  # other settings: from its beginning
+            return config
+        return replace(config, branch_from=str(earlier))
+    return config
