@@ -3,13 +3,14 @@
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m stages.evaluation --config recipes/tiny/evaluation.yaml
     python -m stages.evaluation score samples.jsonl --answer-type number --out result.json
     python -m stages.evaluation frontier RUN [RUN ...] --out FOLDER
+    python -m stages.evaluation emergence runs/tiny/scaling --out FOLDER
 """
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 
 from stages.data.corpora import read_rows
-from stages.evals import scoring
+from stages.evals import emergence, scoring
 from stages.evals.asking import MODELS, AskingConfig, ask, cells, check, file_of, first_prompts, needs_judge
 from stages.evals.commands import frontier, score
 from stages.evals.frontier import computed, frontiers
@@ -128,7 +129,7 @@ def report(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    commands = {"score": score, "frontier": frontier}
+    commands = {"score": score, "frontier": frontier, "emergence": emergence.run}
     if sys.argv[1:2] and sys.argv[1] in commands:
         run_program(lambda given: commands[given[0]](given[1:]))
     else:

@@ -17,6 +17,8 @@ def main(config: PretrainConfig) -> Manifest:
     if forecast:
         error = forecast["value"] / measured - 1
         say(f"held-out loss {measured:.4f}, predicted {forecast['value']:.4f} before training ({error:+.1%})")
+        for text in forecast.get("warnings", ()):
+            say(f"warning: that prediction was not to be trusted: {text}")
     return manifest
 
 

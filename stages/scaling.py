@@ -11,11 +11,12 @@ Without training, on any csv or jsonl of runs (docs/scaling-laws.md; each comman
     python -m stages.scaling isoflop runs.csv --c-column C
     python -m stages.scaling emergence task.csv --flops-column flops --accuracy-column accuracy --smooth-column brier
 """
+import itertools
 import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,13 +24,15 @@ import numpy as np
 from stages.laws.commands import COMMANDS, command
 from stages.laws.fit import FORMS, PARAMETERS, Form, cross_check, expected, fit_law, formula, predict
 from stages.laws.holdout import holdout, rolling
+from stages.laws.isoflop import grid_curves
 from stages.run import figures
 from stages.run.config import StageConfig, option
 from stages.run.console import clock, table
 from stages.run.entry import launch
-from stages.run.figures import Series
 from stages.run.manifest import MANIFEST, Manifest, Run, hash_data, is_main, metric, say, write_json
+from stages.run.story_scaling import compute_drawings, law_drawings
 
+REACH = 4.0  # how many times the dearest fitted run's FLOPs count as far, and what the main model should cost at least
 COUNTS = {"matmul": "matmul_parameters", "non_embedding": "non_embedding_parameters", "total": "parameters"}
 
 
@@ -100,35 +103,42 @@ def main(config: ScalingConfig) -> Manifest:
             points.append(point(name, manifest, config))
 
     N, D, loss = (np.array([p[key] for p in points], dtype=float) for key in ("N", "D", "loss"))
-    spent_flops = np.array([costs[p["run"]][0] for p in points], dtype=float)
-    fit = fit_law(N, D, loss, floor=floor, form=config.form, num_draws=config.bootstrap_draws, seed=config.seed, conventions={
+    path_flops = np.array([costs[p["run"]][0] for p in points], dtype=float)
+    sizes = N if base.schedule != "linear" else None  # branches off one run share its noise
+    fit = fit_law(N, D, loss, floor=floor, form=config.form, runs=sizes, num_draws=config.bootstrap_draws, seed=config.seed, conventions={
         "N": f"{config.parameters}: {CONVENTIONS[config.parameters]}", "D": "tokens trained on, padding included",
-        "loss": f"{config.loss}, nats a token", "flops": FLOPS, "flops_per_unit": float(np.median(spent_flops / (N * D))),
+        "loss": f"{config.loss}, nats a token", "flops": FLOPS, "flops_per_unit": float(np.median(path_flops / (N * D))),
         "schedule": schedule_of(base)})
     fit["projection"] = cross_check(fit, N, D, loss, floor=floor)
-    fit["coverage"] = rolling(N, D, loss, flops=spent_flops, floor=floor, form=config.form, seed=config.seed)
+    fit["coverage"] = rolling(N, D, loss, flops=path_flops, floor=floor, form=config.form, seed=config.seed)
     flops, tokens, counts = cost(base)
     size = counts[config.parameters]
     value, interval = predict(fit, size, tokens)
     prediction = {"value": value, "interval": list(interval), "form": config.form, "loss": config.loss, "N": size, "D": tokens,
                   "flops": flops, "main_model": identity(base), "prepare": prepared.fingerprint,
-                  "beyond": {"N": size / N.max(), "D": tokens / D.max(), "flops": flops / spent_flops.max()}, "warnings": fit["warnings"],
+                  "beyond": {"N": size / N.max(), "D": tokens / D.max(), "flops": flops / path_flops.max()}, "warnings": fit["warnings"],
                   "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    checked = check(config, N, D, loss, floor, spent_flops)
+    checked = check(config, N, D, loss, floor, path_flops)
     if is_main():
         write_json(run.directory / "fit.json", fit)
         write_json(run.directory / "prediction.json", prediction)
         (run.directory / "points.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points), encoding="utf-8")
-        draw(run.directory / "figures", points, fit, prediction)
+        curves = grid_curves(path_flops, N, loss)
+        write_json(run.directory / "curves.json", curves)
+        by_law = partial(fitted_loss, fit)
+        for drawing in [*law_drawings(points, prediction, by_law, None, config.parameters),
+                        *compute_drawings(run.directory, points, prediction, by_law, curves)]:
+            figures.plot(run.directory / "figures" / f"{drawing.name}.png", drawing.series, **drawing.options)
     say(table(["run", "N", "D", config.loss, "fit"], [
-        [p["run"], f"{p['N']:,}", f"{p['D']:,}", f"{p['loss']:.4f}", f"{expected(fit, p['N'], p['D']):.4f}"]
+        [p["run"], f"{p['N']:,}", f"{p['D']:,}", f"{p['loss']:.4f}", f"{fitted_loss(fit, p):.4f}"]
         for p in points]))
-    say(f"L = {formula(fit)}; predicted for the main model (N = {size:,}, D = {tokens:,}, {flops / spent_flops.max():.2g} times the "
+    say(f"L = {formula(fit)}; predicted for the main model (N = {size:,}, D = {tokens:,}, {flops / path_flops.max():.2g} times the "
         f"FLOPs of the dearest run), before it is trained: {value:.4f} [{interval[0]:.4f}, {interval[1]:.4f}]")
     for text in fit["warnings"]:
         say(f"warning: do not trust this prediction: {text}")
-    say(f"{len(order)} runs took {total:.3g} FLOPs; every budget trained from its beginning, {spent_flops.sum():.3g} "
-        f"({total / spent_flops.sum() - 1:+.0%})")
+    if base.schedule != "linear":
+        say(f"the ladder took {total:.3g} FLOPs; with every budget trained from its beginning it would have taken {path_flops.sum():.3g} "
+            f"({total / path_flops.sum() - 1:+.0%})")
     barrier()
     return run.finish(
         metrics={"predicted_loss": metric(value, n=len(points), ci95=interval), **checked,
@@ -136,8 +146,12 @@ def main(config: ScalingConfig) -> Manifest:
                  **{name: metric(fit["product"][name], n=len(points), ci95=ends)
                     for name, ends in fit.get("product", {}).get("intervals", {}).items()}},
         counts={"runs": len(points), "tokens": sum(costs[name][1] - shared_tokens(c) for name, c in ladder.items()),
-                "flops": total, "flops_unshared": spent_flops.sum()},
-        products={"fit": "fit.json", "prediction": "prediction.json", "points": "points.jsonl"})
+                "flops": total, "flops_unshared": path_flops.sum()},
+        products={"fit": "fit.json", "prediction": "prediction.json", "points": "points.jsonl", "curves": "curves.json"})
+
+
+def fitted_loss(fit: dict[str, Any], p: dict[str, Any]) -> float:
+    return float(expected(fit, p["N"], p["D"]))
 
 
 def known_floor(config: ScalingConfig, prepared: Manifest) -> float | None:
@@ -159,39 +173,26 @@ def point(name: str, manifest: Manifest, config: ScalingConfig) -> dict[str, Any
 
 
 def check(config: ScalingConfig, N, D, loss, floor, flops) -> dict[str, dict]:
-    """How well a fit on the cheaper runs predicts the dearer ones, as metrics; none when too few would be left to fit."""
+    """How well a fit on the cheaper runs predicts the dearer ones, and those at `REACH` times the compute, as metrics; none when too few
+    would be left to fit."""
     if config.holdout_fraction <= 0:
         return {}
     found: dict[str, dict] = {}
-    for form in FORMS if floor else FORMS[:1]:
+    for form, (which, how) in itertools.product(FORMS if floor else FORMS[:1], {
+            "": {"fraction": config.holdout_fraction}, "_4x": {"below": flops.max() / REACH * 1.0001, "reach": REACH}}.items()):
         try:
-            report = holdout(N, D, loss, fraction=config.holdout_fraction, flops=flops, floor=floor, form=form, seed=config.seed,
-                             num_draws=config.bootstrap_draws if form == "sum" else 0)
+            report = holdout(N, D, loss, flops=flops, floor=floor, form=form, seed=config.seed,
+                             num_draws=config.bootstrap_draws if form == "sum" else 0, **how)
         except ValueError as error:
-            say(f"no hold-out check of the law: {error}")
-            return {}
-        count = report["num_heldout"]
+            say(f"no hold-out check of the law{f' at {REACH:g} times the compute' if which else ''}: {error}")
+            continue
+        count, end = report["num_heldout"], which if form == config.form else f"{which}/{form}"
         say(f"check of the {form}: fitted on the {report['num_fitted']} cheaper runs, the law is off by {report['error_mean']:.2%} on the "
-            f"{count} dearer ones, of which {report['coverage']:.0%} lie inside their 95 % intervals")
-        end = "" if form == config.form else f"/{form}"
+            f"{count} dearer ones{f' at {REACH:g} times their compute or more' if which else ''}, of which {report['coverage']:.0%} lie "
+            "inside their 95 % intervals")
         found |= {f"holdout_error{end}": metric(report["error_mean"], n=count),
                   f"holdout_coverage{end}": metric(report["coverage"], n=count)}
     return found
-
-
-def draw(folder: Path, points: list[dict], fit: dict, prediction: dict) -> None:
-    sizes: dict[int, list[dict]] = {}
-    for p in sorted(points, key=lambda p: (p["N"], p["D"])):
-        sizes.setdefault(p["N"], []).append(p)
-    ahead = Series("prediction", [prediction["D"]], [prediction["value"]], look="star", color=len(sizes))
-    grid = np.geomspace(min(p["D"] for p in points), 1.5 * prediction["D"], 40)
-    series = [Series(f"N = {N:,}", [p["D"] for p in ps], [p["loss"] for p in ps], look="points") for N, ps in sizes.items()]
-    series += [Series("", grid.tolist(), expected(fit, N, grid).tolist(), look="dashed", color=i)
-               for i, N in enumerate([*sizes, prediction["N"]])]
-    figures.plot(folder / "law.png", [*series, ahead], x="training tokens", y=prediction["loss"], log_x=True)
-    series = [Series(f"N = {N:,}", [p["flops"] for p in ps], [p["loss"] for p in ps]) for N, ps in sizes.items()]
-    figures.plot(folder / "flops.png", [*series, ahead._replace(x=[prediction["flops"]])], x="training FLOPs", y=prediction["loss"],
-                 log_x=True)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,12 @@ def test_ladder_writes_runs_fit_and_prediction(ladder):
     assert prediction["value"] == predict(fit, prediction["N"], prediction["D"])[0]
     assert prediction["interval"][0] <= prediction["value"] <= prediction["interval"][1]
     assert ladder.metrics["predicted_loss"]["value"] == prediction["value"]
-    assert {path.name for path in (ladder.path / "figures").iterdir()} == {"law.png", "flops.png"}
+    assert prediction["beyond"]["flops"] == pytest.approx(prediction["flops"] / max(points["flops"]))
+    assert prediction["warnings"] == fit["warnings"]
+    assert {path.stem for path in (ladder.path / "figures").iterdir()} == {
+        "law-tokens", "law-parameters", "law-check", "law-residuals", "law-isoflop", "ladder-compute"}
+    curves = json.loads(ladder.product("curves").read_text())
+    assert curves["envelope"][0]["loss"] == pytest.approx(points["loss"][points["flops"].argmin()])
 
 
 def test_finished_ladder_does_nothing(ladder, prepared, monkeypatch, capsys):
@@ -141,7 +146,7 @@ def branched(prepared, branching, tmp_path_factory):
     return scaling.main(config_for(prepared, tmp_path_factory.mktemp("branched") / "scaling", **branching))
 
 
-def test_budgets_branch_off_one_run_a_size(branched, capsys):
+def test_budgets_branch_off_one_run_a_size(branched):
     runs = {path.parent.name: Manifest(path.parent) for path in branched.path.glob("*/manifest.json")}
     assert set(runs) == {f"d{size}-{end}" for size in (16, 24, 32) for end in (2560, 5120, 10240, "stable")}
     for size in (16, 24, 32):
@@ -156,6 +161,7 @@ def test_budgets_branch_off_one_run_a_size(branched, capsys):
     assert branched.counts["flops"] == pytest.approx(once) and branched.counts["tokens"] == 3 * (8192 + 512 + 1024 + 2048)
     assert branched.counts["flops_unshared"] == pytest.approx(sum(p["flops"] for p in points))
     fit = json.loads(branched.product("fit").read_text())
+    assert fit["num_runs"] == 3 < fit["num_points"] == 9
     assert fit["conventions"]["schedule"].startswith("wsd: one run a size at a constant rate, and off it a cooldown over the last 20%")
 
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from stages.laws.fit import PARAMETERS, fit_law, law
-from stages.laws.isoflop import approach_2, minimum, power_law, vertex_bias
+from stages.laws.isoflop import approach_2, at_flops, grid_curves, minimum, power_law, vertex_bias
 from stages.laws.planner import cheapest, optimal, plan, relative_price, serving, tokens_for
 from stages.laws.variants import (
     EXPERT_POWERS,
@@ -127,6 +127,27 @@ def test_minima_at_an_end_are_left_out():
     assert found["left_out"] == pytest.approx([1e18]) and found["num_budgets"] == 6
     with pytest.raises(ValueError, match="2 of 2 budgets"):
         approach_2(C[C < 5e18], N[C < 5e18], loss[C < 5e18])
+
+
+def test_a_grid_is_read_between_its_budgets():
+    C, N, loss = np.array([4.0, 1.0, 2.0, 8.0]), np.array([1.0, 1.0, 2.0, 2.0]), np.array([1.0, 4.0, 3.0, 0.75])
+    sizes, losses = at_flops(C, N, loss, 2.0)  # in logs half way from 4 to 1, and at a run of the other size
+    assert sizes.tolist() == [1.0, 2.0] and losses == pytest.approx([2.0, 3.0])
+    assert [at_flops(C, N, loss, where)[0].tolist() for where in (1.0, 5.0, 9.0)] == [[1.0], [2.0], []]
+    curves = grid_curves(C, N, loss, num_steps=4)  # 1, 2, 4, 8
+    assert np.array([(row["C"], row["N"], row["loss"]) for row in curves["envelope"]]) == pytest.approx(np.array(
+        [(1.0, 1.0, 4.0), (2.0, 1.0, 2.0), (4.0, 1.0, 1.0), (8.0, 2.0, 0.75)]))
+    assert curves["isoflop"] == []  # two sizes have no minimum between them
+
+
+def test_isoflops_of_a_grid_have_the_laws_minimum():
+    N, D = (axis.ravel() for axis in np.meshgrid(np.geomspace(1e6, 6.4e7, 13), np.geomspace(1e8, 6.4e9, 13)))
+    curves = grid_curves(6 * N * D, N, law(TRUE, N, D))
+    middle = curves["isoflop"][2]
+    assert len(curves["isoflop"]) == 5 and middle["loss"] == pytest.approx(law(TRUE, middle["N"], middle["C"] / 6 / np.array(middle["N"])),
+                                                                           rel=1e-3)
+    best = optimal(TRUE, middle["C"])[0]
+    assert middle["minimum"]["N"] == pytest.approx(best, rel=0.1)
 
 
 def test_power_law_by_hand():

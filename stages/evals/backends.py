@@ -104,22 +104,34 @@ class LocalModel:
         return Result(text=text[:min(cuts)] if cuts else text, prompt_tokens=0, generated_tokens=len(ids),
                       finish="stop" if ended or cuts else "length")
 
-    @torch.inference_mode()
     def score(self, context: Prompt, continuation: str) -> list[float]:
         """Log-probability of each token of `continuation` after `context`, at temperature 1.
 
         Raises ValueError for a continuation without tokens, and for one that does not fit in the model's context.
         """
+        before, after = self._parts(context, continuation)
+        return self.vllm.logprobs(before + after, len(before)) if self.vllm else self._graded(before, after)[0]
+
+    def grade(self, context: Prompt, continuation: str) -> tuple[list[float], list[float]]:
+        """`score`, and each token's Brier score over the vocabulary: sum of (p_v - [v is the token])^2, 0 at best and 2 at worst."""
+        return self._graded(*self._parts(context, continuation))
+
+    def _parts(self, context: Prompt, continuation: str) -> tuple[list[int], list[int]]:
         before, after = self.encode(context), self.tokenizer(continuation, add_special_tokens=False)["input_ids"]
         if not after or not before:
             raise ValueError(f"nothing to score: the context has {len(before)} tokens and the continuation {len(after)}; both need one")
         if len(before) + len(after) > self.context:
             raise ValueError(f"{len(before)} + {len(after)} tokens do not fit in a context of {self.context}: shorten one of them")
-        if self.vllm:
-            return self.vllm.logprobs(before + after, len(before))
+        return before, after
+
+    @torch.inference_mode()
+    def _graded(self, before: list[int], after: list[int]) -> tuple[list[float], list[float]]:
         training = self.model.training
         self.model.eval()
         logits = self.model(input_ids=torch.tensor([before + after], device=self.model.device), use_cache=False,
                             logits_to_keep=len(after) + 1).logits[0, :-1].float()
         self.model.train(training)
-        return logits.log_softmax(-1).gather(1, torch.tensor(after, device=logits.device)[:, None]).squeeze(1).tolist()
+        logprobs = logits.log_softmax(-1)
+        of_token = logprobs.gather(1, torch.tensor(after, device=logits.device)[:, None]).squeeze(1)
+        brier = logprobs.exp().square().sum(-1) + 1 - 2 * of_token.exp()
+        return of_token.tolist(), brier.tolist()

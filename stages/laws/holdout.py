@@ -26,14 +26,15 @@ def cost_of_runs(N: Array, D: Array, flops: ArrayLike | None, runs: ArrayLike | 
 
 
 def holdout(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, fraction: float = 0.25, below: float | None = None,
-            flops: ArrayLike | None = None, weights: ArrayLike | None = None, runs: ArrayLike | None = None, floor: float | None = None,
-            delta: float = DELTA, num_draws: int = 300, seed: int = 0, form: Form = "sum",
+            reach: float = 1.0, flops: ArrayLike | None = None, weights: ArrayLike | None = None, runs: ArrayLike | None = None,
+            floor: float | None = None, delta: float = DELTA, num_draws: int = 300, seed: int = 0, form: Form = "sum",
             conventions: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Fit on the cheap runs, predict the dear ones: relative error and the share of losses inside their 95 % interval.
 
-    `flops` (n,) orders the runs (default 6 N D). Fitted are those under `below` FLOPs, or all but the dearest `fraction`; the rest as
-    in `fit_law`. Returns num_fitted, num_heldout, error_mean, error_max (absolute relative errors), error_signed, coverage, level, and
-    each held-out run's row. Raises ValueError when nothing is left to fit or to predict.
+    `flops` (n,) orders the runs (default 6 N D). Fitted are those under `below` FLOPs, or all but the dearest `fraction`; predicted those
+    above that cost at least `reach` times the dearest fitted one; the rest as in `fit_law`. Returns num_fitted, num_heldout, error_mean,
+    error_max (absolute relative errors), error_signed, coverage, level, and each held-out run's row. Raises ValueError when nothing is
+    left to fit or to predict.
     """
     N, D, loss = (np.asarray(values, dtype=np.float64).ravel() for values in (N, D, loss))
     cost = cost_of_runs(N, D, flops, runs)
@@ -42,7 +43,8 @@ def holdout(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, fraction: float = 0.
         below = float(cost[order[-max(1, round(fraction * len(order)))]])
         if cost[order[0]] == below:
             raise ValueError("all runs cost the same FLOPs, so none is cheaper than those held out: give runs of several budgets")
-    small, large = order[cost[order] < below], order[cost[order] >= below]
+    small = order[cost[order] < below]
+    large = order[(cost[order] >= below) & (cost[order] >= reach * cost[small].max(initial=0.0))]
     if not len(small) or not len(large):
         raise ValueError(f"{len(small)} runs lie below {below:.4g} FLOPs and {len(large)} above: the runs cost {cost.min():.4g} to "
                          f"{cost.max():.4g}")

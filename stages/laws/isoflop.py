@@ -67,6 +67,42 @@ def approach_2(C: Array, N: Array, loss: Array, *, method: Method = "parabola", 
             "left_out": left_out}
 
 
+def at_flops(C: Array, N: Array, loss: Array, where: float) -> tuple[Array, Array]:
+    """Sizes of a grid whose budgets reach to either side of `where` FLOPs, and their losses there: straight in logs between two budgets.
+
+    A grid of sizes and token budgets has no two runs of equal FLOPs, so that its isoFLOP curves lie between runs. `C`, `N`, `loss` (n,).
+    """
+    sizes, losses = [], []
+    for size in np.unique(N):
+        own = np.flatnonzero(size == N)
+        own = own[np.argsort(C[own])]
+        if C[own[0]] * (1 - 1e-9) <= where <= C[own[-1]] * (1 + 1e-9):
+            sizes.append(size)
+            losses.append(np.exp(np.interp(np.log(where), np.log(C[own]), np.log(loss[own]))))
+    return np.array(sizes), np.array(losses)
+
+
+def grid_curves(C: Array, N: Array, loss: Array, *, num_budgets: int = 5, num_steps: int = 40) -> dict[str, Any]:
+    """What a grid says at equal compute: `envelope`, the least loss of any size at each FLOP budget and that size (approach 1 of Hoffmann
+    et al. 2022, here through finished runs, as a loss before the rate has fallen is not comparable); `isoflop`, the losses of the sizes
+    at budgets that three or more reach, with the minimum between sizes or None. `C` FLOPs, `N`, `loss` (n,).
+    """
+    reached = np.geomspace(C.min(), C.max(), num_steps)
+    envelope = []
+    for where in reached:
+        sizes, losses = at_flops(C, N, loss, where)
+        if len(sizes):
+            envelope.append({"C": float(where), "N": float(sizes[losses.argmin()]), "loss": float(losses.min())})
+    shared = [where for where in np.geomspace(C.min(), C.max(), 10 * num_steps) if len(at_flops(C, N, loss, where)[0]) >= 3]
+    isoflop = []
+    for where in np.geomspace(shared[0], shared[-1], num_budgets) if shared else ():
+        sizes, losses = at_flops(C, N, loss, where)
+        found = minimum(sizes, losses)
+        isoflop.append({"C": float(where), "N": sizes.tolist(), "loss": losses.tolist(),
+                        "minimum": {"N": found[0], "loss": found[1]} if found else None})
+    return {"envelope": envelope, "isoflop": isoflop}
+
+
 def power_law(C: Any, N: Any, weights: Any = None) -> dict[str, Any]:
     """N = c C^a by least squares in logs: a, its 95 % interval, c. `weights` (n,) are inverse variances of log N."""
     x, y = np.log(np.asarray(C, dtype=np.float64)), np.log(np.asarray(N, dtype=np.float64))

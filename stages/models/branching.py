@@ -86,8 +86,9 @@ def usable_checkpoints(config: "PretrainConfig", source: Manifest, parents: Mapp
 
 
 def start_from(config: "PretrainConfig", run: Run) -> int:
-    """Copy the checkpoint to go on from, and the metrics up to it, to where a run resumes from; one that has begun stays as it is. A run that
-    others branch off gets the earlier ones too. Returns the step. Call on the main process. Raises ValueError as `usable_checkpoints` does.
+    """Copy the checkpoint to go on from, and the metrics up to it, to where a run resumes from; one that has begun stays as it is. A run
+    that others branch off gets the earlier ones too. Returns the step. Call on the main process. Raises ValueError as `usable_checkpoints`
+    does.
     """
     assert config.branch_from is not None
     mark = run.directory / "branched.json"

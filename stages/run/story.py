@@ -1,28 +1,22 @@
-"""The report of a recipe, told from the manifests of its finished stages: data, scaling law and pretraining here, what comes
-after in stages.run.story_alignment. A section takes the stages by name and the folder of the report's figures."""
-import datetime
-import json
+"""The report of a recipe, told from the manifests of its finished stages: data and pretraining here, the scaling law in
+stages.run.story_scaling, what comes after in stages.run.story_alignment. A section takes the stages by name and the folder of the
+report's figures."""
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from stages.run import figures, story_alignment
+from stages.run import figures, story_alignment, story_scaling
 from stages.run.checkpoint import read_metrics
-from stages.run.cited import ERROR, LOSS, MEASURED, MISSING, SHARE, TITLES, Stage, Stages, Told, annotator, draw
+from stages.run.cited import LOSS, MISSING, SHARE, TITLES, Stages, Told, annotator, draw
 from stages.run.console import clock
-from stages.run.figures import Series, short
 from stages.run.manifest import MANIFEST
 from stages.run.page import Page, Section, Table, number
 
-Law = Callable[..., Any]  # law(fit, N, D): the loss by the fitted law (stages.laws.fit)
-CONSTANTS = {"sum": ("E", "A", "B", "alpha", "beta"), "product": ("E", "C", "a", "b")}
 
-
-def tell(stages: Stages, missing: Mapping[str, str], folder: Path, *, recipe: str, law: Law) -> Page:
+def tell(stages: Stages, missing: Mapping[str, str], folder: Path, *, recipe: str, law: story_scaling.Law) -> Page:
     """`stages` are the finished ones in the order of the pipeline; `missing` says of each other one that
     belongs to it what would make it."""
     sections: dict[str, Callable[[Stages, Path], Told]] = {
-        "prepare": prepare, "scaling": lambda s, f: scaling(s, f, law), "pretrain": pretrain, **story_alignment.SECTIONS}
+        "prepare": prepare, "scaling": lambda s, f: story_scaling.scaling(s, f, law), "pretrain": pretrain, **story_alignment.SECTIONS}
     told: dict[str, Told] = {}
     for name, section in sections.items():
         if name in stages:
@@ -84,133 +78,6 @@ def prepare(stages: Stages, folder: Path) -> Told:
         tables.append(Table(["kind of text", "documents"], [[kind, s.note(n, "kinds", kind)] for kind, n in kinds],
                             "Documents of each kind, training and held out together.", [s.cite()]))
     return Section("prepare", TITLES["prepare"], [text], tables=tables), []
-
-
-def scaling(stages: Stages, folder: Path, law: Law) -> Told:
-    s, main = stages["scaling"], stages.get("pretrain")
-    fit, prediction = (json.loads(s.manifest.product(name).read_text(encoding="utf-8")) for name in ("fit", "prediction"))
-    written = s.manifest.product("points").read_text(encoding="utf-8").splitlines()
-    points = sorted(map(json.loads, written), key=lambda p: (p["N"], p["D"]))
-    sizes, budgets = (sorted({p[key] for p in points}) for key in ("N", "D"))
-
-    form, product = fit.get("form", "sum"), fit.get("product", {})
-    inside = {name: (product, "product/") if name in product else (fit, "") for name in CONSTANTS[form]}
-    ends = {name: where["intervals"][name] for name, (where, _) in inside.items() if name in where["intervals"]}
-
-    def constant(name: str) -> str:
-        return number(f"{inside[name][0][name]:.3g}", f"{s.manifest.product('fit')}#{inside[name][1]}{name}")
-
-    def fitted(p: Mapping[str, Any]) -> float:
-        return float(law(fit, p["N"], p["D"]))
-
-    terms = (f"{constant('A')} / N^{constant('alpha')} + {constant('B')} / D^{constant('beta')}" if form == "sum" else
-             f"{constant('C')} / (N^{constant('a')} D^{constant('b')})")
-    text = (f"{s.count('runs')} runs of {len(sizes)} sizes and {len(budgets)} token budgets, each with a whole schedule of its own, "
-            f"determine the law L = {constant('E')} + {terms} "
-            f"(N: {fit['conventions'].get('N', MISSING)}; D: training tokens). For the main model it predicts "
-            f"{s.short_form('predicted_loss', LOSS)}.")
-    if s.get("holdout_error"):
-        text += (f" Fitted on the cheaper runs only, it is off by {s.value('holdout_error', SHARE)} on average on the "
-                 f"{s.n('holdout_error')} dearest, of which {s.value('holdout_coverage', SHARE)} lie inside their 95 % intervals.")
-    paragraphs, lines = [text], []
-    if form == "sum" and fit.get("at_bound"):
-        paragraphs.append(f"Trust no prediction far from these runs: {', '.join(fit['at_bound'])} lies at the bound of what was tried, "
-                          "so the runs do not determine it.")
-    measured = None
-    if main:
-        same = main.counts.get("tokens") == prediction["D"]
-        measured = main.get(prediction["loss"]) if same else None
-        paragraph, line = prediction_and_result(s, main, prediction, measured)
-        paragraphs.append(paragraph)
-        lines = [line]
-    table = Table(["run", "N", "D", "loss", "by the law", "off by"], [
-        [p["run"], *(number(t, f"{s.manifest.product('points')}#{p['run']}") for t in (
-            f"{p['N']:,}", f"{p['D']:,}", LOSS.text(p["loss"]), LOSS.text(fitted(p)), ERROR.text(fitted(p) / p["loss"] - 1)))]
-        for p in points], "Every run of the ladder.", [s.cite("points.jsonl", "fit.json")], folded=True)
-    letters = Table(MEASURED, [[name, constant(name), number("[{:.3g}, {:.3g}]".format(*ends[name]),
-                                                             f"{s.manifest.product('fit')}#{inside[name][1]}intervals/{name}")
-                                if name in ends else "no interval", s.n(name)] for name in CONSTANTS[form]],
-                    f"The law's constants; intervals are those of {'least squares' if product else 'a residual bootstrap'}.",
-                    [s.cite("fit.json")])
-    drawn = scaling_figures(s, main, folder, points, prediction, measured, fitted)
-    return Section("scaling", TITLES["scaling"], paragraphs, drawn, [table, letters]), lines
-
-
-def prediction_and_result(s: Stage, main: Stage, prediction: Mapping[str, Any],
-                          measured: Mapping[str, Any] | None) -> tuple[str, list[str]]:
-    """The paragraph and the summary line that hold the forecast against what came."""
-    key, label = prediction["loss"], "Held-out loss of the main model against the prediction"
-    if measured is None:
-        return ("The main model has no figure to hold against the prediction: it was trained on another budget, or this loss was not "
-                "measured.", [label, MISSING, MISSING, MISSING, f"predicted {s.short_form('predicted_loss', LOSS)}"])
-    forecast, when = main.notes.get("forecast") or {}, prediction.get("written")
-    ahead = bool(when) and forecast.get("value") == prediction["value"] and (
-        datetime.datetime.fromisoformat(str(when)) <= datetime.datetime.fromisoformat(main.provenance["started"]))
-    low, high = prediction["interval"]
-    inside = "inside" if low <= measured["value"] <= high else "outside"
-    error = number(ERROR.text(prediction["value"] / measured["value"] - 1),
-                   f"{s.manifest.product('prediction')}#value over {main.origin('metrics', key, 'value')} - 1")
-    paragraph = (f"Measured then: {main.short_form(key, LOSS)}. The prediction is off by {error}, and what was measured lies {inside} "
-                 "its 95 % interval. " + (
-                     "It was written down before the main model was trained." if ahead else
-                     "It was not on record when the main model's training began: a check of the law, not a forecast."))
-    return paragraph, [label, f"off by {error}", f"{s.interval('predicted_loss', LOSS)} predicted", main.n(key),
-                       f"predicted {s.value('predicted_loss', LOSS)}, measured {main.value(key, LOSS)}, {inside} the interval; "
-                       + ("written down before training" if ahead else "not on record before this training began")]
-
-
-def scaling_figures(s: Stage, main: Stage | None, folder: Path, points: list[dict[str, Any]], prediction: Mapping[str, Any],
-                    measured: Mapping[str, Any] | None, fitted: Callable[[Mapping[str, Any]], float]) -> list[Any]:
-    sizes, budgets = (sorted({p[key] for p in points}) for key in ("N", "D"))
-    logs = [s.cite("*/metrics.jsonl"), *([main.cite("metrics.jsonl")] if main else [])]
-    runs = [s.cite("fit.json", "prediction.json", "points.jsonl"), *([main.cite()] if main else [])]
-    loss = "held-out loss" if prediction["loss"] == "heldout_loss" else prediction["loss"]
-
-    def curves(key: str) -> list[Series]:
-        """One a run, one colour a size."""
-        named = [(s.path / p["run"], sizes.index(p["N"]), f"N = {short(p['N'])}" if p["D"] == budgets[0] else "") for p in points]
-        named += [(main.path, len(sizes), "main model")] if main else []
-        logged = [(label, color, [r for r in read_metrics(run / "metrics.jsonl") if key in r and "tokens" in r])
-                  for run, color, label in named]
-        return [Series(label, [r["tokens"] for r in rows], [r[key] for r in rows], color=color) for label, color, rows in logged if rows]
-
-    def against(x: str, each: str, letter: str, **options: Any) -> list[Series]:
-        """Measured points and dashed law, one colour for each value of the other letter, up to the main model's."""
-        values, reach, series = sorted({p[each] for p in points}), sorted([*(p[x] for p in points), prediction[x]]), []
-        grid = spaced(reach[0], 1.3 * reach[-1])
-        for color, value in enumerate(values):
-            chosen = [p for p in points if p[each] == value]
-            series.append(Series(f"{letter} = {short(value)}", [p[x] for p in chosen], [p["loss"] for p in chosen], look="points",
-                                 color=color))
-        for color, value in enumerate([*values, prediction[each]]):
-            series.append(Series("", grid, [fitted({x: g, each: value}) for g in grid], look="dashed", color=color))
-        low, high = prediction["interval"]
-        series.append(Series("predicted", [prediction[x]], [prediction["value"]], [low], [high], "star", len(values)))
-        if measured:
-            series.append(Series("measured", [prediction[x]], [measured["value"]], look="points", color=len(values) + 1))
-        return series
-
-    check = [Series("ladder, fitted", [p["loss"] for p in points], [fitted(p) for p in points], look="points")]
-    if measured:
-        low, high = prediction["interval"]
-        check.append(Series("main model, predicted", [measured["value"]], [prediction["value"]], [low], [high], "star"))
-    log = {"x": "training tokens", "log_x": True, "log_y": True}
-    return [
-        draw(figures.plot, folder, "ladder-heldout", curves("heldout/loss"),
-             "Held-out loss over training, of every run of the ladder and of the main model.", logs, y="held-out loss", **log),
-        draw(figures.plot, folder, "ladder-training", curves("train/loss"),
-             "Training loss of the same runs. It is low at first where training begins with easy text.", logs, y="training loss", **log),
-        draw(figures.plot, folder, "law-tokens", against("D", "N", "N"), "Loss against training tokens; dashed: the law at each size. "
-             "The star is the prediction for the main model with its 95 % interval.", runs, x="training tokens", y=loss, log_x=True),
-        draw(figures.plot, folder, "law-parameters", against("N", "D", "D"), "The same against parameters; dashed: the law at each token "
-             "budget.", runs, x=f"parameters ({s.config.get('parameters', 'N')})", y=loss, log_x=True),
-        draw(figures.plot, folder, "law-check", check, "The law against what was measured; on the dotted line they agree. Ladder runs "
-             "were fitted, the main model was not.", runs, x=f"measured {loss}", y=f"{loss} by the law", diagonal=True)]
-
-
-def spaced(low: float, high: float, count: int = 40) -> list[float]:
-    """Equal ratios from low to high."""
-    return [low * (high / low) ** (i / (count - 1)) for i in range(count)]
 
 
 def pretrain(stages: Stages, folder: Path) -> Told:
