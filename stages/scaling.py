@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stages.laws.commands import COMMANDS, command
+from stages.laws.commands import command
 from stages.laws.fit import FORMS, PARAMETERS, Form, cross_check, expected, fit_law, formula, predict
 from stages.laws.holdout import holdout, rolling
 from stages.laws.isoflop import grid_curves
@@ -196,6 +196,6 @@ def check(config: ScalingConfig, N, D, loss, floor, flops) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+    if not sys.argv[1:] or not sys.argv[1].startswith("-"):
         sys.exit(command(sys.argv[1:], __doc__))
     launch(main, ScalingConfig)

@@ -1,5 +1,7 @@
 """The laws' subcommands: one JSON object each, one line on bad input and nothing written; tables read with their faults named."""
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -57,6 +59,29 @@ def test_subcommands_print_json(runs, tmp_path, capsys):
     assert printed(capsys, "holdout", runs, *SELECT, "--fraction", "0.25")["num_heldout"] == 3
 
 
+def test_figures_are_told_in_one_line_too(runs, tmp_path, capsys):
+    fit = str(tmp_path / "fit.json")
+    assert command(["fit", runs, *SELECT, "--n-convention", "matmul", "--out", fit]) == 0
+    capsys.readouterr()
+    assert command(["predict", fit, "--params", "9e5", "--tokens", "1.6e6"]) == 0
+    printed = capsys.readouterr()
+    loss = json.loads(printed.out)["loss"]
+    assert printed.err.splitlines()[0] == ("loss {:.4g} [{:.4g}, {:.4g}], N 9e+05, D 1.6e+06".format(loss["value"], *loss["interval"]))
+    assert command(["plan", fit, "--flops", "1e13"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert all(f"{name} {found[name]['value']:.4g} [" in printed.err.splitlines()[0] for name in ("N", "D", "loss"))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["fti"], "unknown command 'fti': did you mean 'fit'?"),
+    ([], "no command and no --config: give fit, predict, plan, holdout, isoflop or emergence with a table or fit.json, or --config "
+     "recipes/<recipe>/scaling.yaml to train a ladder")])
+def test_what_is_no_command_says_which_there_are(arguments, message):
+    done = subprocess.run([sys.executable, "-m", "stages.scaling", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr == f"error: {message}\n"
+
+
 def test_conventions_travel_with_the_fit(runs, tmp_path, capsys):
     fit = str(tmp_path / "fit.json")
     conventions = printed(capsys, "fit", runs, *SELECT, "--c-column", "C", "--d-column", "D", "--n-convention", "matmul",
@@ -89,6 +114,7 @@ def test_repeated_data_and_experts_are_profiled(tmp_path, capsys):
     assert few > 1.01 * printed(capsys, "predict", fit, "--params", "1e8", "--tokens", "1e10", "--unique-tokens", "1e10")["loss"]["value"]
     refused(capsys, ["predict", fit, "--params", "1e8", "--tokens", "1e10"], "fitted with --unique-column: give --unique-tokens")
     refused(capsys, ["fit", repeated, "--unique-column", "U", "--total-column", "T"], "one profile at a time")
+    refused(capsys, ["fit", repeated, "--total-column", "N"], "--total-column N equals --n-column N in every row")
     open_profile = printed(capsys, "fit", repeated, "--total-column", "T", "--draws", "5", "--out", fit)
     assert open_profile["experts"]["interval"] == [None, None]  # idle parameters in one proportion are only another unit
     assert any("experts profile is open" in text for text in open_profile["warnings"])

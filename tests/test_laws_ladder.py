@@ -1,10 +1,11 @@
 """The scaling stage on a real, very small ladder: what it writes, resuming, reuse, bad input."""
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from stages import scaling
+from stages import pretrain, scaling
 from stages.laws.fit import fit_law, predict
 from stages.laws.points import read_columns
 from stages.models import pretraining
@@ -240,6 +241,16 @@ def test_missing_metric_names_those_there_are(ladder, prepared):
     config = dataclasses.replace(config_for(prepared, ladder.path), loss="heldout_loss/poem")
     with pytest.raises(ValueError, match=r"no metric 'heldout_loss/poem': set loss to one of heldout_loss"):
         scaling.point("d16-1024", Manifest(ladder.path / "d16-1024"), config)
+
+
+def test_a_doubtful_prediction_is_told_with_its_result(monkeypatch, capsys):
+    forecast = {"value": 1.5, "warnings": ["alpha = 0.02 lies at the bound"]}
+    monkeypatch.setattr(pretrain, "read_forecast", lambda _: forecast)
+    monkeypatch.setattr(pretrain, "pretrain", lambda config, forecast: SimpleNamespace(metrics={"heldout_loss": {"value": 1.0}}))
+    pretrain.main(pretraining.PretrainConfig())
+    assert capsys.readouterr().out.splitlines() == [
+        "held-out loss 1.0000, predicted 1.5000 before training (+50.0%)",
+        "warning: that prediction was not to be trusted: alpha = 0.02 lies at the bound"]
 
 
 @pytest.mark.parametrize(("width", "expected"), [(None, 0.02), (64, 0.02), (16, 0.01)])

@@ -3,9 +3,10 @@
     python -m stages.evaluation emergence runs/tiny/scaling runs/tiny/pretrain --out runs/tiny/emergence
 
 Every model answers the same held-out problems greedily, and is asked how likely it finds the tokens of the right answer: their mean
-log-probability and Brier score, which are smooth. Beside the measured accuracy stands what these scores alone predict (stages.laws.emergence,
-Schaeffer et al. 2023): by a monotone map that knows nothing of compute and, for the log-probability, as the chance that all tokens of the
-answer are right, exp(L x mean). Each measurement is one line of measured.jsonl, so the same command continues where it was.
+log-probability and Brier score, which are smooth. Beside the measured accuracy stands what these scores alone predict
+(stages.laws.emergence, Schaeffer et al. 2023): by a monotone map that knows nothing of compute and, for the log-probability, as the chance
+that all tokens of the answer are right, exp(L x mean). Each measurement is one line of measured.jsonl, so the same command continues where
+it was.
 """
 import argparse
 import json
@@ -40,7 +41,8 @@ Line = dict[str, Any]
 def run(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.evaluation emergence", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="finished ladders and pretrain runs, five models together at least")
-    parser.add_argument("--tasks", nargs="+", default=["word_problems", "chained_variables", "last_letters"], choices=list(curriculum.TASKS))
+    parser.add_argument("--tasks", nargs="+", default=["word_problems", "chained_variables", "last_letters"],
+                        choices=list(curriculum.TASKS))
     parser.add_argument("--difficulties", nargs="+", type=int, default=[1, 2, 3], help="steps of the problems, in equal numbers")
     parser.add_argument("--problems", type=int, default=150, help="problems a task, the same for every model")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of problems")

@@ -1,5 +1,6 @@
 """`python -m stages.scaling fit | predict | plan | holdout | isoflop | emergence`: laws on runs that somebody else trained."""
 import argparse
+import difflib
 import json
 import sys
 from pathlib import Path
@@ -83,7 +84,15 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 
 
 def command(arguments: list[str], description: str | None = None) -> int:
-    """Run a subcommand and return its exit code: 0 with one JSON object on stdout, 2 with one line on bad input and nothing written."""
+    """Run a subcommand and return its exit code: 0 with one JSON object on stdout and, for people, its figures in one line on stderr; 2
+    with one line on bad input and nothing written."""
+    if not arguments or (arguments[0] not in COMMANDS and not arguments[0].startswith("-")):
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1) if arguments else []
+        remedy = f"did you mean {near[0]!r}?" if near else (
+            f"give {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]} with a table or fit.json, or --config recipes/<recipe>/scaling.yaml to "
+            "train a ladder")
+        print(f"error: {f'unknown command {arguments[0]!r}' if arguments else 'no command and no --config'}: {remedy}", file=sys.stderr)
+        return 2
     a = parser_of(description).parse_args(arguments)
     try:
         result = {"fit": fit, "holdout": hold_out, "isoflop": isoflop, "predict": ask, "plan": spend, "emergence": jumps}[a.command](a)
@@ -91,9 +100,19 @@ def command(arguments: list[str], description: str | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if told := brief(result):
+        print(told, file=sys.stderr)
     for text in result.get("warnings", ()):
         print(f"warning: {text}", file=sys.stderr)
     return 0
+
+
+def brief(result: dict[str, Any]) -> str:
+    """The figures of `predict` and `plan` in one line; empty for what has none."""
+    named = {name: part for name, part in result.items() if isinstance(part, dict) and "value" in part}
+    parts = [f"{name} {part['value']:.4g}" + (" [{:.4g}, {:.4g}]".format(*part["interval"]) if part.get("interval") else "")
+             for name, part in named.items()]
+    return ", ".join(parts + [f"{name} {result[name]:.4g}" for name in ("N", "D") if "loss" in named and name not in named])
 
 
 def runs(a: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -138,6 +157,9 @@ def fit(a: argparse.Namespace) -> dict[str, Any]:
     conventions, extra = conventions_of(a, table), {}
     if "unique" in table and "total" in table:
         raise ValueError("one profile at a time: give --unique-column or --total-column")
+    if "total" in table and (table["total"] == N).all():
+        raise ValueError(f"--total-column {a.total_column} equals --n-column {a.n_column} in every row, so that no parameter is idle and "
+                         "nothing can be said of idle ones: give the column of all parameters, or leave --total-column out")
     if "unique" in table:
         extra["repetition"] = profile(REPETITIONS, lambda decay: (N, effective_tokens(D, table["unique"], decay)), loss, **settings)
         D = effective_tokens(D, table["unique"], extra["repetition"]["best"])
