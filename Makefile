@@ -28,7 +28,7 @@ GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
-	study-critique bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare study-moe \
+	study-critique bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare study-moe study-lr \
 	study-exemplars clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
@@ -110,6 +110,9 @@ study-gate: setup ## does what is measured of a reward model foretell what PPO d
 
 study-moe: setup ## dense decoders against mixtures of experts over budgets and seeds: 27 runs (half an hour; needs make prepare)
 	$(PY) -m stages.evals.study_moe $(ARGS)
+
+study-lr: setup ## is the learning rate that a rule carries across widths near the best: 20 runs (20 minutes; needs make prepare)
+	$(PY) -m stages.evals.study_lr $(ARGS)
 
 study-hh: setup ## a reward model on HH-RLHF's pairs against TF-IDF and length, five folds (half an hour; docs/real-input.md)
 	$(PY) -m stages.evals.study_hh $(ARGS)

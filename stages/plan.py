@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stages.models.counts import FLOPS, build_meta, count_parameters, planned_decoder, train_flops_per_token
+from stages.models.ladder import ladder_configs, shared_tokens
 from stages.models.memory import activation_bytes, cache_bytes, logits_bytes, matrices_of_layers, state_bytes, widths
 from stages.models.pretraining import PretrainConfig
 from stages.run.config import StageConfig, build_config, option, read_yaml
@@ -186,13 +187,11 @@ def ppo_models(model: PreTrainedModel, config: PlanConfig, reward: dict[str, Any
     return (adapter if adapted else P) + critic, frozen
 
 
-def ladder_flops(pretrain: PretrainConfig, scaling: dict, vocabulary: int, row_length: int) -> int:
-    """FLOPs of all runs of the recipe's ladder."""
-    done = 0
-    for size in scaling.get("sizes", []):
-        decoder = planned_decoder(build_config(PretrainConfig, vars(pretrain) | size), vocabulary=vocabulary, row_length=row_length)
-        done += int(sum(float(t) for t in scaling.get("tokens", []))) * train_flops_per_token(decoder, row_length)
-    return done
+def ladder_flops(pretrain: PretrainConfig, scaling: dict, vocabulary: int, row_length: int) -> float:
+    """FLOPs of all runs of the recipe's ladder; what runs share is counted once."""
+    return sum((run.tokens - shared_tokens(run)) * train_flops_per_token(planned_decoder(run, vocabulary=vocabulary, row_length=row_length),
+                                                                         row_length)
+               for run in ladder_configs(pretrain, scaling["sizes"], [int(float(tokens)) for tokens in scaling["tokens"]]).values())
 
 
 def warnings(config: PlanConfig, pretrain: PretrainConfig, raw: dict[str, dict], needs: dict[str, dict[str, int]]) -> list[str]:

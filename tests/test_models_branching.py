@@ -7,6 +7,7 @@ import pytest
 
 from stages.models import branching
 from stages.models.pretraining import PretrainConfig, PretrainTrainer, pretrain
+from stages.plan import ladder_flops
 from stages.run.checkpoint import read_metrics
 from stages.run.config import build_config
 
@@ -58,6 +59,16 @@ def test_schedules_by_hand():
     assert branching.learning_rate_schedule(PretrainConfig(tokens=100 * 1024)) == {"lr_scheduler_type": "linear", "warmup_steps": 2}
     with pytest.raises(ValueError, match=r"cooldown_share 0\.9 begins the cooldown at step 1 of 10, and the warmup takes 2"):
         branching.learning_rate_schedule(dataclasses.replace(config, cooldown_share=0.9))
+
+
+def test_a_plan_counts_once_what_budgets_share():
+    scaling = {"sizes": [{"hidden_size": width, "num_heads": 1} for width in (16, 32, 48)], "tokens": [100_352, 200_704, 401_408]}
+    alone = {"hidden_size": 64, "tokens": 1_000_000, "batch_tokens": 1024}
+    each = ladder_flops(PretrainConfig(**alone), scaling, 300, 128)
+    shared = ladder_flops(PretrainConfig(**alone, schedule="wsd", warmup_tokens=2048, easy_tokens=0), scaling, 300, 128)
+    steps = [98, 196, 392]
+    cooled = [20, 39, 78]  # a fifth, to the nearest step
+    assert shared / each == pytest.approx((392 - 78 + sum(cooled)) / sum(steps))
 
 
 @pytest.mark.parametrize(("tokens", "start"), [(10 * 256, 8), (20 * 256, 16), (15 * 256, 8)])
