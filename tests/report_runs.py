@@ -4,12 +4,15 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
+
 from reward.annotators import annotator_name
 from reward.overoptimization import best_of_n
 from stages.evals import scoring
 from stages.evals.frontier import computed, frontiers
 from stages.evals.pairs import pairs
 from stages.laws.fit import fit_law, law, predict
+from stages.laws.isoflop import grid_curves
 from stages.rl.curves import compare
 from stages.run.manifest import MANIFEST, metric
 
@@ -101,11 +104,12 @@ def make_runs(home: Path, stages=STAGES) -> Path:
             "vocabulary": 620, "documents": 46_239, **{f"{p}_{k}": n for p in ("train", "heldout") for k, n in (
                 ("documents", 33_791), ("rows", 4207), ("tokens", 2_136_881))}}},
         "scaling": {"metrics": {"predicted_loss": metric(value, n=12, ci95=ends), "holdout_error": metric(0.011, n=3),
-                                "holdout_coverage": metric(0.667, n=3),
+                                "holdout_coverage": metric(0.667, n=3), "holdout_error_4x": metric(0.031, n=2),
                                 **{k: metric(fit[k], n=12, ci95=fit["intervals"][k]) for k in ("E", "A", "B", "alpha", "beta")}},
-                    "counts": {"runs": 12, "tokens": 4_200_000, "flops": 8.7e12}, "parents": ["prepare"],
+                    "counts": {"runs": 12, "tokens": 4_200_000, "flops": 8.7e12, "flops_unshared": 1.2e13}, "parents": ["prepare"],
                     "config": {"parameters": "matmul"}, "files": {"fit.json": json.dumps(fit), "prediction.json": json.dumps(prediction),
                               "points.jsonl": "".join(json.dumps(p) + "\n" for p in points),
+                              "curves.json": json.dumps(grid_curves(*np.array([[p["flops"], p["N"], p["loss"]] for p in points]).T)),
                               **{f"{p['run']}/metrics.jsonl": "".join(
                                   json.dumps(row) + "\n" for key in ("heldout/loss", "train/loss")
                                   for row in curve(5, p["loss"], 10, key, p["D"] // 10)) for p in points}}},

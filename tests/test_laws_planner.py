@@ -134,10 +134,12 @@ def test_a_grid_is_read_between_its_budgets():
     sizes, losses = at_flops(C, N, loss, 2.0)  # in logs half way from 4 to 1, and at a run of the other size
     assert sizes.tolist() == [1.0, 2.0] and losses == pytest.approx([2.0, 3.0])
     assert [at_flops(C, N, loss, where)[0].tolist() for where in (1.0, 5.0, 9.0)] == [[1.0], [2.0], []]
-    curves = grid_curves(C, N, loss, num_steps=4)  # 1, 2, 4, 8
+    curves = grid_curves(C, N, loss, num_steps=4)  # at 1, 2, 4, 8
     assert np.array([(row["C"], row["N"], row["loss"]) for row in curves["envelope"]]) == pytest.approx(np.array(
         [(1.0, 1.0, 4.0), (2.0, 1.0, 2.0), (4.0, 1.0, 1.0), (8.0, 2.0, 0.75)]))
     assert curves["isoflop"] == []  # two sizes have no minimum between them
+    worse = grid_curves(C, N, np.array([1.0, 4.0, 3.0, 2.0]), num_steps=4)["envelope"]
+    assert worse[-1] == {"C": 8.0, "N": 1.0, "loss": 1.0}  # more compute is no worse: the smaller run is still there
 
 
 def test_isoflops_of_a_grid_have_the_laws_minimum():

@@ -7,6 +7,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from reward.gate import judge
@@ -375,6 +376,41 @@ def test_a_product_is_written_as_one(tmp_path, undrawn):
     assert "50 / (N^0.3 D^0.25)" in page.plain(section.paragraphs[0])
     by_the_law = fit["E"] + 50 / (60_000**0.3 * 150_000**0.25)
     assert page.plain(section.tables[0].rows[0][4]) == f"{by_the_law:.4f}"
+
+
+def test_the_ladder_is_drawn_at_equal_compute_and_by_what_the_law_leaves(whole, tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(figures, "bars", small_figure)
+    monkeypatch.setattr(figures, "plot", lambda path, lines, **options: (
+        shown.update({path.stem: (lines, options)}), small_figure(path)))
+    section = next(section for section in tell(whole, tmp_path).sections if section.key == "scaling")
+    points = [json.loads(line) for line in (whole / "scaling" / "points.jsonl").read_text().splitlines()]
+    lines, _ = shown["ladder-compute"]
+    envelope = next(line for line in lines if line.label == "envelope")
+    for p in points:  # no run lies below the envelope at its compute
+        assert np.interp(math.log(p["flops"]), np.log(envelope.x), np.log(envelope.y)) <= math.log(p["loss"]) + 1e-9
+    assert sum(len(line.x) for line in lines if line.look == "points") == len(points)
+    dashed = [line for line in lines if line.look == "dashed"]  # held-out loss on the way, a line a size, up to the runs' own compute
+    assert len(dashed) == 4 and max(max(line.x) for line in dashed) == pytest.approx(max(p["flops"] for p in points))
+    lines, options = shown["law-residuals"]
+    fit = json.loads((whole / "scaling" / "fit.json").read_text())
+    left = [y for line in lines[:-1] for y in line.y]
+    assert left == pytest.approx([100 * (float(expected(fit, p["N"], p["D"])) / p["loss"] - 1) for p in points])
+    assert lines[-1].label == "main model, predicted" and lines[-1].y[0] == pytest.approx(100 / 1.01 - 100) and options["marks"]
+    isoflop = [line for line in shown["law-isoflop"][0] if line.look == "points"]
+    assert len(isoflop) == 5 and all(len(line.x) >= 3 for line in isoflop)
+    text = " ".join(page.plain(paragraph) for paragraph in section.paragraphs)
+    assert "it is off by 3.1 % on those at four times its dearest or more (2)" in text
+    assert "Budgets of one size share their beginning: the ladder took 8.7e+12 FLOPs" in text
+
+
+def test_a_ladder_from_before_is_told_without_what_it_did_not_write(tmp_path, undrawn):
+    home = make_runs(tmp_path / "tiny", ("scaling",))
+    data = json.loads((home / "scaling" / MANIFEST).read_text())
+    del data["products"]["curves"], data["counts"]["flops_unshared"], data["metrics"]["holdout_error_4x"]
+    (home / "scaling" / MANIFEST).write_text(json.dumps(data))
+    section = tell(home, tmp_path).sections[1]
+    assert len(section.figures) == 6 and "Budgets of one size" not in " ".join(section.paragraphs)
 
 
 def test_a_prediction_made_afterwards_is_not_called_a_forecast(tmp_path, undrawn):

@@ -83,19 +83,18 @@ def at_flops(C: Array, N: Array, loss: Array, where: float) -> tuple[Array, Arra
 
 
 def grid_curves(C: Array, N: Array, loss: Array, *, num_budgets: int = 5, num_steps: int = 40) -> dict[str, Any]:
-    """What a grid says at equal compute: `envelope`, the least loss of any size at each FLOP budget and that size (approach 1 of Hoffmann
-    et al. 2022, here through finished runs, as a loss before the rate has fallen is not comparable); `isoflop`, the losses of the sizes
-    at budgets that three or more reach, with the minimum between sizes or None. `C` FLOPs, `N`, `loss` (n,).
+    """What a grid says at equal compute: `envelope`, the least loss of any size for at most so many FLOPs and that size (approach 1 of
+    Hoffmann et al. 2022, here through finished runs, as a loss before the rate has fallen is not comparable); `isoflop`, the losses of the
+    sizes at budgets that three or more reach, with the minimum between sizes or None. `C` FLOPs, `N`, `loss` (n,).
     """
-    reached = np.geomspace(C.min(), C.max(), num_steps)
-    envelope = []
-    for where in reached:
+    envelope: list[dict[str, float]] = []
+    for where in np.union1d(np.geomspace(C.min(), C.max(), num_steps), C):
         sizes, losses = at_flops(C, N, loss, where)
-        if len(sizes):
-            envelope.append({"C": float(where), "N": float(sizes[losses.argmin()]), "loss": float(losses.min())})
+        found = [{"C": float(where), "N": float(size), "loss": float(value)} for size, value in zip(sizes, losses, strict=True)]
+        envelope.append(min([*found, *({**row, "C": float(where)} for row in envelope[-1:])], key=lambda row: row["loss"]))
     shared = [where for where in np.geomspace(C.min(), C.max(), 10 * num_steps) if len(at_flops(C, N, loss, where)[0]) >= 3]
     isoflop = []
-    for where in np.geomspace(shared[0], shared[-1], num_budgets) if shared else ():
+    for where in dict.fromkeys(shared[i] for i in np.linspace(0, len(shared) - 1, num_budgets).round().astype(int)) if shared else ():
         sizes, losses = at_flops(C, N, loss, where)
         found = minimum(sizes, losses)
         isoflop.append({"C": float(where), "N": sizes.tolist(), "loss": losses.tolist(),
