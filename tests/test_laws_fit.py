@@ -261,6 +261,17 @@ def test_intervals_are_widened_by_what_hold_outs_of_their_reach_needed():
     assert widened(coverage, 100.0, 2.0, (1.0, 4.0)) == {**found, "reach": 100.0, "measured_so_far": False}
 
 
+def test_a_hold_out_may_ask_for_runs_far_away_only():
+    N, D = np.repeat(np.geomspace(5e4, 1e6, 6), 5), np.tile(np.geomspace(3e5, 6e6, 5), 6)
+    loss, flops, below = noisy(N, D), 6 * N * D, 6 * 1e6 * 6e6 / 4 * 1.0001
+    far, all_above = (holdout(N, D, loss, below=below, reach=reach, num_draws=0) for reach in (4.0, 1.0))
+    dearest = flops[flops < below].max()
+    assert far["num_heldout"] == (flops >= 4 * dearest).sum() == 1 < all_above["num_heldout"] == (flops >= below).sum()
+    assert far["num_fitted"] == all_above["num_fitted"] and far["fit"]["alpha"] == all_above["fit"]["alpha"]
+    with pytest.raises(ValueError, match="and 0 above"):
+        holdout(N, D, loss, below=below, reach=1e3, num_draws=0)
+
+
 def test_a_run_is_never_both_fitted_and_held_out():
     N, D = np.repeat(np.geomspace(5e4, 1e6, 8), 3), np.tile([3e5, 1e6, 4e6], 8)
     loss, runs = noisy(N, D), np.repeat(np.arange(8), 3)
