@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from stages.models import branching
+from stages.models import branching, pretraining
 from stages.models.pretraining import PretrainConfig, PretrainTrainer, pretrain
 from stages.plan import ladder_flops
 from stages.run.checkpoint import read_metrics
@@ -99,6 +99,20 @@ def test_a_killed_branch_goes_on_and_the_trunk_can_go(prepared, trunk, tmp_path,
     assert steps == [18, 19] and resumed.counts["branched_step"] == 16
     whole = pretrain(config_for(prepared, tmp_path / "whole", tokens=20 * 256, checkpoints=6))
     assert resumed.metrics == whole.metrics
+
+
+def test_what_others_branch_off_outlives_rotation_and_kills(prepared, tmp_path, monkeypatch):
+    config = config_for(prepared, tmp_path / "stable", tokens=16 * 256, cooldown_share=0.0, keep_at=[8 * 256, 16 * 256], checkpoints=7)
+    with monkeypatch.context() as patched:
+        patched.setattr(pretraining, "keep", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))  # saved, and not yet kept
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(config)
+    assert not (tmp_path / "stable.partial" / "kept").exists()
+    found = pretrain(config)
+    assert {p.name for p in (found.path / "kept").iterdir()} == {"checkpoint-8", "checkpoint-16"}
+    assert {p.name for p in (found.path / "checkpoints").iterdir()} == {"checkpoint-14", "checkpoint-16"}  # Trainer's own two
+    assert [p.name for p in branching.usable_checkpoints(
+        config_for(prepared, tmp_path, tokens=10 * 256), found, found.data["parents"])] == ["checkpoint-8"]
 
 
 def test_a_longer_trunk_goes_on_from_a_shorter_one(prepared, trunk, tmp_path):

@@ -90,8 +90,8 @@ def grid_curves(C: Array, N: Array, loss: Array, *, num_budgets: int = 5, num_st
     envelope: list[dict[str, float]] = []
     for where in np.union1d(np.geomspace(C.min(), C.max(), num_steps), C):
         sizes, losses = at_flops(C, N, loss, where)
-        found = [{"C": float(where), "N": float(size), "loss": float(value)} for size, value in zip(sizes, losses, strict=True)]
-        envelope.append(min([*found, *({**row, "C": float(where)} for row in envelope[-1:])], key=lambda row: row["loss"]))
+        here = [{"C": float(where), "N": float(size), "loss": float(value)} for size, value in zip(sizes, losses, strict=True)]
+        envelope.append(min([*here, *({**row, "C": float(where)} for row in envelope[-1:])], key=lambda row: row["loss"]))
     shared = [where for where in np.geomspace(C.min(), C.max(), 10 * num_steps) if len(at_flops(C, N, loss, where)[0]) >= 3]
     isoflop = []
     for where in dict.fromkeys(shared[i] for i in np.linspace(0, len(shared) - 1, num_budgets).round().astype(int)) if shared else ():

@@ -7,6 +7,7 @@ took while the rate was constant. It is then the run that trained on by itself, 
 does not say how a run came by its beginning.
 """
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from stages.models.pretraining import PretrainConfig
 
 LENGTH = ("tokens", "cooldown_share", "evaluations", "eval_rows", "checkpoints")  # what does not change how a run begins
+KEPT = "kept"  # folder of a run beside its checkpoints
 DECAYS = {"wsd": "1-sqrt", "wsd-linear": "linear"}
 
 
@@ -77,11 +79,11 @@ def usable_checkpoints(config: "PretrainConfig", source: Manifest, parents: Mapp
     if reason:
         raise ValueError(f"branch_from {source.path}: {reason}")
     last = min(cooldown_start(config), cooldown_start(type(config)(**source.config)))
-    there = sorted((p for p in (source.path / "checkpoints").glob("checkpoint-*") if is_complete(p)), key=step_of)
-    fitting = [p for p in there if step_of(p) <= last]
+    there = {step_of(p): p for p in source.path.glob("*/checkpoint-*") if is_complete(p)}
+    fitting = [there[step] for step in sorted(there) if step <= last]
     if not fitting:
         raise ValueError(f"branch_from {source.path}: it kept no checkpoint up to step {last}, where the rate begins to fall, but at "
-                         f"{', '.join(str(step_of(p)) for p in there) or 'none'}: train it with keep_at {last * config.batch_tokens}")
+                         f"{', '.join(map(str, sorted(there))) or 'none'}: train it with keep_at {last * config.batch_tokens}")
     return fitting
 
 
@@ -96,8 +98,9 @@ def start_from(config: "PretrainConfig", run: Run) -> int:
         return json.loads(mark.read_text(encoding="utf-8"))["step"]
     source = Manifest(config.branch_from)
     there = usable_checkpoints(config, source, run.identity["parents"])
-    for checkpoint in there if config.keep_at else there[-1:]:
-        shutil.copytree(checkpoint, run.directory / "checkpoints" / checkpoint.name, dirs_exist_ok=True)
+    for checkpoint in there if config.keep_at else ():
+        keep(checkpoint, run.directory)
+    shutil.copytree(there[-1], run.directory / "checkpoints" / there[-1].name, dirs_exist_ok=True)
     step = step_of(there[-1])
     if (source.path / "metrics.jsonl").is_file():
         shutil.copy(source.path / "metrics.jsonl", run.directory)
@@ -107,9 +110,23 @@ def start_from(config: "PretrainConfig", run: Run) -> int:
     return step
 
 
+def keep(checkpoint: Path, directory: Path) -> None:
+    """Put a checkpoint where Trainer, which holds on to the last two, does not remove it; by hard links, where the disk has them."""
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    target = directory / KEPT / checkpoint.name
+    if not is_complete(target):
+        shutil.rmtree(target, ignore_errors=True)  # what a kill has cut
+        shutil.copytree(checkpoint, target, copy_function=link)
+
+
 class OwnSteps(TrainerCallback):
-    """Keeps the checkpoints that others branch off from, and the run's own times to log, evaluate and save: a checkpoint of another run
-    carries the times of that one, and Trainer would go by them."""
+    """Has the checkpoints saved that others branch off from, and keeps the run's own times to log, evaluate and save: a checkpoint of
+    another run carries the times of that one, and Trainer would go by them."""
 
     def __init__(self, keep_at: set[int]):
         self.keep_at = keep_at

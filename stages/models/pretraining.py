@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from stages.data.packing import PackedCollator
 from stages.models.attention import DOCUMENTS
-from stages.models.branching import OwnSteps, learning_rate_schedule, start_from
+from stages.models.branching import OwnSteps, keep, learning_rate_schedule, start_from
 from stages.models.counts import count_parameters, train_flops_per_token
 from stages.models.heldout import heldout, measured
 from stages.models.optimizer import build_optimizer
@@ -77,8 +77,7 @@ class PretrainConfig(StageConfig):
     eval_rows: int = option(96, "held-out rows of each evaluation; the last one takes four times as many")
     logs: int = option(50, "lines of metrics over the run", recorded_only=True)
     checkpoints: int = option(4, "checkpoints over the run")
-    keep_at: list[int] = option([], "training tokens at which checkpoints are kept, and all others too, for runs to branch off",
-                                recorded_only=True)
+    keep_at: list[int] = option([], "training tokens at which checkpoints are kept, for runs to branch off", recorded_only=True)
     branch_from: str | None = option(None, "finished run of the same settings but for tokens, schedule wsd: go on from its last checkpoint "
                                      "at which the rate of both was constant, instead of training the same once more", recorded_only=True)
     attn_implementation: Literal["auto", "documents", "sdpa", "eager"] = option(
@@ -170,8 +169,15 @@ class PretrainTrainer(Resumable, Trainer):
                 np.save(folder / CHOICES, now)
             self.choices = now
         super()._save_checkpoint(model, trial)
+        self._keep(self.state.global_step)
+
+    def _keep(self, step: int) -> None:
+        if is_main() and step > 0 and step in {kept // self.run_config.batch_tokens for kept in self.run_config.keep_at}:
+            checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+            keep(checkpoint, checkpoint.parents[1])
 
     def rewind(self, step):
+        self._keep(step)  # which a kill may have prevented
         if self.routers and step > 0:
             self.choices = np.load(Path(self.args.output_dir) / f"checkpoint-{step}" / CHOICES)
         super().rewind(step)
@@ -245,7 +251,7 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
         run, seed=config.seed, report_to=config.report_to, logging_steps=max(1, steps // config.logs),
         save_steps=max(1, steps // (config.checkpoints + 1)), max_steps=steps, per_device_train_batch_size=micro,
         gradient_accumulation_steps=local_rows // micro, learning_rate=config.learning_rate, **schedule,
-        **({"save_total_limit": None} if config.keep_at else {}), max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
         adam_beta2=0.95, eval_strategy="steps", eval_steps=every, train_sampling_strategy="sequential",
         gradient_checkpointing=config.gradient_checkpointing))
     trainer = PretrainTrainer(
