@@ -59,8 +59,10 @@ def shared_tokens(run: PretrainConfig) -> int:
 
 def schedule_of(base: PretrainConfig) -> str:
     """How the learning rate goes in every run, the main model's too, in words."""
-    return "each run has its own, decayed to zero" if base.schedule == "linear" else (
-        f"{base.schedule}: one run a size at a constant rate, and off it a cooldown over the last {base.cooldown_share:.0%} of each budget")
+    if base.schedule == "linear":
+        return "each run has its own, decayed to zero"
+    return (f"{base.schedule}: one run a size at a constant rate, and off it a cooldown over the last {base.cooldown_share:.0%} of each "
+            "budget, so that the points of a size share its noise, which a product's intervals do not know of")
 
 
 def nested(config: PretrainConfig, name: str, run: Run) -> PretrainConfig:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.cited import ERROR, LOSS, MEASURED, MISSING, SHARE, TITLES, Stage, Stages, Told, draw
@@ -187,25 +189,27 @@ def compute_drawings(ladder: Path, points: Sequence[Point], prediction: Mapping[
     """Loss against compute with its envelope, and isoFLOP curves; none for a ladder that did not write them down."""
     if not curves:
         return []
-    loss, per_unit, series = name_of(prediction["loss"]), {p["N"]: p["flops"] / (p["N"] * p["D"]) for p in points}, []
-    for color, (N, own) in enumerate(by_size(points).items()):
+    loss, sizes, series = name_of(prediction["loss"]), by_size(points), []
+    a_token = [own[0]["flops"] / own[0]["D"] for own in sizes.values()]
+    for color, (N, own) in enumerate(sizes.items()):
         series.append(Series(f"N = {short(N)}", [p["flops"] for p in own], [p["loss"] for p in own], look="points", color=color))
-        rows = [(p["flops"] / p["D"] * r["tokens"], r["heldout/loss"]) for p in own for r in logged(ladder / p["run"], "heldout/loss")]
-        rows = sorted(set(rows))
-        series += [Series("", [C for C, _ in rows], [held for _, held in rows], look="dashed", color=color)] if len(rows) > 1 else []
+        for p in own:
+            rows = logged(ladder / p["run"], "heldout/loss")
+            series.append(Series("", [a_token[color] * r["tokens"] for r in rows], [r["heldout/loss"] for r in rows], look="dashed",
+                                 color=color))
     envelope = curves["envelope"]
-    series.append(Series("envelope", [e["C"] for e in envelope], [e["loss"] for e in envelope], color=len(series)))
+    series.append(Series("envelope", [e["C"] for e in envelope], [e["loss"] for e in envelope], color=len(sizes)))
     low, high = prediction["interval"]
-    series.append(Series("predicted", [prediction["flops"]], [prediction["value"]], [low], [high], "star"))
-    found = [Drawing("ladder-compute", series, "Loss against compute. Points: finished runs; dashed: held-out loss on the way, before the "
-                     "rate had fallen; the envelope is the least loss of any size, straight in logs between finished runs.",
+    series.append(Series("predicted", [prediction["flops"]], [prediction["value"]], [low], [high], "star", len(sizes) + 1))
+    found = [Drawing("ladder-compute", series, "Loss against compute. Points: finished runs; dashed: each run's held-out loss on the way, "
+                     "before its rate had fallen; the envelope is the least loss of any size, straight in logs between finished runs.",
                      {"x": "training FLOPs", "y": loss, "log_x": True, "log_y": True})]
     series = []
     for color, row in enumerate(curves["isoflop"]):
-        grid = spaced(min(row["N"]) / 1.3, 1.3 * max(row["N"]))
-        nearest = [per_unit[min(per_unit, key=lambda N: abs(N - g))] for g in grid]
+        grid = spaced(min(row["N"]), max(row["N"]))
+        costs = np.exp(np.interp(np.log(grid), np.log(list(sizes)), np.log(a_token)))
         series.append(Series(f"C = {short(row['C'])}", row["N"], row["loss"], look="points", color=color))
-        series.append(Series("", grid, [fitted({"N": g, "D": row["C"] / (k * g)}) for g, k in zip(grid, nearest, strict=True)],
+        series.append(Series("", grid, [fitted({"N": g, "D": row["C"] / cost}) for g, cost in zip(grid, costs, strict=True)],
                              look="dashed", color=color))
         if row["minimum"]:
             series.append(Series("", [row["minimum"]["N"]], [row["minimum"]["loss"]], look="ring", color=color))
