@@ -45,11 +45,12 @@ class ScalingConfig(StageConfig):
         "", "the main model's file, whose settings the ladder shares (default recipes/<recipe>/pretrain.yaml)",
         recorded_only=True)  # its content is fingerprinted instead
     sizes: list[dict[str, int]] = option(
-        [{"hidden_size": 32, "num_heads": 1}, {"hidden_size": 48, "num_heads": 2}, {"hidden_size": 64, "num_heads": 2}],
+        [{"hidden_size": 32, "num_heads": 1}, {"hidden_size": 48, "num_heads": 2}, {"hidden_size": 64, "num_heads": 2},
+         {"hidden_size": 96, "num_heads": 3}],
         "sizes of the ladder, three at least; each changes some of hidden_size, num_layers, num_heads, num_kv_heads, intermediate_size")
     tokens: list[int] = option(
-        [200_000, 400_000, 800_000], "training tokens, three budgets at least; by the main model's schedule each run has a whole one "
-        "(linear), or a size's budgets branch off one run (wsd)")
+        [100_000, 200_000, 400_000, 800_000], "training tokens, three budgets at least; by the main model's schedule each run has a whole "
+        "one (linear), or a size's budgets branch off one run (wsd)")
     evaluations: int = option(2, "held-out evaluations over each run, for its curve; the law takes the last measurement")
     parameters: Literal["matmul", "non_embedding", "total"] = option("matmul", "the convention by which N counts parameters")
     loss: str = option("heldout_loss", "metric of the runs that the law is fitted to")
