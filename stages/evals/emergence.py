@@ -43,7 +43,7 @@ def run(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="finished ladders and pretrain runs, five models together at least")
     parser.add_argument("--tasks", nargs="+", default=["word_problems", "chained_variables", "last_letters"],
                         choices=list(curriculum.TASKS))
-    parser.add_argument("--difficulties", nargs="+", type=int, default=[2, 3, 4], help="steps of the problems, in equal numbers")
+    parser.add_argument("--difficulties", nargs="+", type=int, default=[3, 4, 5], help="steps of the problems, in equal numbers")
     parser.add_argument("--problems", type=int, default=150, help="problems a task, the same for every model")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of problems")
     parser.add_argument("--out", type=Path, required=True, help="folder for measured.jsonl, emergence.json, emergence.md and the figures")
