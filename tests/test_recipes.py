@@ -52,7 +52,7 @@ def test_header_says_whether_it_has_been_run(path):
 
 
 WHOLE = ("tiny", "smoke", "100m", "1b")
-PARTIAL = {"10b": "a plan", "gsm8k": "no reward model", "shakespeare": "pretraining alone"}
+PARTIAL = {"10b": "a plan", "branches": "pretraining alone", "gsm8k": "no reward model", "shakespeare": "pretraining alone"}
 
 
 def test_recipes_that_pretrain_are_whole_or_said_to_be_partial():
