@@ -29,7 +29,7 @@ GROUP_evaluation := evaluate
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
 	study-critique bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare study-moe \
-	study-exemplars clean
+	study-exemplars export test-clients clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -87,6 +87,9 @@ report: setup ## runs/RECIPE/report/index.html and report.md
 
 times: setup ## time and memory of each finished stage
 	@$(PY) -m stages.run.timetable $(RUNS)/$(RECIPE)
+
+export: setup ## a finished model as a folder for other programs: ARGS="--stage sft" (default ppo; docs/export.md)
+	$(PY) -m stages.export --recipe $(RECIPE) $(ARGS)
 
 plan: setup ## parameters, FLOPs, memory and hours of RECIPE, without training
 	$(PY) -m stages.plan --recipe $(RECIPE) $(ARGS)
@@ -163,6 +166,15 @@ bench-eval: setup .venv-lm-eval/.installed ## questions/s and memory of self-con
 
 test-lm-eval: .venv-lm-eval/.installed ## greedy answers are lm-eval's, document by document
 	HF_HUB_OFFLINE=1 .venv-lm-eval/bin/python -m pytest -q tests/test_evals_lm_eval.py
+
+# The oldest transformers that an export has to load in, and ctranslate2, which is pinned below transformers 5.
+.venv-clients/.installed: requirements-clients.lock
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -r requirements-clients.lock
+	@touch $@
+
+test-clients: setup .venv-clients/.installed ## exported models in transformers 4.57 and ctranslate2: equal logits and greedy tokens
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m clients tests/test_export_clients.py
 
 test: setup ## all tests, one full pass of the smoke recipe included
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q

@@ -7,7 +7,7 @@ import json
 from pathlib import Path, PurePath
 from typing import TypeVar
 
-P = TypeVar("P", str, Path)
+P = TypeVar("P", bound=str | Path)
 PICKLES = {"pytorch_model*": "model*.safetensors", "adapter_model*.bin": "adapter_model*.safetensors"}  # read where the second is missing
 
 
