@@ -29,7 +29,7 @@ GROUP_evaluation := evaluate
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
 	study-critique bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare study-moe \
-	study-exemplars export test-clients clean
+	study-exemplars export adopt chat test-clients audit clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -90,6 +90,12 @@ times: setup ## time and memory of each finished stage
 
 export: setup ## a finished model as a folder for other programs: ARGS="--stage sft" (default ppo; docs/export.md)
 	$(PY) -m stages.export --recipe $(RECIPE) $(ARGS)
+
+adopt: setup ## a model trained elsewhere in a stage's place: ARGS="--stage sft --model DIR" (docs/export.md)
+	$(PY) -m stages.adopt --recipe $(RECIPE) $(ARGS)
+
+chat: setup ## talk with a product in the terminal: ARGS="--stage sft" (default ppo; docs/export.md)
+	@$(PY) -m stages.chat --recipe $(RECIPE) $(ARGS)
 
 plan: setup ## parameters, FLOPs, memory and hours of RECIPE, without training
 	$(PY) -m stages.plan --recipe $(RECIPE) $(ARGS)

@@ -1,6 +1,7 @@
 """A finished stage's model as a folder for other programs: weights, tokenizer, chat template, generation config and a model card.
 
     python -m stages.export --recipe tiny --stage ppo
+    python -m stages.export --recipe tiny --datasets true
 
 docs/export.md says which clients read it and what is checked. An export stands in `<run_dir>/<stage>` and is never replaced.
 """
@@ -12,7 +13,8 @@ from typing import Any, Literal
 
 from reward.folders import read_object, trusted
 from reward.model import ENSEMBLE
-from stages.models.clients import CLASSIFIER, difference, load, older_config, older_tokenizer, vllm_faults
+from stages.models.clients import CLASSIFIER, COPIED, difference, load, older_config, older_tokenizer, vllm_faults
+from stages.rl.trl_datasets import write_datasets
 from stages.run.card import card, evaluation_of, lineage
 from stages.run.config import StageConfig, option
 from stages.run.entry import launch
@@ -21,19 +23,22 @@ from stages.run.manifest import MANIFEST, Manifest, hash_data, hash_path, proven
 MODELS = ("pretrain", "sft", "reward_model", "ppo", "rejection_sampling")
 TOLERANCE = 1e-5  # of logits, between our own load of the product and the load of the export
 FORMAT = 1  # part of an export's fingerprint: another number where the same product would be written differently
-COPIED = ("*.safetensors", "*.safetensors.index.json", "tokenizer.json", "chat_template.jinja", "vocab.json", "merges.txt", "*.model")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(StageConfig):
     STAGE = "export"
-    PARENTS = (*MODELS, "evaluation")
+    PARENTS = ("prepare", *MODELS, "preferences", "evaluation")
 
     stage: Literal["pretrain", "sft", "reward_model", "ppo", "rejection_sampling"] = option("ppo", "whose model; pretrain is the base")
     name: str = option("", "the model's name on its card (default <recipe>-<stage>)")
+    datasets: bool = option(False, "what sft, preferences and ppo learn from, in TRL's dataset formats, instead of a model")
 
 
-def main(config: ExportConfig) -> Manifest:
+def main(config: ExportConfig) -> Manifest | None:
+    if config.datasets:
+        datasets(config)
+        return None
     source = Manifest(config.parents[config.stage])
     product, recorded = source.product("model"), source.data["products"]["model"].get("sha256")
     if (found := hash_path(product)) != recorded:
@@ -69,6 +74,15 @@ def main(config: ExportConfig) -> Manifest:
     partial.rename(out)
     say(f"export: {config.stage} of {source.path} is in {out}: " + "; ".join(f"{key}: {value}" for key, value in checks.items()))
     return Manifest(out)
+
+
+def datasets(config: ExportConfig) -> None:
+    folder = Path(config.run_dir) / "datasets"
+    if folder.exists():
+        raise ValueError(f"{folder} is there already: delete it, or give another folder by --run-dir")
+    runs = {name: Manifest(path) for name, path in config.parents.items() if (Path(path) / MANIFEST).is_file()}
+    for name, rows in write_datasets(runs, folder).items():
+        say(f"export: {folder / name}: {rows:,} rows")
 
 
 def write_model(product: Path, folder: Path) -> dict[str, Any]:

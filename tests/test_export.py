@@ -68,7 +68,7 @@ def test_an_export_is_not_made_twice_and_overwrites_nothing(run, tmp_path, capsy
     assert "is there already, of this very model" in capsys.readouterr().out
     changed = json.loads((source / "manifest.json").read_text()) | {"fingerprint": "sha256:another"}
     (source / "manifest.json").write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match="holds something else.*delete it, or give another folder"):
+    with pytest.raises(ValueError, match=r"holds something else.*delete it, or give another folder"):
         export.main(config(tmp_path))
     assert before == {p: p.stat().st_mtime_ns for p in out.iterdir()}
     shutil.rmtree(out)
@@ -82,7 +82,7 @@ def test_an_export_is_not_made_twice_and_overwrites_nothing(run, tmp_path, capsy
 def test_unfinished_and_damaged_stages_are_refused(run, tmp_path):
     source = run()
     (source / "manifest.json").rename(tmp_path / "kept.json")
-    with pytest.raises(ValueError, match="no finished run in .*sft: run `make sft RECIPE=r` first"):
+    with pytest.raises(ValueError, match=r"no finished run in .*sft: run `make sft RECIPE=r` first"):
         export.main(config(tmp_path))
     (tmp_path / "kept.json").rename(source / "manifest.json")
     weights = bytearray((source / "model" / "model.safetensors").read_bytes())
@@ -114,7 +114,8 @@ def test_a_reward_model_keeps_its_scores_and_their_unit(run, model_folder, tmp_p
     out = export.main(config(tmp_path, "reward_model")).path
     exported, _ = load(out, True)
     rows = [[7, 8, 9], [30, 31, 32, 33, 34]]
-    assert normalize(exported.config, score_ids(exported, rows)) == pytest.approx(normalize(reward.config, score_ids(reward, rows)), abs=1e-5)
+    theirs, ours = (normalize(m.config, score_ids(m, rows)) for m in (exported, reward))
+    assert theirs == pytest.approx(ours, abs=1e-5)
     assert (exported.config.score_mean, exported.config.score_std) == (1.0, 2.0)
     assert not (out / "generation_config.json").exists() and "text-classification" in (out / "README.md").read_text()
 

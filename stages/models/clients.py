@@ -13,6 +13,7 @@ from reward.folders import trusted
 
 Json = dict[str, Any]
 CLASSIFIER = "ForSequenceClassification"
+COPIED = ("*.safetensors", "*.safetensors.index.json", "tokenizer.json", "chat_template.jinja", "vocab.json", "merges.txt", "*.model")
 # What vLLM serves (vllm/model_executor/models/registry.py) of what this pipeline builds or fine-tunes. It turns a
 # ...ForSequenceClassification into a pooling model by itself where it knows the ...ForCausalLM.
 SERVED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM",

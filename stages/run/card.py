@@ -137,7 +137,7 @@ def card(source: Manifest, runs: list[Json], *, name: str, evaluated: Mapping[st
     settings = yaml.safe_dump(without_secrets(runs[-1]["settings"]), sort_keys=False, allow_unicode=True, width=120)
     parts = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "", f"# {plain(name)}", "", KINDS[stage],
              *([f"{counts['parameters']:,} parameters."] if "parameters" in counts else []), "",
-             "## Use", "", "For research, teaching and tests of tools: to study how such a model comes about. It is small and makes things up; "
+             "## Use", "", "For research, teaching and tests of tools: to study how such a model comes about. It makes things up, and "
              "nobody has checked it for safety. Do not let it decide anything, and do not put it before the public.",
              "No licence is set: who publishes it chooses one, and minds those of the data.", "",
              *usage(stage, name.rpartition("/")[2]), "",
