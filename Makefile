@@ -29,7 +29,7 @@ GROUP_evaluation := evaluate
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
 	study-critique bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare study-moe \
-	study-exemplars export adopt chat test-clients audit clean
+	study-exemplars export adopt chat test-clients audit lock clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -37,9 +37,11 @@ help: ## this list
 	@grep -hE '^[a-z][a-zA-Z_-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 	@echo; echo "RECIPE=$(RECIPE)  ACCELERATE=$(ACCELERATE)  ARGS='--key value ...' overrides settings of the stages named"
 
-.venv/.installed: requirements.lock pyproject.toml
+# By hash where there are hashes. torch comes after: the lock names all it needs but the CUDA packages, which torch itself pins.
+.venv/.installed: requirements.lock requirements-hashes.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(PIP) -r requirements.lock
+	$(PIP) --require-hashes --no-deps -r requirements-hashes.lock
+	$(PIP) -c requirements.lock torch
 	$(PIP) --no-deps -e .
 	@touch $@
 
@@ -192,6 +194,23 @@ test-browser: setup ## the annotation page in a headless Chromium (installed bef
 	@$(call HAS,gradio) || $(PIP) -c requirements.lock -r requirements-annotate.lock
 	@$(call HAS,playwright) || $(PIP) -c requirements.lock -c requirements-annotate.lock playwright==1.65.2
 	$(PY) -m pytest -q -m browser tests/test_reward_annotate.py
+
+# A tool of its own each, in an environment of its own: neither is needed to run anything.
+.venv-audit/.installed:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install -q --disable-pip-version-check pip-audit==2.10.1 uv==0.13.9
+	@touch $@
+
+lock: .venv-audit/.installed ## write requirements-hashes.lock anew after a change of requirements.lock (needs the network)
+	grep -v '^torch==' requirements.lock > .venv-audit/plain.txt
+	.venv-audit/bin/uv pip compile -q --no-config --no-deps --generate-hashes --universal --python-version 3.11 --no-header --no-annotate \
+		.venv-audit/plain.txt -o .venv-audit/hashed.txt
+	(sed -n '/^#/p' requirements-hashes.lock; cat .venv-audit/hashed.txt) > .venv-audit/new.txt && cp .venv-audit/new.txt requirements-hashes.lock
+
+audit: .venv-audit/.installed ## known vulnerabilities of the pinned packages (needs the network, and says so when there is none)
+	@.venv-audit/bin/python -c "import urllib.request as u; u.urlopen('https://pypi.org/pypi/pip/json', timeout=20)" 2>/dev/null || \
+		{ echo "audit: NOT DONE: pypi.org, which lists vulnerabilities, cannot be reached from here"; exit 3; }
+	.venv-audit/bin/pip-audit --disable-pip --no-deps --progress-spinner off $(ARGS) -r requirements.lock
 
 check: setup ## ruff and mypy
 	.venv/bin/ruff check .

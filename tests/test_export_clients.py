@@ -26,7 +26,7 @@ NEW = 24
 
 
 def asked_of_clients(folder, ids, *, classifier=False, ctranslate2=True):
-    done = subprocess.run([str(PYTHON), str(ROOT / "tests" / "clients_load.py"), str(folder)], capture_output=True, text=True, timeout=300,
+    done = subprocess.run([str(PYTHON), str(ROOT / "tests" / "clients_load.py"), str(folder)], capture_output=True, text=True, timeout=900,
                           env={"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1"}, input=json.dumps(
         {"ids": ids, "text": TEXT, "messages": MESSAGES, "max_new_tokens": NEW, "classifier": classifier, "ctranslate2": ctranslate2}))
     assert done.returncode == 0, done.stderr[-3000:]
