@@ -69,7 +69,7 @@ def test_every_file_that_the_documents_name_exists():
 
 
 def test_every_locked_package_but_torch_is_installed_by_its_hash():
-    """requirements-hashes.lock is what `make setup` installs; requirements.lock is what people edit (`make lock` brings one to the other)."""
+    """requirements-hashes.lock is what `make setup` installs, requirements.lock what people edit; `make lock` brings one to the other."""
     pins = {line for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line and not line.startswith("#")}
     hashed = re.split(r"\n(?=\S)", re.sub(r"(?m)^#.*\n", "", (ROOT / "requirements-hashes.lock").read_text()).strip())
     named = {entry.split(" ")[0].lower().replace("_", "-") for entry in hashed}

@@ -4,7 +4,6 @@ import asyncio
 import importlib
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -61,8 +60,7 @@ def canary(tmp_path):
 def poison(folder, canary, *, weights=True, code=True):
     """Fill a model's folder with what would run: pickles in place of the weights, and Python that its config asks for."""
     for name in PICKLED:
-        with (folder / name).open("wb") as f:
-            pickle.dump(Evil(canary), f)
+        torch.save(Evil(canary), folder / name)
     if weights:
         for file in folder.glob("*.safetensors"):
             file.unlink()
@@ -114,6 +112,7 @@ def test_pickles_beside_sound_weights_are_left_alone(model_folder, canary, tmp_p
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     poison(folder, canary, weights=False, code=False)
+    (folder / "adapter_model.bin").unlink()  # which would be put on the model
     assert LocalModel(folder, seed=0, batch_size=1).model is not None
     assert trusted("some/hub-id") == "some/hub-id"
 
@@ -141,8 +140,7 @@ def test_a_hostile_checkpoint_is_not_run_on_resume(model_folder, canary, tmp_pat
     shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-4")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         kept = (checkpoint / name).read_bytes()
-        with (checkpoint / name).open("wb") as f:
-            pickle.dump(Evil(canary), f)
+        torch.save(Evil(canary), checkpoint / name)
         mark_complete(checkpoint, world_size=1)
         if name == "training_args.bin":  # nobody reads it
             fit(trainer())
@@ -157,7 +155,7 @@ def test_a_hostile_checkpoint_is_not_run_on_resume(model_folder, canary, tmp_pat
 def test_the_canary_sings_where_pickles_are_read(tmp_path):
     """The tests above can fail: read without care, the same file runs."""
     file = tmp_path / "model.pt"
-    file.write_bytes(pickle.dumps(Evil(tmp_path / "sang")))
+    torch.save(Evil(tmp_path / "sang"), file)
     torch.load(file, weights_only=False).close()
     assert (tmp_path / "sang").exists()
 

@@ -169,7 +169,7 @@ def table_markdown(table: Table) -> list[str]:
         return "| " + " | ".join(unmarked(cell).replace("|", "\\|") for cell in cells) + " |"
 
     rule = "|" + "|".join("---:" if numeric else "---" for numeric in numeric_columns(table)) + "|"
-    source = [f"<sub>{source_line(table.sources)}</sub>", ""] if table.sources else []
+    source = [f"<sub>{unmarked(source_line(table.sources))}</sub>", ""] if table.sources else []
     return [unmarked(table.caption), "", line(table.header), rule, *map(line, table.rows), "", *source]
 
 
@@ -180,12 +180,12 @@ def to_markdown(page: Page) -> str:
     out += [f"> **Note.** {unmarked(w)}\n" for w in page.warnings]
     out += table_markdown(page.summary)
     for section in page.sections:
-        out += [f"## {section.title}", ""]
+        out += [f"## {unmarked(section.title)}", ""]
         for paragraph in section.paragraphs:
             out += [unmarked(paragraph), ""]
         for figure in section.figures:
             out += [f"![{unmarked(figure.caption)}]({figure.file})", "", f"*{unmarked(figure.caption)}*  ",
-                    f"<sub>{source_line(figure.sources)}</sub>", ""]
+                    f"<sub>{unmarked(source_line(figure.sources))}</sub>", ""]
         for table in section.tables:
             out += table_markdown(table)
     return "\n".join(out).rstrip() + "\n"
