@@ -25,7 +25,7 @@ from stages.evals.judge import reward_judge
 from stages.models import adapters, upcycling
 from stages.models.training import Resumable, fit
 from stages.rl.rewards import load_critic, model_reward
-from stages.run import page
+from stages.run import audit, page
 from stages.run.checkpoint import mark_complete
 from stages.run.config import StageConfig, option
 from stages.run.manifest import Manifest, Run, hash_path
@@ -256,6 +256,20 @@ def test_an_endpoint_takes_its_key_from_the_environment_alone(url):
     with pytest.raises(ValueError, match="put the key in the environment variable MY_KEY") as caught:
         Endpoint(url, "m", seed=0, key_variable="MY_KEY")
     assert "hunter2" not in str(caught.value)
+
+
+# ---- Packages ----
+
+def test_an_audit_that_looked_nothing_up_is_not_called_clean(tmp_path):
+    file = tmp_path / "found.json"
+    sound, unknown = {"name": "a", "version": "1", "vulns": []}, {"name": "b", "skip_reason": "not found"}
+    bad = {"name": "c", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["3"]}]}
+    for packages, code, said in (([sound], 0, "1 packages looked up, 0 known"), ([sound, unknown], 3, "NOT DONE for 1 of 2"),
+                                 ([unknown, bad], 1, "c 2: CVE-1; mended in 3"), ([], 3, "NOT DONE for 0 of 0")):
+        file.write_text(json.dumps({"dependencies": packages}))
+        lines, found = audit.told(file)
+        assert found == code and said in "\n".join(lines)
+    assert audit.told(tmp_path / "none.json")[1] == 3
 
 
 # ---- Pages ----
