@@ -29,7 +29,7 @@ class LocalModel:
     def __init__(self, path: str | Path, *, seed: int, batch_size: int, device: str = "cpu", dtype: str = "float32",
                  engine: str = "transformers"):
         disable_progress_bar()  # of loading weights: it would cut through the bar of the answers
-        self.vllm = VllmEngine(path, dtype=dtype, seed=seed) if engine == "vllm" else None
+        self.vllm = VllmEngine(trusted(path), dtype=dtype, seed=seed) if engine == "vllm" else None
         model: Any = None if self.vllm else AutoModelForCausalLM.from_pretrained(trusted(path), dtype=getattr(torch, dtype))
         if model is not None:
             model.to(device)
