@@ -28,8 +28,8 @@ GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
-	study-critique bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare study-moe study-lr \
-	study-exemplars clean
+	study-critique bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare study-moe \
+	study-lr study-exemplars export adopt chat test-clients audit lock clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -37,9 +37,11 @@ help: ## this list
 	@grep -hE '^[a-z][a-zA-Z_-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 	@echo; echo "RECIPE=$(RECIPE)  ACCELERATE=$(ACCELERATE)  ARGS='--key value ...' overrides settings of the stages named"
 
-.venv/.installed: requirements.lock pyproject.toml
+# By hash where there are hashes. torch comes after: the lock names all it needs but the CUDA packages, which torch itself pins.
+.venv/.installed: requirements.lock requirements-hashes.lock pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(PIP) -r requirements.lock
+	$(PIP) --require-hashes --no-deps -r requirements-hashes.lock
+	$(PIP) -c requirements.lock torch
 	$(PIP) --no-deps -e .
 	@touch $@
 
@@ -87,6 +89,15 @@ report: setup ## runs/RECIPE/report/index.html and report.md
 
 times: setup ## time and memory of each finished stage
 	@$(PY) -m stages.run.timetable $(RUNS)/$(RECIPE)
+
+export: setup ## a finished model as a folder for other programs: ARGS="--stage sft" (default ppo; docs/export.md)
+	$(PY) -m stages.export --recipe $(RECIPE) $(ARGS)
+
+adopt: setup ## a model trained elsewhere in a stage's place: ARGS="--stage sft --model DIR" (docs/export.md)
+	$(PY) -m stages.adopt --recipe $(RECIPE) $(ARGS)
+
+chat: setup ## talk with a product in the terminal: ARGS="--stage sft" (default ppo; docs/export.md)
+	@$(PY) -m stages.chat --recipe $(RECIPE) $(ARGS)
 
 plan: setup ## parameters, FLOPs, memory and hours of RECIPE, without training
 	$(PY) -m stages.plan --recipe $(RECIPE) $(ARGS)
@@ -167,6 +178,15 @@ bench-eval: setup .venv-lm-eval/.installed ## questions/s and memory of self-con
 test-lm-eval: .venv-lm-eval/.installed ## greedy answers are lm-eval's, document by document
 	HF_HUB_OFFLINE=1 .venv-lm-eval/bin/python -m pytest -q tests/test_evals_lm_eval.py
 
+# The oldest transformers that an export has to load in, and ctranslate2, which is pinned below transformers 5.
+.venv-clients/.installed: requirements-clients.lock
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -r requirements-clients.lock
+	@touch $@
+
+test-clients: setup .venv-clients/.installed ## exported models in transformers 4.57 and ctranslate2: equal logits and greedy tokens
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m clients tests/test_export_clients.py
+
 test: setup ## all tests, one full pass of the smoke recipe included
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q
 
@@ -177,6 +197,23 @@ test-browser: setup ## the annotation page in a headless Chromium (installed bef
 	@$(call HAS,gradio) || $(PIP) -c requirements.lock -r requirements-annotate.lock
 	@$(call HAS,playwright) || $(PIP) -c requirements.lock -c requirements-annotate.lock playwright==1.65.2
 	$(PY) -m pytest -q -m browser tests/test_reward_annotate.py
+
+# A tool of its own each, in an environment of its own: neither is needed to run anything.
+.venv-audit/.installed:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install -q --disable-pip-version-check pip-audit==2.10.1 uv==0.13.9
+	@touch $@
+
+lock: .venv-audit/.installed ## write requirements-hashes.lock anew after a change of requirements.lock (needs the network)
+	grep -v '^torch==' requirements.lock > .venv-audit/plain.txt
+	.venv-audit/bin/uv pip compile -q --no-config --no-deps --generate-hashes --universal --python-version 3.11 --no-header --no-annotate \
+		.venv-audit/plain.txt -o .venv-audit/hashed.txt
+	(sed -n '/^#/p' requirements-hashes.lock; cat .venv-audit/hashed.txt) > .venv-audit/new.txt && cp .venv-audit/new.txt requirements-hashes.lock
+
+audit: .venv-audit/.installed ## known vulnerabilities of the pinned packages (needs the network, and says so when it could not look)
+	@rm -f .venv-audit/found.json
+	-@.venv-audit/bin/pip-audit --disable-pip --no-deps --progress-spinner off -f json -o .venv-audit/found.json -r requirements.lock
+	@$(PYTHON) -m stages.run.audit .venv-audit/found.json
 
 check: setup ## ruff and mypy
 	.venv/bin/ruff check .

@@ -13,8 +13,9 @@ import os
 import re
 import socket
 import sys
+import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,56 @@ def checked_access(host: str, token: str | None) -> None:
         raise ValueError(f"the access token has {len(token)} characters: use at least {MIN_TOKEN}, as from `openssl rand -hex 16`")
 
 
+class Limits:
+    """Refuses requests that are too big or too many, before anything reads them: an ASGI middleware.
+
+    A client (by address) may ask `per_minute` times a minute, over all that a page loads, and try `logins` times to log in; a proxy in
+    front makes all clients one. A body may have `max_bytes`, whatever its header says.
+    """
+
+    def __init__(self, app: Any, *, per_minute: int = 1200, logins: int = 10, max_bytes: int = 1 << 20,
+                 clock: Callable[[], float] = time.monotonic):
+        self.app, self.max_bytes, self.clock = app, max_bytes, clock
+        self.allowed = {"all": per_minute, "login": logins}
+        self.asked: dict[tuple[str, str], list[float]] = {}  # when each client asked in the last minute
+
+    def too_many(self, client: str, kind: str) -> bool:
+        now = self.clock()
+        if len(self.asked) > 10_000:  # addresses of nobody who is here now
+            self.asked = {key: times for key, times in self.asked.items() if times[-1] > now - 60}
+        times = [t for t in self.asked.get((client, kind), []) if t > now - 60]
+        self.asked[client, kind] = [*times[-self.allowed[kind]:], now]
+        return len(times) >= self.allowed[kind]
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        client, read = (scope.get("client") or ("unknown",))[0], 0
+        login = scope["path"].rstrip("/").endswith("/login") and scope["method"] == "POST"
+
+        async def refuse(status: int, why: str) -> None:
+            headers = [(b"content-type", b"text/plain"), (b"retry-after", b"60")]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": why.encode()})
+
+        if self.too_many(client, "all") or (login and self.too_many(client, "login")):
+            await refuse(429, "too many requests: wait a minute")
+            return
+        lengths = [value for name, value in scope["headers"] if name.lower() == b"content-length"]
+        if any(not value.isdigit() or int(value) > self.max_bytes for value in lengths):
+            await refuse(413, f"the request is larger than {self.max_bytes:,} bytes")
+            return
+
+        async def counted() -> dict:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            return message if read <= self.max_bytes else {"type": "http.disconnect"}  # sent in chunks, without a length
+
+        await self.app(scope, counted, send)
+
+
 def serve(queue: Queue, guidelines: str, host: str, port: int, token: str | None) -> None:
     """Serve the page until interrupted. Nothing is asked of any other machine: no analytics, no fonts, no update check."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -144,6 +195,7 @@ def serve(queue: Queue, guidelines: str, host: str, port: int, token: str | None
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join({*os.environ.get("NO_PROXY", "").split(","), *LOOPBACK} - {""})
     import gradio as gr
+    from starlette.middleware import Middleware
 
     def act(asked):
         return respond(queue, asked)
@@ -156,7 +208,7 @@ def serve(queue: Queue, guidelines: str, host: str, port: int, token: str | None
         gr.HTML("", html_template='<div id="annotate"></div>', js_on_load=(HERE / "annotate.js").read_text(encoding="utf-8"),
                 server_functions=[act], elem_id="annotate-frame")
     page.launch(server_name=host, server_port=port, share=False, quiet=True, show_error=False, run_history=False, footer_links=[],
-                theme=theme, css_paths=[HERE / "annotate.css"], prevent_thread_lock=True,
+                app_kwargs={"middleware": [Middleware(Limits)]}, theme=theme, css_paths=[HERE / "annotate.css"], prevent_thread_lock=True,
                 auth=(lambda name, given: admits(token, name, given)) if token is not None else None,
                 auth_message="Your name, and the access token as the password")
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}/  (Ctrl-C stops it; every label is on the disk)", flush=True)

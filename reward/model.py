@@ -24,6 +24,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
+from reward.folders import inside, read_object, trusted
+
 Group = tuple[list[int], list[list[int]]]  # prompt ids, ids of each response
 T = TypeVar("T")
 
@@ -38,7 +40,7 @@ def from_language_model(path: str | Path, *, pad_id: int, seed: int, heads: int 
     With `random_head` it is drawn from N(0, 1 / (width + 1)) (Stiennon et al. 2020, appendix B.1): members of an ensemble have to
     begin differently. `heads` above one are rows of one head; the config goes on saying one, which a saved model has again.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(trusted(path))
     text = config.get_text_config()
     for name in vars(text):
         if name.endswith(("dropout", "pdrop")):
@@ -48,7 +50,7 @@ def from_language_model(path: str | Path, *, pad_id: int, seed: int, heads: int 
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # the missing head and the unused one are meant
     torch.manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(trusted(path), config=config, dtype=torch.float32)
     transformers.logging.set_verbosity(verbosity)
     if heads > 1:
         model.score = nn.Linear(model.score.in_features, heads, bias=False)
@@ -230,7 +232,7 @@ def write_ensemble(ensemble: Ensemble, path: Path) -> None:
 def member_folders(path: Path) -> list[Path]:
     """The folders whose models score together: that of the model itself, and those of an ensemble's further members."""
     file = path / ENSEMBLE
-    return [path, *(path / name for name in json.loads(file.read_text(encoding="utf-8"))["folders"])] if file.is_file() else [path]
+    return [path, *(inside(path, name) for name in read_object(file)["folders"])] if file.is_file() else [path]
 
 
 def load_ensemble(path: Path, models: list[Any], combination: str | None) -> Ensemble:

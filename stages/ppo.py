@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traini
 
 from prompts.templates import BENCHMARK_CUES
 from reward.alarms import Limits
+from reward.folders import trusted
 from stages.data.curriculum import CUES
 from stages.data.packing import PackedCollator
 from stages.data.problems import read_problems
@@ -116,8 +117,8 @@ def main(config: PpoConfig) -> Manifest:
     source = run.parents["sft"].product("model")
     scorer = run.parents["reward_model"].product("model") if "reward_model" in run.parents else None
     notes = pass_gate(config, scorer)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    policy = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(trusted(source))
+    policy = AutoModelForCausalLM.from_pretrained(trusted(source), dtype=torch.float32)
     stops = policy.config.eos_token_id
     eos_ids = tuple(stops) if isinstance(stops, list) else (stops,)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]  # masks come from lengths
@@ -222,7 +223,8 @@ def main(config: PpoConfig) -> Manifest:
     asked_of = [prompts[i][1] for iteration in range(trainer.state.global_step // settings.steps_per_iteration) for i, _ in
                 draws(iteration, count=config.rollout_batch, num_prompts=len(prompts), seed=config.seed)]
     load_whole_models()  # the counts are those of models on the meta device
-    tokens, judges = trainer.state.num_input_tokens_seen, [AutoConfig.from_pretrained(path) for path in scorers(config.reward, scorer)]
+    tokens = trainer.state.num_input_tokens_seen
+    judges = [AutoConfig.from_pretrained(trusted(path)) for path in scorers(config.reward, scorer)]
     counts = {"responses": len(asked_of), "prompts_too_long": given - len(prompts), "held_out_too_long": to_measure - len(held_out),
               "tokens": tokens, "steps": trainer.state.global_step, "parameters": parameters,
               "flops": ppo_flops(policy.config, critic.config if critic is not None else None, judges, responses=len(asked_of),

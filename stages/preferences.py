@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prompts.intervals import mean_interval, wilson
 from reward import agreement, preferences
 from reward.annotators import Errors, Panel
+from reward.folders import trusted
 from reward.preferences import Record
 from reward.verifiers import gold_score
 from stages.data.corpora import hub_rows, known_revision
@@ -71,7 +72,7 @@ def main(config: PreferencesConfig) -> Manifest:
     if run.finished:
         return run.manifest
     model_path = run.parents["sft"].product("model")
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer = AutoTokenizer.from_pretrained(trusted(model_path))
     if config.source is not None:
         records, metrics, counts = from_source(config, config.source, local, tokenizer)
     else:
@@ -163,7 +164,7 @@ def from_samples(config: PreferencesConfig, run: Run, tokenizer) -> tuple[list[R
                                 inconsistency=config.inconsistency),
                   annotators=config.annotators, overlap=config.overlap, repeat_share=config.repeat_share, seed=config.seed)
     sft = run.parents["sft"]
-    model = AutoModelForCausalLM.from_pretrained(sft.product("model"), dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(trusted(sft.product("model")), dtype="auto")
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
     eos_ids = stop_ids(model)
     origin = {"model": sft.data["products"]["model"]["sha256"], "temperature": config.temperature, "seed": config.seed}

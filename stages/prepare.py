@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from datasets import disable_progress_bars
 
+from reward.folders import trusted
 from stages.data import corpora, curriculum, entropy
 from stages.data.documents import Documents, Drops, check_sources, check_weights, gather, in_order, mixture, texts
 from stages.data.overlap import contamination, drop_near_duplicates
@@ -184,7 +185,7 @@ def make_tokenizer(config: PrepareConfig, documents: Documents, order: np.ndarra
                                context_length=config.row_length)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(trusted(config.tokenizer), trust_remote_code=False)  # else a hub id may ask
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         raise ValueError(f"tokenizer {config.tokenizer} has no padding token of its own: packing would never train its end of text; "
                          "add one with tokenizer.add_special_tokens({'pad_token': '<|pad|>'})")

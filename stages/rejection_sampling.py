@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from prompts.templates import BENCHMARK_CUES
+from reward.folders import trusted
 from stages.data.curriculum import CUES
 from stages.models import adapters
 from stages.models.counts import count_parameters, train_flops_per_token
@@ -74,7 +75,7 @@ def main(config: RejectionSamplingConfig) -> Manifest:
     prepared, start = run.parents["prepare"], run.parents["sft"].product("model")
     folder = run.parents["reward_model"].product("model") if "reward_model" in run.parents else None
     verdicts = pass_gate(config, folder)
-    tokenizer: Any = AutoTokenizer.from_pretrained(start)
+    tokenizer: Any = AutoTokenizer.from_pretrained(trusted(start))
     policy = load(start)
     eos_ids, pad_id = stop_ids(policy), tokenizer.pad_token_id
     learned, measured = own or embedded_problems(config, prepared.product("problems"))
@@ -88,7 +89,7 @@ def main(config: RejectionSamplingConfig) -> Manifest:
     too_long = len(asking) - len(prompts)
     reward = build_reward(config.reward, model_path=folder, vocab_size=policy.config.vocab_size, device=policy.device,
                           tokenizer=tokenizer)
-    judges = [AutoConfig.from_pretrained(path) for path in scorers(config.reward, folder)]
+    judges = [AutoConfig.from_pretrained(trusted(path)) for path in scorers(config.reward, folder)]
     say(f"rejection_sampling: {len(prompts):,} problems to learn from ({too_long} left out, too long), {len(held_out)} to measure on "
         f"({to_measure - len(held_out)} left out); "
         f"{config.rounds} rounds of {config.prompts_per_round} prompts x {config.samples_per_prompt} responses")
@@ -146,7 +147,7 @@ def check(config: RejectionSamplingConfig) -> None:
 
 def load(path: Path) -> PreTrainedModel:
     """A model to sample from and to measure, in float32 as PPO has it."""
-    model = remove_dropout(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)).eval()
+    model = remove_dropout(AutoModelForCausalLM.from_pretrained(trusted(path), dtype=torch.float32)).eval()
     speed_up_norms(model)
     return model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
 

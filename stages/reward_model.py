@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from reward import preferences
 from reward.calibration import Bin, reliability
+from reward.folders import trusted
 from reward.model import (
     Ensemble,
     Group,
@@ -58,7 +59,7 @@ def main(config: RewardModelConfig) -> Manifest:
     if run.finished:
         return run.manifest
     sft = run.parents["sft"]
-    tokenizer = AutoTokenizer.from_pretrained(sft.product("model"))
+    tokenizer = AutoTokenizer.from_pretrained(trusted(sft.product("model")))
     records, _ = preferences.read(run.parents["preferences"].product("preferences"))
     records = by_criterion(records, config.criterion)
     train, heldout = split([preferences.encode(r, partial(chat_ids, tokenizer)) for r in records], config)
@@ -66,7 +67,7 @@ def main(config: RewardModelConfig) -> Manifest:
     say(f"reward_model: {len(train):,} prompts with {sum(len(r['ranks']) for r in train):,} ranked responses to learn from, "
         f"{len(heldout):,} prompts held out; ranked by {', '.join(sorted({r['annotator'] for r in records}))[:200]}")
 
-    check(config, train, heldout, AutoConfig.from_pretrained(sft.product("model")), tokenizer.pad_token_id)
+    check(config, train, heldout, AutoConfig.from_pretrained(trusted(sft.product("model"))), tokenizer.pad_token_id)
     models: list[Any] = []
     adapter = config.method == "lora" and config.ensemble == 1  # saved beside the model: PPO can put it on the policy's own base
     for number in range(config.ensemble if config.ensemble_share == "none" else 1):
@@ -166,7 +167,7 @@ def fresh_samples(config: RewardModelConfig, run: Run, tokenizer, heldout: list[
     normalisation alone.
     """
     source = run.parents["preferences"].config
-    lm = AutoModelForCausalLM.from_pretrained(run.parents["sft"].product("model"), dtype=torch.float32).to(device)
+    lm = AutoModelForCausalLM.from_pretrained(trusted(run.parents["sft"].product("model")), dtype=torch.float32).to(device)
     problems: list[dict[str, Any]] = []
     if source["source"] is None:
         path = run.parents["prepare"].product("problems") / "validation.jsonl"

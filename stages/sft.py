@@ -14,6 +14,7 @@ from typing import Any, Literal
 import datasets
 from transformers import AutoTokenizer
 
+from reward.folders import trusted
 from stages.data import corpora, dialogues, turns
 from stages.data.instructions import instructions
 from stages.data.overlap import screened
@@ -88,7 +89,7 @@ def main(config: SftConfig) -> Manifest:
     if run.finished:
         return run.manifest
     prepared, parent = run.parents["prepare"], run.parents["pretrain"]
-    tokenizer: Any = AutoTokenizer.from_pretrained(parent.product("model"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(trusted(parent.product("model")))
     end, end_of_text = turns.end_of_turn(tokenizer), document_end(tokenizer)
     model: Any = adapters.load_base(parent.product("model"), config)
     finetuning.check_fit(tokenizer, model, config)

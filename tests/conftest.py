@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,16 +99,15 @@ def stage(model_folder, tmp_path):
         made = {p.id: p.as_row() for p in itertools.islice(curriculum.problems(0, split=drawn_from, difficulties=(1, 2)), 200)}
         (problems / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made.values()))
     reward = from_language_model(model_folder, pad_id=0, seed=0, random_head=True)
-    reward.save_pretrained(tmp_path / "reward")
-    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "reward")
+    for name in ("pretrain", "sft", "ppo"):
+        shutil.copytree(model_folder, tmp_path / name / "model")
+    reward.save_pretrained(tmp_path / "reward_model" / "model")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "reward_model" / "model")
     own = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(9)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
-    for parent, product in [("prepare", {"problems": {"path": "problems"}}), *((name, {"model": {"path": str(model_folder)}})
-                                                                              for name in ("pretrain", "sft", "ppo")),
-                            ("reward_model", {"model": {"path": str(tmp_path / "reward")}})]:
-        (tmp_path / parent).mkdir(exist_ok=True)
+    for parent, product in [("prepare", "problems"), ("pretrain", "model"), ("sft", "model"), ("ppo", "model"), ("reward_model", "model")]:
         (tmp_path / parent / "manifest.json").write_text(json.dumps(
-            {"stage": parent, "fingerprint": f"sha256:{parent}", "products": product}))
+            {"stage": parent, "fingerprint": f"sha256:{parent}", "products": {product: {"path": product}}}))
     settings = {"models": {"base": ["direct", "few_shot_cot"], "sft": ["zero_shot_cot", "self_consistency"], "ppo": ["zero_shot_cot"]},
                 "tasks": ["word_problems", f"own=gsm8k:{tmp_path / 'own.jsonl'}"], "difficulties": [1, 2], "num_problems": 7, "shots": 1,
                 "num_samples": 3, "max_tokens_worked": 12, "max_tokens_direct": 6, "batch_size": 16, "seed": 5,

@@ -1,6 +1,7 @@
 """The study of critique: what it starts and asks, on a random model, and its figures by hand. No stage trains here."""
 import itertools
 import json
+import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -34,18 +35,20 @@ def study(model_folder, tmp_path, monkeypatch):
                              ["--config", f"recipes/tiny/{name}.yaml", *itertools.chain(*flags.items())])
         started.append((name, config))
         if name == "sft":
-            manifest(Path(config.run_dir), {"model": {"path": str(model_folder)}})
+            manifest(Path(config.run_dir), "model")
         else:
             evaluation.main(config)
         return subprocess.CompletedProcess(command, 0)
 
-    def manifest(folder, products):
+    def manifest(folder, product):
         folder.mkdir(parents=True, exist_ok=True)
+        if product == "model":
+            shutil.copytree(model_folder, folder / product)
         (folder / "manifest.json").write_text(json.dumps({"stage": folder.name, "fingerprint": f"sha256:{folder.name}",
-                                                          "products": products}))
+                                                          "products": {product: {"path": product}}}))
 
-    manifest(tmp_path / "prepare", {"problems": {"path": "problems"}})
-    manifest(tmp_path / "sft", {"model": {"path": str(model_folder)}})
+    manifest(tmp_path / "prepare", "problems")
+    manifest(tmp_path / "sft", "model")
     monkeypatch.setattr(studies.subprocess, "run", make)
     monkeypatch.setattr(study_critique, "REVIEW_TOKENS", {"worked": 8, "direct": 4})
     monkeypatch.setattr(study_critique, "own_chains", lambda given, split, tasks, seed, count, wrong: study_critique.chains_of(

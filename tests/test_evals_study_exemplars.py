@@ -1,6 +1,7 @@
 """The study of exemplars: what it starts and asks, on a random model, and its tables by hand. No stage runs here."""
 import itertools
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -42,8 +43,10 @@ def task(problems):
 
 def manifest(folder: Path, width: int = 0, **products: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    for name, path in products.items():
+        shutil.copytree(path, folder / name, dirs_exist_ok=True)
     (folder / "manifest.json").write_text(json.dumps({"fingerprint": str(folder), "config": {"hidden_size": width}, "products": {
-        name: {"path": str(path)} for name, path in products.items()}}))
+        name: {"path": name} for name in products}}))
 
 
 def test_sizes_go_one_road_and_answer_once(monkeypatch, tmp_path, problems, model_folder, capsys):

@@ -68,6 +68,15 @@ def test_every_file_that_the_documents_name_exists():
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
+def test_every_locked_package_but_torch_is_installed_by_its_hash():
+    """requirements-hashes.lock is what `make setup` installs, requirements.lock what people edit; `make lock` brings one to the other."""
+    pins = {line for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line and not line.startswith("#")}
+    hashed = re.split(r"\n(?=\S)", re.sub(r"(?m)^#.*\n", "", (ROOT / "requirements-hashes.lock").read_text()).strip())
+    named = {entry.split(" ")[0].lower().replace("_", "-") for entry in hashed}
+    assert named == {pin.lower().replace("_", "-") for pin in pins if not pin.startswith("torch==")}
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in hashed)
+
+
 def test_dry_run_prints_plain_launch_lines():
     """`make -n` shows what can be pasted: the accelerate line of each stage, with its recipe."""
     lines = subprocess.run(["make", "-n", "pretrain", "sft", "rlhf", "ACCELERATE=cpu-2"], cwd=ROOT, capture_output=True, text=True,

@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from prompts.records import Request, Result
 from prompts.templates import Prompt
+from reward.folders import trusted
 from stages.data.tokenizer import END
 from stages.evals.vllm_engine import VllmEngine
 from stages.models.sampling import prompt_key, sample
@@ -28,12 +29,13 @@ class LocalModel:
     def __init__(self, path: str | Path, *, seed: int, batch_size: int, device: str = "cpu", dtype: str = "float32",
                  engine: str = "transformers"):
         disable_progress_bar()  # of loading weights: it would cut through the bar of the answers
-        self.vllm = VllmEngine(path, dtype=dtype, seed=seed) if engine == "vllm" else None
-        model: Any = None if self.vllm else AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        self.vllm = VllmEngine(trusted(path), dtype=dtype, seed=seed) if engine == "vllm" else None
+        model: Any = None if self.vllm else AutoModelForCausalLM.from_pretrained(trusted(path), dtype=getattr(torch, dtype))
         if model is not None:
             model.to(device)
-        self._take(model, AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path), seed, batch_size)
-        configured = GenerationConfig.from_pretrained(path).eos_token_id if (Path(path) / "generation_config.json").is_file() else None
+        self._take(model, AutoTokenizer.from_pretrained(trusted(path)), AutoConfig.from_pretrained(trusted(path)), seed, batch_size)
+        has_own = (Path(path) / "generation_config.json").is_file()
+        configured = GenerationConfig.from_pretrained(trusted(path)).eos_token_id if has_own else None
         own = configured if isinstance(configured, int) else self.tokenizer.eos_token_id
         self.end_of_text = [self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else own]
         self.end_of_turn = [self.tokenizer.get_vocab().get(END, own)]

@@ -34,6 +34,7 @@ from prompts.records import Result, Strategy
 from prompts.strategies import conclude, self_consistency
 from prompts.templates import DIRECT, WORKED, Row, Style
 from prompts.voting import stopper
+from reward.folders import trusted
 from reward.verifiers import right
 from stages.evals.studies import markdown
 from stages.run.console import clock
@@ -211,7 +212,7 @@ def memory(questions: int, batch_size: int, given: argparse.Namespace) -> dict[s
     from stages.evals.scheduler import run
     from stages.models.sizes import build_decoder, decoder_config
 
-    tokenizer = AutoTokenizer.from_pretrained(Manifest(f"{given.runs}/{MODELS[given.model][0]}").product("model"))
+    tokenizer = AutoTokenizer.from_pretrained(trusted(Manifest(f"{given.runs}/{MODELS[given.model][0]}").product("model")))
     model = build_decoder(decoder_config(tokenizer, hidden_size=32, num_layers=1), seed=0)
     backend = LocalModel.of(model, tokenizer, stop_ids=[tokenizer.eos_token_id], seed=0, batch_size=batch_size)
     style = Style(chat=MODELS[given.model][1], cues=curriculum.CUES, max_tokens={WORKED: 4, DIRECT: 4})

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from reward.folders import trusted
 from stages.evals.studies import markdown
 from stages.run.console import clock
 from stages.run.entry import run_program
@@ -62,7 +63,7 @@ def one(variant: str, given: argparse.Namespace) -> dict[str, float]:
 
     datasets.disable_progress_bars()
     prepared = Manifest(given.prepare)
-    tokenizer: Any = AutoTokenizer.from_pretrained(prepared.product("tokenizer"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(trusted(prepared.product("tokenizer")))
     mixture = dialogues.read(dialogues.parse_sources([{"data": "curriculum", "few_shot_share": given.few_shot_share}]),
                              problems=prepared.product("problems"), seed=0, num_rows=given.num_rows, validation_rows=8)
     end_of_text, end = tokenizer.eos_token_id, turns.end_of_turn(tokenizer)

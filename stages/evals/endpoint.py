@@ -14,6 +14,7 @@ from prompts.records import Request, Result
 from prompts.templates import Prompt
 from stages.models.sampling import prompt_key
 from stages.run.manifest import say
+from stages.run.redaction import redacted
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # answers of a server that may do better in a moment
 MISSING = Result(text="", prompt_tokens=0, generated_tokens=0, finish="missing")
@@ -37,13 +38,16 @@ class Endpoint:
     `wait_s`, twice that, and so on; then the result is "missing", counted in `missing`. The first trouble is said at once, and no other:
     a server that is not there would cost all tries of all requests before anyone knew. A request that the server says is too long is
     counted in `too_long`. The key is read from the environment variable `key_variable` and sent to this url alone.
-    Raises ValueError for a url that is not http(s).
+    Raises ValueError for a url that is not http(s), or that holds a secret.
     """
 
     def __init__(self, url: str, model: str, *, seed: int, timeout_s: float = 120, retries: int = 4, wait_s: float = 1,
                  connections: int = 16, key_variable: str = "OPENAI_API_KEY"):
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"{url!r} is not the address of an endpoint: expected one such as http://localhost:8000/v1")
+        if "@" in url.split("/", 3)[2] or "?" in url:
+            raise ValueError(f"an endpoint's url has a name, password or query in it ({redacted(url)}), and urls are recorded: put the key "
+                             f"in the environment variable {key_variable}")
         self.url, self.model, self.seed, self.key_variable = url.rstrip("/"), model, seed, key_variable
         self.timeout_s, self.retries, self.wait_s, self.connections = timeout_s, retries, wait_s, connections
         self.too_long = self.missing = 0

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prompts.records import Result, Score
+from reward.folders import trusted
 from reward.model import ENSEMBLE, load_ensemble, member_folders, normalize, score_ids
 from stages.data.tokenizer import END
 
@@ -18,10 +19,10 @@ def reward_judge(path: str | Path, *, device: str = "cpu", batch_size: int = 256
     Raises ValueError for a folder whose tokenizer has no chat template.
     """
     path = Path(path)
-    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(trusted(path))
     if tokenizer.chat_template is None:
         raise ValueError(f"the reward model in {path} has no chat template: it cannot read prompts and responses")
-    models: list[Any] = [AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).to(device).eval()
+    models: list[Any] = [AutoModelForSequenceClassification.from_pretrained(trusted(folder), num_labels=1).to(device).eval()
                          for folder in member_folders(path)]
     ensemble = load_ensemble(path, models, None) if (path / ENSEMBLE).is_file() else None
     context, end = models[0].config.get_text_config().max_position_embeddings, tokenizer.get_vocab().get(END, tokenizer.eos_token_id)

@@ -25,6 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from reward import preferences
 from reward.calibration import Accuracy, accuracy
 from reward.converters import from_pair
+from reward.folders import trusted
 from reward.model import COMBINATIONS, ENSEMBLE, Group, combined_groups, load_ensemble, member_folders, score_groups
 from stages.data.corpora import hash_inputs, source_rows
 from stages.data.tokenizer import chat_ids
@@ -123,9 +124,9 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     began = time.time()
     if not (Path(given.model) / "config.json").is_file():
         raise ValueError(f"{given.model} has no config.json: give the folder of a reward model, such as runs/tiny/reward_model/model")
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    tokenizer = AutoTokenizer.from_pretrained(trusted(given.model))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models: list[Any] = [AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32).to(device)
+    models: list[Any] = [AutoModelForSequenceClassification.from_pretrained(trusted(folder), num_labels=1, dtype=torch.float32).to(device)
                          for folder in member_folders(Path(given.model))]
     judge: Callable[[list[Group]], list[list[float]]] = partial(score_groups, models[0], batch_size=given.batch_size)
     if given.combination or (Path(given.model) / ENSEMBLE).is_file():

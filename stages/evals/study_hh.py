@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from reward import preferences
 from reward.baselines import BASELINES, out_of_fold
 from reward.calibration import accuracy, accuracy_by_length, accuracy_difference, deal, judged, together
+from reward.folders import trusted
 from reward.model import score_groups
 from stages.data.tokenizer import chat_ids
 from stages.evals.scoring import write_records
@@ -71,7 +72,7 @@ def study(given: argparse.Namespace) -> None:
                   repeats="ignore", replay_share=0.0, probe_prompts=0, instruction_prompts=0, peft={"modules_to_save": ["lm_head"]},
                   **prepared,
                   **{"parents.pretrain": str(given.runs / "pretrain")})
-    tokenizer = AutoTokenizer.from_pretrained(tuned.product("model"))
+    tokenizer = AutoTokenizer.from_pretrained(trusted(tuned.product("model")))
     encoded = [preferences.encode(record, partial(chat_ids, tokenizer)) for record in records]
     fits = [len(row["prompt_ids"]) + max(map(len, row["response_ids"])) <= given.max_length for row in encoded]
     kept = [row for row, fit in zip(encoded, fits, strict=True) if fit]
@@ -90,7 +91,7 @@ def study(given: argparse.Namespace) -> None:
                        max_length=given.max_length, **parents)
         made = stage("reward_model", given.runs / f"reward-{fold}", seed=given.seed, fresh_problems=20, epochs=given.epochs, **parents,
                      **{"parents.preferences": str(ranked.path)})
-        model = AutoModelForSequenceClassification.from_pretrained(made.product("model"), dtype=torch.float32)
+        model = AutoModelForSequenceClassification.from_pretrained(trusted(made.product("model")), dtype=torch.float32)
         held = [i for i, at in enumerate(place) if at == fold]
         for i, found in zip(held, score_groups(model, [(kept[i]["prompt_ids"], kept[i]["response_ids"]) for i in held]), strict=True):
             scores[i] = found

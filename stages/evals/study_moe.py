@@ -22,6 +22,7 @@ import torch
 from transformers import AutoTokenizer
 
 from prompts.intervals import mean_interval
+from reward.folders import trusted
 from stages.data.packing import PackedCollator
 from stages.evals.scoring import write_records
 from stages.evals.studies import markdown, mean, stage
@@ -105,7 +106,7 @@ def cost(settings: Mapping[str, Mapping[str, Any]], prepare: str) -> dict[str, d
     """Processor seconds a token of whole training steps on the same rows, one thread, the arms in turn: median over rounds, and the median
     ratio to the dense arm's within rounds with its extremes; and each arm's counts."""
     tokens = Manifest(prepare).product("tokens")
-    tokenizer = AutoTokenizer.from_pretrained(Manifest(prepare).product("tokenizer"))
+    tokenizer = AutoTokenizer.from_pretrained(trusted(Manifest(prepare).product("tokenizer")))
     rows = datasets.load_from_disk(str(tokens / "train"))
     row_length, threads = len(rows[0]["input_ids"]), torch.get_num_threads()
     torch.set_num_threads(1)

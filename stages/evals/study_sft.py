@@ -17,6 +17,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from reward.folders import trusted
 from stages.evals.scoring import write_records
 from stages.evals.studies import markdown, mean, stage
 from stages.run import figures
@@ -107,7 +108,7 @@ def study(given: argparse.Namespace) -> None:
 def update(base: Path, tuned: Path) -> dict[str, float]:
     """How the matrices of the layers changed, mean over them: the change's largest singular value as a share of the matrix's own, and
     its effective rank, the squared sum of its singular values over the sum of their squares."""
-    before, after = (AutoModelForCausalLM.from_pretrained(path, dtype="float32").state_dict() for path in (base, tuned))
+    before, after = (AutoModelForCausalLM.from_pretrained(trusted(path), dtype="float32").state_dict() for path in (base, tuned))
     spectral, ranks = [], []
     for name, weight in before.items():
         if weight.ndim == 2 and ".layers." in name:

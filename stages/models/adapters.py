@@ -15,6 +15,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, PeftType
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from reward.folders import trusted
 from stages.data.tokenizer import ASSISTANT, END, EOS, SYSTEM, USER
 from stages.models.norms import speed_up_norms
 from stages.run.config import StageConfig, option
@@ -43,7 +44,7 @@ def load_base(path: Path, config: MethodConfig) -> PreTrainedModel:
     if config.method not in METHODS and config.method not in PEFT_METHODS:
         raise ValueError(f"unknown method {config.method!r}: choose full, lora, qlora, or one of peft's: {', '.join(PEFT_METHODS)}")
     if config.method != "qlora":
-        whole: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        whole: Any = AutoModelForCausalLM.from_pretrained(trusted(path), dtype="auto")
         speed_up_norms(whole)
         return whole.to(PartialState().device)
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -52,7 +53,7 @@ def load_base(path: Path, config: MethodConfig) -> PreTrainedModel:
 
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                    bnb_4bit_compute_dtype=torch.bfloat16)  # Dettmers et al. 2023, section 3
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=four_bits, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(trusted(path), quantization_config=four_bits, dtype=torch.bfloat16)
 
 
 @torch.no_grad()
@@ -106,7 +107,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, base_hash: str) -> 
         raise ValueError(f"the adapter in {folder} was trained on another base ({trained_on[:19]}) than the one given "
                          f"({base_hash[:19]}): set parents.pretrain to the run that it belongs to")
     try:
-        return PeftModel.from_pretrained(model, folder, is_trainable=True)
+        return PeftModel.from_pretrained(model, trusted(folder), is_trainable=True)
     except (OSError, ValueError, RuntimeError) as error:  # peft: no adapter_config.json; torch: sizes that differ
         raise ValueError(f"the adapter in {folder} does not fit the base: {' '.join(str(error).split())[:200]}") from None
 
@@ -125,10 +126,10 @@ def merged(model: Any, config: MethodConfig, base_path: Path, adapter_path: Path
         return model
     if config.method != "qlora":
         return model.merge_and_unload()
-    base: Any = AutoModelForCausalLM.from_pretrained(base_path, dtype="auto")
+    base: Any = AutoModelForCausalLM.from_pretrained(trusted(base_path), dtype="auto")
     base = base.to(PartialState().device)
     prepare(base)
-    return PeftModel.from_pretrained(base, adapter_path).merge_and_unload()
+    return PeftModel.from_pretrained(base, trusted(adapter_path)).merge_and_unload()
 
 
 def head_rows(config: MethodConfig, peft_config: PeftConfig | None) -> list[int]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
+from reward.folders import trusted
 from stages.data.packing import PackedCollator
 from stages.models.attention import DOCUMENTS
 from stages.models.branching import OwnSteps, keep, learning_rate_schedule, start_from
@@ -210,7 +211,7 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
     if run.finished:
         return run.manifest
     prepared = run.parents["prepare"]
-    tokenizer = AutoTokenizer.from_pretrained(prepared.product("tokenizer"))
+    tokenizer = AutoTokenizer.from_pretrained(trusted(prepared.product("tokenizer")))
     tokens = prepared.product("tokens")
     row_length = prepared.data["notes"]["row_length"]
     if len(tokenizer) != prepared.counts["vocabulary"]:

@@ -7,7 +7,7 @@ rank or attempt it was drawn in, except where two candidates tie within float er
 Letters: B rows, V vocabulary, T positions so far.
 """
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -106,11 +106,13 @@ def make_cache(model: PreTrainedModel) -> DynamicCache:
 
 @torch.inference_mode()
 def sample(model: PreTrainedModel, prompts: list[list[int]], *, keys: list[tuple[int, int]], seed: int, temperature: float,
-           max_new_tokens: int, eos_ids: Sequence[int], pad_id: int, batch_size: int = 256) -> list[list[int]]:
+           max_new_tokens: int, eos_ids: Sequence[int], pad_id: int, batch_size: int = 256,
+           heard: Callable[[int], None] | None = None) -> list[list[int]]:
     """One response for each prompt, as token ids without padding; the end token is included if it was drawn.
 
     `keys` holds (`prompt_key(id)`, sample index) for each row. `temperature` 0 is greedy. `eos_ids` end a response. Equal prompts
-    of a batch are read once. The model is in eval mode meanwhile and then as it was.
+    of a batch are read once. The model is in eval mode meanwhile and then as it was. `heard` is told each token as it is drawn, for who
+    shows a response while it comes; use it with a single prompt.
 
     Raises ValueError for an empty prompt, keys that do not match the prompts, a negative temperature, or no tokens to draw.
     """
@@ -128,7 +130,7 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], *, keys: list[tuple
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
             batch = _decode(model, [prompts[i] for i in rows], [keys[i] for i in rows], seed, temperature, max_new_tokens,
-                            eos_ids, pad_id)
+                            eos_ids, pad_id, heard)
             for i, response in zip(rows, batch, strict=True):
                 responses[i] = response
     finally:
@@ -137,7 +139,7 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], *, keys: list[tuple
 
 
 def _decode(model: PreTrainedModel, prompts: list[list[int]], keys: list[tuple[int, int]], seed: int, temperature: float,
-            max_new_tokens: int, eos_ids: Sequence[int], pad_id: int) -> list[list[int]]:
+            max_new_tokens: int, eos_ids: Sequence[int], pad_id: int, heard: Callable[[int], None] | None) -> list[list[int]]:
     device = model.device
     unique = list(dict.fromkeys(map(tuple, prompts)))
     width = max(map(len, unique))
@@ -163,6 +165,8 @@ def _decode(model: PreTrainedModel, prompts: list[list[int]], keys: list[tuple[i
         for i, token, finished in zip(live, drawn.tolist(), done.tolist(), strict=True):
             if not finished:
                 responses[i].append(token)
+                if heard:
+                    heard(token)
         done |= torch.isin(drawn, ends)
         left = int((~done).sum())
         if not left or position == max_new_tokens - 1:

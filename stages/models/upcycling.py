@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from reward.folders import trusted
+
 SIBLINGS = {"qwen3": ("qwen3_moe", "dots1"), "qwen2": ("qwen2_moe",), "llama": ("mixtral",), "mistral": ("mixtral",)}  # the same attention
 
 
@@ -18,7 +20,7 @@ def upcycle(model: PreTrainedModel, folder: str) -> None:
     architecture with another attention, sizes that differ, and a single expert a token, whose weight is not 1.
     """
     try:
-        dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        dense = AutoModelForCausalLM.from_pretrained(trusted(folder), dtype=torch.float32)
     except OSError as error:
         raise ValueError(f"upcycle: {folder} has no model that transformers can load ({str(error).splitlines()[0]}): "
                          "name a folder that a dense run saved, as runs/tiny/pretrain/model") from None

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from reward.folders import trusted
 from stages.models.adapters import BASE_FILE
 from stages.rl.models import recomputes
 from stages.run.manifest import Manifest, hash_path, say
@@ -111,7 +112,7 @@ def add_classifier(adapted: PeftModel, name: str, folder: Path | None = None, sc
     head = torch.zeros(1, policy.config.get_text_config().hidden_size)
     config = copy.deepcopy(policy.config)
     if folder is not None and scorer is not None:
-        settings, config = LoraConfig.from_pretrained(str(folder)), AutoConfig.from_pretrained(scorer)
+        settings, config = LoraConfig.from_pretrained(trusted(str(folder))), AutoConfig.from_pretrained(trusted(scorer))
         if more := sorted({*(settings.modules_to_save or [])} - {"score", "classifier"}):  # peft names both
             raise ValueError(f"the reward model's adapter in {folder} has {', '.join(more)} of its own beside its layers, which a shared "
                              "base cannot hold: train it with modules_to_save left alone, or give PPO method: full")

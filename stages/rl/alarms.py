@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from reward.alarms import Limits, first_alarms, fit_cloud, raised, repetition
+from reward.folders import trusted
 from reward.model import ENSEMBLE, load_ensemble, member_folders, pad_right
 from stages.models import engines
 from stages.models.training import gather, rank, world_size
@@ -178,7 +179,7 @@ def build_watchers(spec: Mapping[str, float], limits: Limits, *, model_path: Pat
     folders = reward_models({name: weight for name, weight in spec.items() if not reads_text(name)}, model_path)
 
     def load(folder: Path) -> PreTrainedModel:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).to(device).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(trusted(folder), num_labels=1).to(device).eval()
         return remove_dropout(model).requires_grad_(False)
 
     if limits.disagreement is not None and (ensembles := [folder for folder in folders if (folder / ENSEMBLE).is_file()]):

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from reward.folders import trusted
 from reward.model import score_ids
 
 
@@ -37,7 +38,7 @@ class Terms:
 
 def load_policy(folder: str, **more: Any) -> Any:
     """The decoder. Its config says no cache, for training, with which `generate` would read all of the text for each token."""
-    policy: Any = AutoModelForCausalLM.from_pretrained(folder, **more)
+    policy: Any = AutoModelForCausalLM.from_pretrained(trusted(folder), **more)
     policy.generation_config.use_cache = True
     return policy
 

@@ -21,6 +21,7 @@ import trl
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from reward.folders import trusted
 from reward.verifiers import STEP_WEIGHT
 from stages.data.curriculum import CUES, WORKED
 from stages.data.problems import read_problems
@@ -105,7 +106,7 @@ class Referee(transformers.TrainerCallback):
 def unit_classifier(path: str) -> Any:
     """The reward model with its normalisation inside the score head, since a peer knows nothing of `score_mean` and `score_std`: its
     plain output is what `stages.rl.rewards.model_reward` makes of it."""
-    model: Any = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(trusted(path), num_labels=1, dtype=torch.float32)
     head = nn.Linear(model.score.in_features, 1)
     mean, std = getattr(model.config, "score_mean", 0.0), getattr(model.config, "score_std", 1.0)
     with torch.no_grad():
@@ -143,7 +144,7 @@ def run(variant: str, race: Race) -> dict[str, Any]:
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    tokenizer: Any = AutoTokenizer.from_pretrained(race.sft)
+    tokenizer: Any = AutoTokenizer.from_pretrained(trusted(race.sft))
     learned, measured = (asked(read_problems(Path(race.problems) / f"{split}.jsonl", list(race.tasks), list(race.difficulties))[:count],
                                CUES[WORKED], tokenizer)
                          for split, count in (("ppo", race.iterations * race.batch_size), ("validation", race.eval_problems)))

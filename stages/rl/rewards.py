@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
+from reward.folders import trusted
 from reward.model import COMBINATIONS, ENSEMBLE, load_ensemble, member_folders, normalize, score_ids
 from reward.verifiers import GoldScore, gold_score
 from stages.data.tokenizer import chat_ids
@@ -70,13 +71,14 @@ def model_reward(path: str | Path, *, vocab_size: int, device: torch.device | st
     With `text` any vocabulary will do: the model reads `own_ids`.
     """
     path = Path(path)
-    models = [AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).to(device).eval() for folder in member_folders(path)]
+    models = [AutoModelForSequenceClassification.from_pretrained(trusted(folder), num_labels=1).to(device).eval()
+              for folder in member_folders(path)]
     for model in models:
         speed_up_norms(remove_dropout(model).requires_grad_(False))
         if model.config.vocab_size != vocab_size and not text:
             raise ValueError(f"reward model {path} has {model.config.vocab_size} tokens, the policy {vocab_size}: train both from one "
                              f"tokenizer, or let it read texts with its own: {path}@text")
-    reader: Any = AutoTokenizer.from_pretrained(path) if text else None
+    reader: Any = AutoTokenizer.from_pretrained(trusted(path)) if text else None
 
     def ids_of(response: Response) -> list[int]:
         return own_ids(reader, response, tokenizer) if text else response.prompt_ids + response.ids
@@ -135,7 +137,7 @@ def prompt_of(response: Response, tokenizer: PreTrainedTokenizerBase | None) -> 
 
 def check_tokens(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError naming the first id that the reward model's tokenizer and the policy's read differently."""
-    own, other = ({i: token for token, i in each.get_vocab().items()} for each in (AutoTokenizer.from_pretrained(path), tokenizer))
+    own, other = ({i: token for token, i in each.get_vocab().items()} for each in (AutoTokenizer.from_pretrained(trusted(path)), tokenizer))
     if different := sorted(i for i in own.keys() | other.keys() if own.get(i) != other.get(i)):
         i = different[0]
         raise ValueError(f"reward model {path} reads token {i} as {own.get(i)!r}, the policy as {other.get(i)!r} ({len(different):,} "
@@ -260,7 +262,7 @@ def reads_text(name: str) -> bool:
 
 def load_critic(path: Path, *, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The reward model as the start of a critic, which reads the policy's ids. Raises ValueError where they mean something else to it."""
-    critic = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
+    critic = AutoModelForSequenceClassification.from_pretrained(trusted(path), num_labels=1, dtype=torch.float32)
     try:
         if critic.config.vocab_size != vocab_size:
             raise ValueError(f"it has {critic.config.vocab_size} tokens, the policy {vocab_size}")

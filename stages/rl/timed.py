@@ -23,6 +23,7 @@ import transformers
 import trl
 from transformers import AutoModelForSequenceClassification
 
+from reward.folders import trusted
 from reward.model import from_language_model
 from stages.data import curriculum
 from stages.data.tokenizer import chat_ids, train_tokenizer
@@ -117,7 +118,7 @@ class Bench(NamedTuple):
         return load_policy(f"{self.folder}/lm")
 
     def classifier(self) -> Any:
-        return AutoModelForSequenceClassification.from_pretrained(f"{self.folder}/reward", num_labels=1)
+        return AutoModelForSequenceClassification.from_pretrained(trusted(f"{self.folder}/reward"), num_labels=1)
 
 
 def our_trainer(bench: Bench, critic: Any) -> Any:

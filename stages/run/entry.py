@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from stages.run.config import StageConfig, help_text, load_config, read_yaml
 from stages.run.manifest import is_main, say
+from stages.run.redaction import redacted
 
 C = TypeVar("C", bound=StageConfig)
 OTHERS_WAIT_S = 5.0
@@ -49,7 +50,7 @@ def launch(main: Callable[[C], Any], config_class: type[C], *, distributed: bool
         elif isinstance(error, ValueError | OSError):
             fail(str(error) or type(error).__name__, config)
         else:
-            traceback.print_exc()
+            print(redacted(traceback.format_exc()), file=sys.stderr)
             code = 1
     stop_processes()
     sys.stdout.flush()
@@ -97,11 +98,11 @@ def fail(message: str, config: StageConfig | None) -> None:
         file = Path(config.run_dir + (".traceback.txt" if is_main() else f".traceback-{number}.txt"))
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(traceback.format_exc(), encoding="utf-8")
+            file.write_text(redacted(traceback.format_exc()), encoding="utf-8")
             where = f" (traceback in {file})"
         except OSError:
             pass
-    print(f"error{'' if is_main() else f' (process {number})'}: {' '.join(message.split())}{where}", file=sys.stderr, flush=True)
+    print(f"error{'' if is_main() else f' (process {number})'}: {redacted(' '.join(message.split()))}{where}", file=sys.stderr, flush=True)
 
 
 def disk_full(error: BaseException, config: StageConfig | None) -> str | None:

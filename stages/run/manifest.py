@@ -18,7 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reward.folders import inside
 from stages.run.config import StageConfig
+from stages.run.redaction import redacted, without_secrets
 
 MANIFEST = "manifest.json"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate", "tokenizers", "numpy", "scipy", "scikit-learn")
@@ -74,11 +76,11 @@ class Manifest:
         self.data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
 
     def product(self, name: str) -> Path:
-        """Path of a product. Raises ValueError naming those there are."""
+        """Path of a product. Raises ValueError naming those there are, and for one outside of the run's folder."""
         products = self.data["products"]
         if name not in products:
             raise ValueError(f"{self.path} has no product {name!r}: it has {', '.join(products) or 'none'}")
-        return self.path / products[name]["path"]
+        return inside(self.path, products[name]["path"])
 
     @property
     def fingerprint(self) -> str:
@@ -208,13 +210,13 @@ class Run:
         self.attempts = state.get("attempts", 0) + 1
         if self.attempts > 1:
             say(f"{self.config.STAGE}: continuing the unfinished run in {self.directory}")
-        write_json(state_file, {"fingerprint": self.fingerprint, "attempts": self.attempts, "config": vars(self.config)})
+        write_json(state_file, {"fingerprint": self.fingerprint, "attempts": self.attempts, "config": without_secrets(vars(self.config))})
 
     def _changes(self, existing: Manifest) -> str:
         """What differs between the run on disk and the one asked for, in words."""
         changed = []
         before = existing.data.get("identity", {})
-        for key, new in self.identity["config"].items():
+        for key, new in without_secrets(self.identity["config"]).items():
             old = before.get("config", {}).get(key)
             if old != new:
                 changed.append(f"{key}: {old!r} -> {new!r}")
@@ -234,9 +236,10 @@ class Run:
             hashed = {name: {"path": path, "sha256": hash_path(self.directory / path)} for name, path in (products or {}).items()}
             write_json(self.directory / MANIFEST, {
                 "stage": self.config.STAGE, "recipe": self.config.recipe, "status": "finished", "fingerprint": self.fingerprint,
-                "config": vars(self.config), "parents": self.identity["parents"], "inputs": self.inputs, "products": hashed,
-                "seed": self.config.seed, "counts": dict(counts or {}), "metrics": dict(metrics), "notes": dict(notes or {}),
-                "identity": self.identity, "provenance": provenance(self.started, self.attempts)})
+                "config": without_secrets(vars(self.config)), "parents": self.identity["parents"], "inputs": self.inputs,
+                "products": hashed, "seed": self.config.seed, "counts": dict(counts or {}), "metrics": dict(metrics),
+                "notes": dict(notes or {}), "identity": without_secrets(self.identity),
+                "provenance": provenance(self.started, self.attempts)})
             old = self.final.with_name(self.final.name + ".old")
             if self.final.exists():
                 self.final.rename(old)
@@ -252,4 +255,4 @@ class Run:
 def say(text: str) -> None:
     """One line for the person watching, from the main process only."""
     if is_main():
-        print(text, flush=True)
+        print(redacted(text), flush=True)

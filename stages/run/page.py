@@ -62,6 +62,11 @@ def plain(text: str) -> str:
     return MARKED.sub(r"\1", text)
 
 
+def unmarked(text: str) -> str:
+    """A text for Markdown: no tag in it, such as a model may write, is one."""
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", plain(text))
+
+
 def texts(page: Page) -> Iterator[str]:
     """Every text of the page in reading order, marks included."""
     yield page.lead
@@ -161,26 +166,26 @@ def to_html(page: Page, folder: Path) -> str:
 
 def table_markdown(table: Table) -> list[str]:
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(plain(cell).replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(unmarked(cell).replace("|", "\\|") for cell in cells) + " |"
 
     rule = "|" + "|".join("---:" if numeric else "---" for numeric in numeric_columns(table)) + "|"
-    source = [f"<sub>{source_line(table.sources)}</sub>", ""] if table.sources else []
-    return [plain(table.caption), "", line(table.header), rule, *map(line, table.rows), "", *source]
+    source = [f"<sub>{unmarked(source_line(table.sources))}</sub>", ""] if table.sources else []
+    return [unmarked(table.caption), "", line(table.header), rule, *map(line, table.rows), "", *source]
 
 
 def to_markdown(page: Page) -> str:
     """The same report as text; figures are linked where they lie."""
-    out = [f"# {page.title}", "", plain(page.lead), ""]
+    out = [f"# {unmarked(page.title)}", "", unmarked(page.lead), ""]
     out += ["Stages: " + ", ".join(f"{key} ({state or 'missing'})" for key, state in page.steps) + ".", ""]
-    out += [f"> **Note.** {plain(w)}\n" for w in page.warnings]
+    out += [f"> **Note.** {unmarked(w)}\n" for w in page.warnings]
     out += table_markdown(page.summary)
     for section in page.sections:
-        out += [f"## {section.title}", ""]
+        out += [f"## {unmarked(section.title)}", ""]
         for paragraph in section.paragraphs:
-            out += [plain(paragraph), ""]
+            out += [unmarked(paragraph), ""]
         for figure in section.figures:
-            out += [f"![{plain(figure.caption)}]({figure.file})", "", f"*{plain(figure.caption)}*  ",
-                    f"<sub>{source_line(figure.sources)}</sub>", ""]
+            out += [f"![{unmarked(figure.caption)}]({figure.file})", "", f"*{unmarked(figure.caption)}*  ",
+                    f"<sub>{unmarked(source_line(figure.sources))}</sub>", ""]
         for table in section.tables:
             out += table_markdown(table)
     return "\n".join(out).rstrip() + "\n"
