@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stages.laws.fit import expected
-from stages.run import cited, figures, page, story, story_alignment, story_frontier
+from stages.run import cited, figures, page, story, story_alignment, story_frontier, story_hacking, story_pipeline, story_samples
 from stages.run.config import StageConfig
 from stages.run.entry import launch
 from stages.run.manifest import MANIFEST, Manifest, Run, hash_path, say
 
-CODE = (cited, figures, page, story, story_alignment, story_frontier)
+CODE = (cited, figures, page, story, story_alignment, story_frontier, story_hacking, story_pipeline, story_samples)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.run import figures, story_alignment
+from stages.run import figures, story_alignment, story_pipeline, story_samples
 from stages.run.checkpoint import read_metrics
-from stages.run.cited import ERROR, LOSS, MEASURED, MISSING, SHARE, TITLES, Stage, Stages, Told, annotator, draw
+from stages.run.cited import ERROR, LOSS, MEASURED, MISSING, SHARE, TITLES, Stage, Stages, Told, annotator, draw, short_hash
 from stages.run.console import clock
 from stages.run.figures import Series, short
-from stages.run.manifest import MANIFEST
-from stages.run.page import Page, Section, Table, number
+from stages.run.manifest import MANIFEST, hash_data
+from stages.run.page import Page, Section, Table, foreign, number
 
 Law = Callable[..., Any]  # law(fit, N, D): the loss by the fitted law (stages.laws.fit)
 CONSTANTS = {"sum": ("E", "A", "B", "alpha", "beta"), "product": ("E", "C", "a", "b")}
@@ -38,9 +38,10 @@ def tell(stages: Stages, missing: Mapping[str, str], folder: Path, *, recipe: st
     summary = Table(["effect", "result", "95 % interval", "n", "beside it"], lines,
                     "What it shows." if lines else "What it shows: nothing yet, no stage that measures an effect has finished.",
                     [s.cite() for s in stages.values()], stack=True)
-    steps = [(name, clock(stages[name].provenance["wall_s"]) if name in stages else "") for name in told]
+    steps = story_pipeline.steps(stages, missing, list(told))
+    answers = story_samples.samples(stages)
     return Page(f"Plumbline: {recipe}", lead, warnings(stages), steps, summary,
-                [*(section for section, _ in told.values()), costs(stages), records(stages)])
+                [*(section for section, _ in told.values()), *([answers] if answers else []), costs(stages), records(stages)])
 
 
 def warnings(stages: Stages) -> list[str]:
@@ -265,7 +266,23 @@ def records(stages: Stages) -> Section:
     rows = [[name, str(s.path / MANIFEST), s.short, s.commit, str(s.data["seed"]), s.provenance["started"][:16].replace("T", " "),
              ", ".join(f"{k} {v}" for k, v in s.provenance.get("versions", {}).items() if k in ("torch", "transformers", "trl"))]
             for name, s in stages.items()]
+
+    def hashes(of: Mapping[str, str]) -> str:
+        return ", ".join(f"{foreign(name)} {short_hash(value)}" for name, value in of.items()) or "-"
+
+    lineage = [[name, s.short, hashes(s.data.get("parents", {})), settings_hash(s), hashes(s.data.get("inputs", {})),
+                hashes({product: of["sha256"] for product, of in s.data.get("products", {}).items()}), s.commit]
+               for name, s in stages.items()]
+    tables = [
+        Table(["stage", "manifest", "fingerprint", "commit", "seed", "started (UTC)", "versions"], rows, "The runs of this report.", []),
+        Table(["stage", "fingerprint", "parents", "settings", "data from outside", "products", "commit"], lineage,
+              "Lineage: the first 12 digits of SHA-256 hashes. A fingerprint is that of the stage's settings, of its parents' fingerprints "
+              "and of the data from outside; a product's hash is that of its files.", [], stack=True)]
     return Section("records", "Where every number comes from", [
         "Each manifest holds the resolved config, the seed, the hashes of data and parents, and the metrics. Point at a number on the page "
-        "to see the file and key that hold it, or what it was computed from."], tables=[Table(
-            ["stage", "manifest", "fingerprint", "commit", "seed", "started (UTC)", "versions"], rows, "The runs of this report.", [])])
+        "to see the file and key that hold it, or what it was computed from."], tables=tables)
+
+
+def settings_hash(s: Stage) -> str:
+    """Of the settings that can change the numbers, as the fingerprint has them; older manifests do not hold them apart."""
+    return short_hash(hash_data(s.data["identity"]["config"])) if "identity" in s.data else "not recorded"
