@@ -26,7 +26,7 @@ GROUP_reward_model := rlhf
 GROUP_ppo := rlhf
 GROUP_evaluation := evaluate
 
-.PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
+.PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report status test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
 	study-critique bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare study-moe \
 	study-exemplars clean
@@ -74,19 +74,19 @@ ppo: setup ## PPO against the reward model
 rejection_sampling: setup ## PPO's baseline: sample K, keep the best, fine-tune again
 	$(call STAGE,rejection_sampling)
 
-rlhf: preferences reward_model ppo times ## preferences, reward_model, ppo
+rlhf: preferences reward_model ppo status ## preferences, reward_model, ppo
 
 evaluation: setup ## the same as evaluate
 	$(call STAGE,evaluation)
 
 evaluate: evaluation ## base, SFT and PPO model under every prompting strategy
 
-report: setup ## runs/RECIPE/report/index.html and report.md
-	$(call STAGE,report)
-	@$(PY) -m stages.run.timetable $(RUNS)/$(RECIPE)
+report: setup ## runs/RECIPE/report/index.html and report.md; AGAINST=recipe or folder: two runs beside one another
+	$(call STAGE,report) $(if $(AGAINST),--against $(AGAINST))
+	@$(PY) -m stages.run.status $(RECIPE)
 
-times: setup ## time and memory of each finished stage
-	@$(PY) -m stages.run.timetable $(RUNS)/$(RECIPE)
+status: setup ## what of RECIPE is finished, running, interrupted, out of date and why, or missing; time, memory, disk
+	@$(PY) -m stages.run.status $(RECIPE)
 
 plan: setup ## parameters, FLOPs, memory and hours of RECIPE, without training
 	$(PY) -m stages.plan --recipe $(RECIPE) $(ARGS)

@@ -96,7 +96,8 @@ def make_runs(home: Path, stages=STAGES) -> Path:
     judged = {key: [scoring.without_texts(row) for row in rows] for key, rows in judged.items()}
     costs = frontiers(judged)
     results = {"cells": found, "comparisons": scoring.comparisons(judged), "pairs": pairs(judged), "frontier": costs, "compute": computed(
-        costs, {"pretrain": {"flops": 1.7e13, "matmul_parameters": 880_000}, "sft": {"flops": 2e12}})}
+        costs, {"pretrain": {"counts": {"flops": 1.7e13, "matmul_parameters": 880_000}, "parents": {}},
+                "sft": {"counts": {"flops": 2e12}, "parents": {"pretrain": ""}}})}
     values = {"score": 0.1, "gold": 0.8, "sampled_accuracy": 0.6, "kl": 0.0, "entropy": 0.3, "length": 40.0, "eos_rate": 0.98,
               "greedy_accuracy": 0.8}
     gains = {"score": 0.9, "gold": 0.21, "sampled_accuracy": 0.12, "kl": 4.1, "entropy": -0.1, "length": 1.0, "eos_rate": 0.01,

@@ -101,7 +101,7 @@ def test_markdown_twin_says_the_same_and_its_figures_are_there(whole):
     reader.feed((whole / "report" / "index.html").read_text())
     shown = "".join(reader.text)
     for line in text.splitlines():
-        if line.startswith("| "):
+        if line.startswith("| ") and not line.startswith("| stage | verdict | key figure"):  # a picture there, without a header
             assert all(html.unescape(part) in shown for cell in line.strip("| ").split(" | ")
                        for part in cell.replace("\\|", "|").replace("]\\(", "](").split("<br>")), line
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_callback import PrinterCallback
 
 from stages.models.optimizer import is_matrix
-from stages.run.checkpoint import MetricsLog, mark_complete, newest_complete, remove_incomplete, step_of
+from stages.run.checkpoint import PROGRESS, MetricsLog, mark_complete, newest_complete, remove_incomplete, step_of
 from stages.run.console import clock
-from stages.run.manifest import Run, is_main, say
+from stages.run.manifest import Run, is_main, say, write_json
 
 
 def world_size() -> int:
@@ -130,6 +130,7 @@ class Resumable:
                 row[key if "/" in key or key == "tokens" else f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"] = value
         self.metrics_log.append(row)
         say(self._line(row, state.max_steps))
+        write_json(self.metrics_log.path.with_name(PROGRESS), {"step": row["step"], "steps": state.max_steps, "since": self._began})
 
     def _line(self, row: dict[str, Any], steps: int) -> str:
         now = time.time()

@@ -141,7 +141,7 @@ def reward_model(s: Stage, stages: Stages) -> Said:
     judged = judge(s.manifest.metrics)
     first, *others = [r for r in judged.reasons if r.level == judged.level]
     more = f", and {len(others)} more" if others else ""
-    return judged.level, f"the gate: {number(first.sentence, s.origin('metrics', first.name))}{more}"
+    return judged.level, f"the gate: {number(first.sentence, s.origin('metrics', first.name) + ' by reward/gate.py')}{more}"
 
 
 def ppo(s: Stage, stages: Stages) -> Said:
