@@ -170,10 +170,10 @@ test: setup ## all tests, one full pass of the smoke recipe included
 test-quick: setup ## without the slow ones
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m "not slow and not browser"
 
-test-browser: setup ## the annotation page in a headless Chromium (installed beforehand, or named by CHROMIUM=)
+test-browser: setup ## the annotation page and the report in a headless Chromium (installed beforehand, or named by CHROMIUM=)
 	@$(call HAS,gradio) || $(PIP) -c requirements.lock -r requirements-annotate.lock
 	@$(call HAS,playwright) || $(PIP) -c requirements.lock -c requirements-annotate.lock playwright==1.65.2
-	$(PY) -m pytest -q -m browser tests/test_reward_annotate.py
+	$(PY) -m pytest -q -m browser tests/test_reward_annotate.py tests/test_report_browser.py
 
 check: setup ## ruff and mypy
 	.venv/bin/ruff check .

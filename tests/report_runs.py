@@ -12,7 +12,7 @@ from stages.evals.pairs import pairs
 from stages.evaluation import metrics_of
 from stages.laws.fit import fit_law, law, predict
 from stages.rl.curves import compare
-from stages.run.manifest import MANIFEST, metric
+from stages.run.manifest import MANIFEST, hash_path, metric
 
 STAGES = ("prepare", "scaling", "pretrain", "sft", "preferences", "reward_model", "ppo", "evaluation")
 LAW = (0.3, 40.0, 400.0, 0.5, 0.55)
@@ -32,7 +32,7 @@ def write_run(home: Path, stage: str, *, metrics, counts=None, notes=None, confi
     if log:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     named = {name.split(".")[0]: name for name in files or {} if "/" not in name} | (products or {})
-    products = {name: {"path": path, "sha256": f"sha256:{hash_of(path)}"} for name, path in named.items()}
+    products = {name: {"path": path, "sha256": hash_path(folder / path)} for name, path in named.items()}
     (folder / MANIFEST).write_text(json.dumps({
         "stage": stage.rsplit("/")[-1], "recipe": "tiny", "status": "finished", "fingerprint": f"sha256:{hash_of(stage)}",
         "config": {"seed": seed, **(config or {})}, "parents": {p: f"sha256:{hash_of(p)}" for p in parents}, "seed": seed,

@@ -75,9 +75,9 @@ def plot(path: Path, series: Sequence[Series], *, x: str, y: str, title: str = "
         for label, level in (marks or {}).items():
             axes.axhline(level, linestyle=":", linewidth=1, color="#8a8a8a")
             axes.annotate(label, (0.01, level), xycoords=("axes fraction", "data"), fontsize=7.5, va="bottom")
-        for label, place in (events or {}).items():
-            axes.axvline(place, linestyle="-.", linewidth=1, color="#8a8a8a", zorder=1)
-            axes.annotate(label, (place, 0.02), xycoords=("data", "axes fraction"), fontsize=7.5, rotation=90, ha="right", va="bottom")
+        for label, where in (events or {}).items():
+            axes.axvline(where, linestyle="-.", linewidth=1, color="#8a8a8a", zorder=1)
+            axes.annotate(label, (where, 0.02), xycoords=("data", "axes fraction"), fontsize=7.5, rotation=90, ha="right", va="bottom")
         if diagonal:
             ends = [*axes.get_xlim(), *axes.get_ylim()]
             axes.plot([min(ends), max(ends)], [min(ends), max(ends)], linestyle=":", linewidth=1, color="#8a8a8a", zorder=1)

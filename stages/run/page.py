@@ -177,7 +177,8 @@ def to_html(page: Page, folder: Path) -> str:
     """The page as one file; figures are read from `folder` and put inside."""
     parts = [f"<h1>{html.escape(page.title)}</h1><p>{marked(page.lead)}</p>"]
     used = {name for step in page.steps for name in step.reads}
-    parts.append('<ol class="pipeline">' + "".join(step_html(step, step.key in used) for step in page.steps) + "</ol>")
+    if page.steps:
+        parts.append('<ol class="pipeline">' + "".join(step_html(step, step.key in used) for step in page.steps) + "</ol>")
     if page.warnings:
         items = "".join(f"<li>{marked(warning)}</li>" for warning in page.warnings)
         parts.append(f'<div class="warn">Before you believe it:<ul>{items}</ul></div>')
