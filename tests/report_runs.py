@@ -142,7 +142,8 @@ def make_runs(home: Path, stages=STAGES) -> Path:
         "preferences": {"metrics": {"kept_share": share(0.8, 1500), "all_tie_share": share(0.2, 1500), "gold_mean": share(0.7, 1500),
                                     "annotator_flipped_pairs": share(0.0, 9000), "sample_accuracy": share(0.5, 1500),
                                     "distinct_responses": metric(6.5, n=1500, ci95=(6.4, 6.6))},
-                        "counts": {"asked": 1500, "samples": 12_000, "prompts": 1200, "responses": 8000, "pairs": 9000, "tokens": 400_000},
+                        "counts": {"asked": 1500, "samples": 12_000, "flops": 3.1e12, "prompts": 1200, "responses": 8000,
+                                   "pairs": 9000, "tokens": 400_000},
                         "notes": {"annotators": [annotator_name(0.0)], "simulated": True},
                         "config": {"source": None, "temperature": 1.2}, "parents": ["prepare", "sft"]},
         "reward_model": {"metrics": {
@@ -152,7 +153,8 @@ def make_runs(home: Path, stages=STAGES) -> Path:
             "baseline_min_logprob_accuracy": share(0.71, 3000), "baseline_length_accuracy": share(0.52, 3000),
             "gain_over_min_logprob": metric(0.11, n=3000, ci95=(0.08, 0.14)), "score_mean": metric(0.0, n=2400),
             "score_std": metric(1.0, n=2400)},
-            "counts": {"parameters": 900_000, "steps": 300, "train_prompts": 1080, "train_responses": 7200, "heldout_prompts": 120},
+            "counts": {"parameters": 900_000, "steps": 300, "flops": 2.2e12, "train_prompts": 1080,
+                       "train_responses": 7200, "heldout_prompts": 120},
             "notes": {"simulated_annotator": True, "reliability": {"fresh": [
                 {"low": 0.5, "high": 0.55, "n": 1000, "confidence": 0.53, "right": 0.5},
                 {"low": 0.9, "high": 0.95, "n": 2000, "confidence": 0.93, "right": 0.97}]}}, "parents": ["prepare", "sft", "preferences"],

@@ -524,6 +524,13 @@ def test_lineage_names_parents_settings_inputs_and_products(told, whole):
     assert row[4] == f"task word_problems {held['inputs']['task word_problems'][7:19]}" and row[5].startswith("results ")
 
 
+def test_costs_are_summed_over_the_stages_that_count_them(told):
+    table = next(s for s in told.sections if s.key == "costs").tables[0]
+    rows = {row[0]: [page.plain(cell) for cell in row[1:]] for row in table.rows}
+    assert rows["preferences"][-1] == "3.1e+12" and rows["reward_model"][-1] == "2.2e+12" and rows["prepare"][-1] == "not measured"
+    assert rows["sum"][-1] == f"{8.7e12 + 1.7e13 + 3.1e12 + 2.2e12 + 1_014_891_520_000:.3g}"
+
+
 def test_alarms_are_marked_on_ppo_s_curves(whole, tmp_path, monkeypatch):
     shown = {}
     monkeypatch.setattr(figures, "bars", small_figure)

@@ -248,7 +248,9 @@ def costs(stages: Stages) -> Section:
                  ("peak_rss_bytes", f"{p['peak_rss_bytes'] / 2**30:.2f} GiB"), ("world_size", str(p.get("world_size", MISSING))),
                  ("attempts", str(p.get("attempts", MISSING))))
         rows.append([name, *(number(t, s.origin("provenance", key)) for key, t in shown), s.count("tokens"), s.count("flops")])
-    rows.append(["sum", number(clock(total), "sum of provenance/wall_s"), "", "", "", "", "", ""])
+    flops = sum(s.counts.get("flops", 0) for s in stages.values())
+    rows.append(["sum", number(clock(total), "sum of provenance/wall_s"), "", "", "", "", "",
+                 number(f"{flops:.3g}", "sum of counts/flops, where counted")])
     text = (f"On {hardware(stages)}. Tokens are those a stage trained on or generated, as its manifest counts them; memory is the peak of "
             "the main process. Money and energy: not measured.")
     again = [name for name, s in stages.items() if s.provenance.get("attempts", 1) > 1]

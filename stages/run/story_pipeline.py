@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 from reward.gate import judge
 from stages.run.checkpoint import read_metrics
-from stages.run.cited import CHANGE, GAIN, LOSS, SHARE, Form, Stage, Stages, verdict
+from stages.run.cited import CHANGE, GAIN, LOSS, MODELS, SHARE, Form, Stage, Stages, verdict
 from stages.run.console import clock
 from stages.run.page import Step, number
 
 RANK = ("none", "pass", "warn", "fail")
 # Agreement below the first supports no conclusion; from the second on it is reliable (Krippendorff 2004, section 11.4).
 ALPHA = (0.667, 0.8)
-FINAL = ("ppo", "sft", "base")
 
 
 class Key(NamedTuple):
@@ -43,10 +42,10 @@ def keys(s: Stage) -> list[Key]:
     """The figures to look at of a stage, the most telling that it has measured first."""
     if s.data["stage"] != "evaluation":
         return [key for key in KEYS.get(s.data["stage"], ()) if s.get(key.metric)]
-    found = [Key(name, "PPO over SFT, CoT", GAIN) for name in s.manifest.metrics if name.startswith("ppo/zero_shot_cot-sft/zero_shot_cot/")]
-    found += [Key(name, f"CoT over direct, {model}", GAIN) for model in FINAL for name in s.manifest.metrics
-              if name.startswith(f"{model}/zero_shot_cot-{model}/direct/")]
-    return sorted(found, key=lambda key: not key.metric.endswith("/all"))  # pooled over the tasks, where there are several
+    pairs = [("ppo/zero_shot_cot-sft/zero_shot_cot/", "PPO over SFT, CoT")]
+    pairs += [(f"{model}/zero_shot_cot-{model}/direct/", f"CoT over direct, {MODELS[model]}") for model in ("ppo", "sft", "base")]
+    ordered = sorted(s.manifest.metrics, key=lambda name: not name.endswith("/all"))  # pooled over the tasks first, where there are several
+    return [Key(name, label, GAIN) for pair, label in pairs for name in ordered if name.startswith(pair)]
 
 
 def steps(stages: Stages, missing: Mapping[str, str], order: list[str]) -> list[Step]:
@@ -139,9 +138,10 @@ def preferences(s: Stage, stages: Stages) -> Said:
 
 def reward_model(s: Stage, stages: Stages) -> Said:
     judged = judge(s.manifest.metrics)
-    first, *others = [r for r in judged.reasons if r.level == judged.level]
-    more = f", and {len(others)} more" if others else ""
-    return judged.level, f"the gate: {number(first.sentence, s.origin('metrics', first.name) + ' by reward/gate.py')}{more}"
+    reasons = [r for r in judged.reasons if r.level == judged.level]
+    told = [number(r.sentence, s.origin("metrics", r.name) + " by reward/gate.py") for r in reasons if r.value is not None][:1]
+    count = f"{len(reasons)} of {len(judged.reasons)} figures {judged.level}"
+    return judged.level, f"the gate: {'; '.join([*told, count])}"
 
 
 def ppo(s: Stage, stages: Stages) -> Said:
