@@ -26,7 +26,7 @@ GROUP_reward_model := rlhf
 GROUP_ppo := rlhf
 GROUP_evaluation := evaluate
 
-.PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
+.PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report status test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
 	study-critique bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare study-moe \
 	study-lr study-exemplars export adopt chat test-clients audit lock clean
@@ -76,19 +76,19 @@ ppo: setup ## PPO against the reward model
 rejection_sampling: setup ## PPO's baseline: sample K, keep the best, fine-tune again
 	$(call STAGE,rejection_sampling)
 
-rlhf: preferences reward_model ppo times ## preferences, reward_model, ppo
+rlhf: preferences reward_model ppo status ## preferences, reward_model, ppo
 
 evaluation: setup ## the same as evaluate
 	$(call STAGE,evaluation)
 
 evaluate: evaluation ## base, SFT and PPO model under every prompting strategy
 
-report: setup ## runs/RECIPE/report/index.html and report.md
-	$(call STAGE,report)
-	@$(PY) -m stages.run.timetable $(RUNS)/$(RECIPE)
+report: setup ## runs/RECIPE/report/index.html and report.md; AGAINST=recipe or folder: two runs beside one another
+	$(call STAGE,report) $(if $(AGAINST),--against $(AGAINST))
+	@$(PY) -m stages.run.status $(RECIPE)
 
-times: setup ## time and memory of each finished stage
-	@$(PY) -m stages.run.timetable $(RUNS)/$(RECIPE)
+status: setup ## what of RECIPE is finished, running, interrupted, out of date and why, or missing; time, memory, disk
+	@$(PY) -m stages.run.status $(RECIPE)
 
 export: setup ## a finished model as a folder for other programs: ARGS="--stage sft" (default ppo; docs/export.md)
 	$(PY) -m stages.export --recipe $(RECIPE) $(ARGS)
@@ -193,10 +193,10 @@ test: setup ## all tests, one full pass of the smoke recipe included
 test-quick: setup ## without the slow ones
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m "not slow and not browser"
 
-test-browser: setup ## the annotation page in a headless Chromium (installed beforehand, or named by CHROMIUM=)
+test-browser: setup ## the annotation page and the report in a headless Chromium (installed beforehand, or named by CHROMIUM=)
 	@$(call HAS,gradio) || $(PIP) -c requirements.lock -r requirements-annotate.lock
 	@$(call HAS,playwright) || $(PIP) -c requirements.lock -c requirements-annotate.lock playwright==1.65.2
-	$(PY) -m pytest -q -m browser tests/test_reward_annotate.py
+	$(PY) -m pytest -q -m browser tests/test_reward_annotate.py tests/test_report_browser.py
 
 # A tool of its own each, in an environment of its own: neither is needed to run anything.
 .venv-audit/.installed:

@@ -74,8 +74,7 @@ def main(config: EvaluationConfig) -> Manifest:
     for key in [key for key, rows in records.items() if unasked(key, rows)]:
         del records[key]  # its figures stay missing
     results = summarize(records)
-    results["compute"] = computed(results["frontier"], {name: made.data.get("counts", {})
-                                                        for name, made in ancestry(run.parents, all_parents).items()})
+    results["compute"] = computed(results["frontier"], {name: made.data for name, made in ancestry(run.parents, all_parents).items()})
     write_json(run.directory / "results.json", results)
     report(results)
     return run.finish(

@@ -24,6 +24,7 @@ from stages.data.problems import read_problems
 from stages.data.tokenizer import chat_ids
 from stages.models.responses import draw_responses, stop_ids
 from stages.models.training import gather
+from stages.rl.costs import drawn_counts
 from stages.run.config import StageConfig, option
 from stages.run.console import progress
 from stages.run.entry import launch
@@ -135,7 +136,7 @@ def from_source(config: PreferencesConfig, source: str, local: bool, tokenizer) 
     if any(r["annotator"] == preferences.NOBODY for r in kept):
         say("nobody says who ranked some of them: set `annotator`, beginning with `simulated` unless people did")
     return kept, {"kept_share": metric(learned / asked, n=asked, ci95=wilson(learned, asked))} | metrics, {
-        "asked": asked, **{reason: left_out[reason] for reason in ("all_tied", "too_long", "prompts_differ")}, **left_out, **repeated}
+        "asked": asked, "flops": 0, **dict.fromkeys(("all_tied", "too_long", "prompts_differ"), 0), **left_out, **repeated}
 
 
 def compare(records: list[Record]) -> tuple[dict[str, dict], dict[str, int]]:
@@ -172,6 +173,7 @@ def from_samples(config: PreferencesConfig, run: Run, tokenizer) -> tuple[list[R
 
     records: list[Record] = []
     judged: list[dict[str, Any]] = []
+    drawn_rows: list[dict[str, Any]] = []  # whether or not they were needed
     ranked, prompts_ranked, enough = 0, 0, False
     folder = run.directory / "chunks"
     if is_main():
@@ -189,6 +191,7 @@ def from_samples(config: PreferencesConfig, run: Run, tokenizer) -> tuple[list[R
             chunk = judge(panel, tokenizer, part, prompts, drawn, eos_ids)
             if is_main():
                 write_json(file, chunk)
+        drawn_rows += chunk
         for row in chunk:
             usable = [r for r in row["records"] if preferences.pairs(r["ranks"])]
             size = sum(len(r["responses"]) for r in usable)
@@ -202,6 +205,7 @@ def from_samples(config: PreferencesConfig, run: Run, tokenizer) -> tuple[list[R
     if not records:
         raise ValueError(f"all {len(judged)} prompts tie: raise temperature ({config.temperature}) or difficulties {config.difficulties}")
     metrics, counts = measure(judged), {"asked": len(judged), "samples": len(judged) * config.responses_per_prompt}
+    counts |= drawn_counts(model.config, drawn_rows, config.responses_per_prompt)
     if panel == Panel(errors=Errors(error_rate=config.error_rate), seed=config.seed):
         return records, metrics, counts
     compared, repeated = compare([r for row in judged for r in row["records"]])
@@ -228,6 +232,7 @@ def judge(panel: Panel, tokenizer, problems: list[dict], prompts: list[list[int]
         pairs = [pair for r in records for pair in preferences.pairs(r["ranks"])]
         rows.append({"records": records, "pairs": len(pairs), "distinct": len(times),
                      "flipped": sum(scores[better] < scores[worse] - 1e-9 for better, worse, _ in pairs),
+                     "prompt_tokens": len(prompt), "sampled_tokens": sum(map(len, responses)),
                      "gold": sum(s * t for s, t in zip(scores, times, strict=True)) / len(responses),
                      "correct": sum(g.correct * t for g, t in zip(gold, times, strict=True)) / len(responses)})
     return rows

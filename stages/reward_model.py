@@ -35,6 +35,7 @@ from stages.models.quality import measure_fresh, quality, shortcuts
 from stages.models.ranking import RankingConfig, check, shared_out, train_model, without_adapters
 from stages.models.responses import draw_responses, stop_ids
 from stages.models.training import barrier, export, save_model
+from stages.rl.costs import ranking_flops
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.config import option
@@ -130,7 +131,10 @@ def main(config: RewardModelConfig) -> Manifest:
     return run.finish(metrics=metrics, products={"model": "model"} | (
         {"adapter": "adapter"} if adapter else {}), notes={
         "simulated_annotator": simulated, "reliability": {name: [b._asdict() for b in of] for name, of in bins.items()}}, counts={
-        "parameters": parameters, "steps": steps, "train_prompts": len(train),
+        "parameters": parameters, "steps": steps, "flops": ranking_flops(
+            lm.config, train, passes=steps * config.batch_size / len(train), share_prompts=config.share_prompts,
+            adapters=config.method == "lora", members=config.ensemble if config.ensemble_share == "none" else 1),
+        "train_prompts": len(train),
         "train_responses": sum(len(r["ranks"]) for r in train), "heldout_prompts": len(heldout)})
 
 

@@ -11,10 +11,11 @@ from reward.overoptimization import best_of_n
 from stages.evals import scoring
 from stages.evals.frontier import computed, frontiers
 from stages.evals.pairs import pairs
+from stages.evaluation import metrics_of
 from stages.laws.fit import fit_law, law, predict
 from stages.laws.isoflop import grid_curves
 from stages.rl.curves import compare
-from stages.run.manifest import MANIFEST, metric
+from stages.run.manifest import MANIFEST, hash_path, metric
 
 STAGES = ("prepare", "scaling", "pretrain", "sft", "preferences", "reward_model", "ppo", "evaluation")
 LAW = (0.3, 40.0, 400.0, 0.5, 0.55)
@@ -24,7 +25,8 @@ def share(value: float, n: int, width: float = 0.03) -> dict:
     return metric(value, n=n, ci95=(max(0.0, value - width), min(1.0, value + width)))
 
 
-def write_run(home: Path, stage: str, *, metrics, counts=None, notes=None, config=None, parents=(), files=None, log=(), seed=0) -> None:
+def write_run(home: Path, stage: str, *, metrics, counts=None, notes=None, config=None, parents=(), files=None, log=(), seed=0,
+              products=None) -> None:
     folder = home / stage
     folder.mkdir(parents=True)
     for name, text in (files or {}).items():
@@ -32,10 +34,13 @@ def write_run(home: Path, stage: str, *, metrics, counts=None, notes=None, confi
         (folder / name).write_text(text)
     if log:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    products = {name.split(".")[0]: {"path": name, "sha256": "sha256:0"} for name in files or {} if "/" not in name}
+    named = {name.split(".")[0]: name for name in files or {} if "/" not in name} | (products or {})
+    products = {name: {"path": path, "sha256": hash_path(folder / path)} for name, path in named.items()}
     (folder / MANIFEST).write_text(json.dumps({
         "stage": stage.rsplit("/")[-1], "recipe": "tiny", "status": "finished", "fingerprint": f"sha256:{hash_of(stage)}",
-        "config": {"seed": seed, **(config or {})}, "parents": {p: f"sha256:{hash_of(p)}" for p in parents}, "inputs": {}, "seed": seed,
+        "config": {"seed": seed, **(config or {})}, "parents": {p: f"sha256:{hash_of(p)}" for p in parents}, "seed": seed,
+        "inputs": {"task word_problems": f"sha256:{hash_of('asked')}"} if stage == "evaluation" else {},
+        "identity": {"stage": stage, "config": {"seed": seed, **(config or {})}},
         "products": products, "counts": counts or {}, "metrics": metrics, "notes": notes or {},
         "provenance": {"commit": "0123456789abcdef0123", "dirty": False, "versions": {"torch": "2.13.0"}, "wall_s": 61.5, "attempts": 1,
                        "hardware": "2 x Made-up Processor", "peak_rss_bytes": 1 << 30, "world_size": 1,
@@ -51,6 +56,10 @@ def curve(start: float, end: float, steps: int, key: str, tokens: int | None = N
             for i in range(1, steps + 1)]
 
 
+HOSTILE = ("<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'> ![](http://127.0.0.1:9/a.png) "
+           "\x027\x03forged\x04 \u202ea|b")
+
+
 def records(strategy: str, right: float, seed: int) -> list[dict]:
     """What the evaluation leaves of one cell: 40 problems with one sample each, eight for self-consistency."""
     rng, found = random.Random(seed), []
@@ -58,12 +67,13 @@ def records(strategy: str, right: float, seed: int) -> list[dict]:
         samples = []
         for _ in range(8 if strategy == "self_consistency" else 1):
             answer = "7" if rng.random() < right else "8"
-            samples.append({"text": "", "tokens": 5 if strategy == "direct" else 40, "prompt_tokens": 30, "finished": True,
-                            "finish": "stop", "answer": answer, "correct": answer == "7", "gold_score": float(answer == "7"), "faults": []})
+            samples.append({"text": f"{HOSTILE}\nThe answer is {answer}.", "prompt_tokens": 30, "tokens": 5 if strategy == "direct" else 40,
+                            "finished": True, "finish": "stop", "answer": answer, "correct": answer == "7",
+                            "gold_score": float(answer == "7"), "faults": []})
         votes = [s["answer"] for s in samples]
         answer = max(sorted(set(votes)), key=votes.count)
-        found.append({"id": str(i), "task": "word_problems", "difficulty": 1 + i % 4, "gold": "7", "answer": answer,
-                      "correct": answer == "7", "tie": False, "samples": samples,
+        found.append({"id": str(i), "task": "word_problems", "question": f"Question {i} {HOSTILE}", "difficulty": 1 + i % 4,
+                      "gold": "7", "answer": answer, "correct": answer == "7", "tie": False, "samples": samples,
                       "cost": {"requests": len(samples), "prompt_tokens": 30 * len(samples), "generated_tokens": sum(
                           s["tokens"] for s in samples)}})
     return found
@@ -85,9 +95,12 @@ def make_runs(home: Path, stages=STAGES) -> Path:
     found = [{"model": m, "task": t, "strategy": s, **scoring.summary(rows)} for (m, t, s), rows in judged.items()]
     found += [{"model": m, "task": t, "strategy": scoring.SAMPLED, **scoring.sampled_summary(rows)}
               for (m, t, s), rows in judged.items() if s == "self_consistency"]
+    texts = {f"results/{m}/{t}.{s}.jsonl": "".join(json.dumps(row) + "\n" for row in rows) for (m, t, s), rows in judged.items()}
+    judged = {key: [scoring.without_texts(row) for row in rows] for key, rows in judged.items()}
     costs = frontiers(judged)
     results = {"cells": found, "comparisons": scoring.comparisons(judged), "pairs": pairs(judged), "frontier": costs, "compute": computed(
-        costs, {"pretrain": {"flops": 1.7e13, "matmul_parameters": 880_000}, "sft": {"flops": 2e12}})}
+        costs, {"pretrain": {"counts": {"flops": 1.7e13, "matmul_parameters": 880_000}, "parents": {}},
+                "sft": {"counts": {"flops": 2e12}, "parents": {"pretrain": ""}}})}
     values = {"score": 0.1, "gold": 0.8, "sampled_accuracy": 0.6, "kl": 0.0, "entropy": 0.3, "length": 40.0, "eos_rate": 0.98,
               "greedy_accuracy": 0.8}
     gains = {"score": 0.9, "gold": 0.21, "sampled_accuracy": 0.12, "kl": 4.1, "entropy": -0.1, "length": 1.0, "eos_rate": 0.01,
@@ -124,6 +137,8 @@ def make_runs(home: Path, stages=STAGES) -> Path:
         "sft": {"metrics": {"validation_loss": metric(0.08, n=300), "validation_gap": metric(0.017, n=300),
                             **{f"{when}/{k}": share(pair[i], 200) for k, pair in tuned.items()
                                for i, when in enumerate(("before", "after"))},
+                            "change/worked_accuracy": metric(0.53, n=200, ci95=(0.46, 0.6)),
+                            "change/base_loss": metric(0.55, n=48_042, ci95=(0.5, 0.6)),
                             "before/base_loss": metric(0.456, n=48_042, ci95=(0.44, 0.47)),
                             "after/base_loss": metric(1.01, n=48_042, ci95=(0.98, 1.03))},
                 "counts": {"dialogues": 3000, "tokens": 427_758, "cut": 0, "steps": 375}, "config": {"method": "lora", "lora_rank": 16},
@@ -131,7 +146,8 @@ def make_runs(home: Path, stages=STAGES) -> Path:
         "preferences": {"metrics": {"kept_share": share(0.8, 1500), "all_tie_share": share(0.2, 1500), "gold_mean": share(0.7, 1500),
                                     "annotator_flipped_pairs": share(0.0, 9000), "sample_accuracy": share(0.5, 1500),
                                     "distinct_responses": metric(6.5, n=1500, ci95=(6.4, 6.6))},
-                        "counts": {"asked": 1500, "samples": 12_000, "prompts": 1200, "responses": 8000, "pairs": 9000, "tokens": 400_000},
+                        "counts": {"asked": 1500, "samples": 12_000, "flops": 3.1e12, "prompts": 1200, "responses": 8000,
+                                   "pairs": 9000, "tokens": 400_000},
                         "notes": {"annotators": [annotator_name(0.0)], "simulated": True},
                         "config": {"source": None, "temperature": 1.2}, "parents": ["prepare", "sft"]},
         "reward_model": {"metrics": {
@@ -141,7 +157,8 @@ def make_runs(home: Path, stages=STAGES) -> Path:
             "baseline_min_logprob_accuracy": share(0.71, 3000), "baseline_length_accuracy": share(0.52, 3000),
             "gain_over_min_logprob": metric(0.11, n=3000, ci95=(0.08, 0.14)), "score_mean": metric(0.0, n=2400),
             "score_std": metric(1.0, n=2400)},
-            "counts": {"parameters": 900_000, "steps": 300, "train_prompts": 1080, "train_responses": 7200, "heldout_prompts": 120},
+            "counts": {"parameters": 900_000, "steps": 300, "flops": 2.2e12, "train_prompts": 1080,
+                       "train_responses": 7200, "heldout_prompts": 120},
             "notes": {"simulated_annotator": True, "reliability": {"fresh": [
                 {"low": 0.5, "high": 0.55, "n": 1000, "confidence": 0.53, "right": 0.5},
                 {"low": 0.9, "high": 0.95, "n": 2000, "confidence": 0.93, "right": 0.97}]}}, "parents": ["prepare", "sft", "preferences"],
@@ -168,12 +185,12 @@ def make_runs(home: Path, stages=STAGES) -> Path:
                                "counts": {"prompts": 720, "responses": 5760, "dialogues": 684, "flops": 1_014_891_520_000},
                                "config": {"rounds": 2, "keep": 1, "samples_per_prompt": 8, "reward": {"model": 1.0}},
                                "parents": ["prepare", "sft", "reward_model"]},
-        "evaluation": {"metrics": {}, "counts": {"problems": 40, "cells": len(judged), "tokens": 30_000},
+        "evaluation": {"metrics": metrics_of(results), "counts": {"problems": 40, "cells": len(judged), "tokens": 30_000},
                        "parents": ["prepare", "pretrain", "sft", "ppo"],
                        "config": {"models": {"base": ["direct", "zero_shot_cot"], "ppo": ["zero_shot_cot", "self_consistency"],
                                              "sft": ["direct", "few_shot", "zero_shot_cot", "self_consistency"]},
                                   "num_samples": 8, "temperature": 1.0, "shots": 2},
-                       "files": {"results.json": json.dumps(results)}}}
+                       "files": {"results.json": json.dumps(results), **texts}, "products": {"items": "results"}}}
     for stage in stages:
         write_run(home, stage, **content[stage])
     return home

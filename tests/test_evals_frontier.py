@@ -181,11 +181,22 @@ def test_an_evaluation_has_a_frontier_a_model_and_task():
 def test_a_model_s_training_is_that_of_its_stages():
     cells = {(model, "maths", strategy): [row("a", "1", cost=(1, 30, 10)), row("b", "2", cost=(1, 30, 20))]
              for model in ("base", "sft", "ppo", "other") for strategy in ("direct", "few_shot")}
-    counts = {"pretrain": {"flops": 1e13, "matmul_parameters": 1000}, "sft": {"flops": 2e12}, "ppo": {}}
-    found = f.computed(f.frontiers(cells), counts)
+    runs = {"pretrain": {"counts": {"flops": 1e13, "matmul_parameters": 1000}, "parents": {"prepare": ""}},
+            "sft": {"counts": {"flops": 2e12}, "parents": {"prepare": "", "pretrain": ""}},
+            "ppo": {"counts": {}, "parents": {"sft": ""}}}
+    found = f.computed(f.frontiers(cells), runs)
     assert [(p["model"], p["training_flops"], p["inference_flops"]) for p in found] == [
         *[("base", 1e13, 2 * 1000 * 45)] * 2, *[("sft", 1.2e13, 2 * 1000 * 45)] * 2]  # PPO's FLOPs were not counted
     assert [p["pareto"] for p in found] == [True, True, False, False]
+    runs["ppo"] = {"counts": {"flops": 3e12}, "parents": {"sft": ""}}  # on a rule: no reward model
+    assert [p["training_flops"] for p in f.computed(f.frontiers(cells), runs)][-1] == 1.5e13
+    runs["ppo"]["parents"] = {"sft": "", "reward_model": ""}
+    assert "ppo" not in {p["model"] for p in f.computed(f.frontiers(cells), runs)}  # the reward model is not there
+    runs |= {"reward_model": {"counts": {"flops": 4e12}, "parents": {"sft": "", "preferences": ""}},
+             "preferences": {"counts": {"flops": 0}, "parents": {"sft": ""}}}  # people ranked: no model computed anything
+    assert [p["training_flops"] for p in f.computed(f.frontiers(cells), runs)][-1] == 1.9e13
+    del runs["preferences"]["counts"]["flops"]
+    assert "ppo" not in {p["model"] for p in f.computed(f.frontiers(cells), runs)}
     assert f.computed(f.frontiers(cells), {}) == []
 
 
@@ -270,7 +281,9 @@ def test_ppo_alone_is_priced_by_the_runs_it_came_from(tmp_path):
     found = evaluation.ancestry({"ppo": ppo}, paths)
     assert list(found) == ["ppo", "sft", "pretrain"]
     cells = {("ppo", "maths", strategy): [row("a", "1", cost=(1, 30, 10))] for strategy in ("direct", "few_shot")}
-    assert [p["training_flops"] for p in f.computed(f.frontiers(cells), {name: run.data["counts"] for name, run in found.items()})] == \
-        [1.5e13] * 2
+    runs = {name: run.data for name, run in found.items()}
+    assert f.computed(f.frontiers(cells), runs) == []  # what it learned from is not there, and neither is its price
+    runs["ppo"] = ppo.data | {"parents": {"sft": "f sft"}}
+    assert [p["training_flops"] for p in f.computed(f.frontiers(cells), runs)] == [1.5e13] * 2
     (tmp_path / "pretrain" / "manifest.json").write_text(json.dumps({"stage": "pretrain", "fingerprint": "another"}))
     assert list(evaluation.ancestry({"ppo": ppo}, paths)) == ["ppo", "sft"]  # what is there now is not what SFT was made from

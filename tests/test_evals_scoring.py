@@ -53,6 +53,8 @@ def test_cells_count_what_the_program_says_where_equality_cannot_judge():
     results = [Result(text=f"The answer is {answer}.", prompt_tokens=4, generated_tokens=5, finish="stop")
                for answer in ("4 * 6 / 1 / 1", "24", "6 * 4 * 1")]
     records = [scoring.record(row, conclude([result])) for result in results]
+    asked = scoring.record(row | {"question": "Why?"}, conclude([results[0]]))  # for who reads the answers, and not kept in memory
+    assert asked == records[0] | {"question": "Why?"} and "question" not in scoring.without_texts(asked)
     assert [r["correct"] for r in records] == [r["samples"][0]["correct"] for r in records] == [True, False, False]
     cell = scoring.summary(records)
     assert cell["accuracy"] == 1 / 3 and cell["n"] == 3 and cell["unanswered"] == 0 and scoring.shares(records) == [1, 0, 0]

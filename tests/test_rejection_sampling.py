@@ -18,7 +18,7 @@ from stages.models import adapters
 from stages.models.counts import forward_flops, train_flops_per_token
 from stages.rejection_sampling import RejectionSamplingConfig, main
 from stages.rl import selection
-from stages.rl.costs import cost_table, ppo_flops, price, score_table, spent, totals
+from stages.rl.costs import cost_table, ppo_flops, price, ranking_flops, sampling_flops, score_table, spent, totals
 from stages.rl.questions import asked
 from stages.rl.rewards import Response, build_reward
 from stages.rl.selection import choose, dialogues, sift
@@ -109,6 +109,22 @@ def test_flops_by_hand():
     assert ppo_flops(small, None, [], responses=2, prompt_tokens=6, tokens=4, epochs=1) == 6 * policy
     more = ppo_flops(small, None, [small], responses=2, prompt_tokens=6, tokens=4, epochs=1, par_samples=2, ptx_tokens=10, ptx_row=5)
     assert more == (6 + 2) * policy + (1 + 2) * reader + 3 * (each * 10 + 2 * head * 10)
+
+
+def test_flops_of_sampling_and_of_training_on_rankings_by_hand():
+    small = config(**SMALL)
+    body, head = 2 * (4 * 8 * 8 + 3 * 8 * 16), 2 * 10 * 8
+
+    def attention(length):
+        return 2 * 2 * 2 * 4 * length
+
+    # 2 prompts of 3 tokens, 8 responses of 2: rows of 3 + 2, prompts read once
+    assert sampling_flops(small, prompts=2, prompt_tokens=6, responses=8, tokens=16) == (body + attention(5)) * 22 + head * 16
+    records = [{"prompt_ids": [1] * 3, "response_ids": [[1, 2], [1, 2, 3, 4]]}, {"prompt_ids": [1] * 5, "response_ids": [[1]] * 4}]
+    length = (3 * 2 + 5 * 4 + 6 + 4) // 6  # of a prompt and a response
+    once, apart = (body + attention(length)) * (3 + 5 + 10), (body + attention(length)) * (3 * 2 + 5 * 4 + 10)
+    assert ranking_flops(small, records, passes=2.0, share_prompts=True) == 3 * 2 * once
+    assert ranking_flops(small, records, passes=0.5, share_prompts=False, adapters=True, members=3) == 2 * 3 * apart / 2
 
 
 TRAINED = {"dialogues": 1, "trained_tokens": 4, "steps": 1, "training_s": 2.0, "training_flops": 1000}

@@ -1,9 +1,11 @@
 """The report: every number leads back to a manifest, what is missing is said, and the page needs nothing but itself."""
 import base64
+import html
 import inspect
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,10 +16,10 @@ from reward.gate import judge
 from stages.laws.fit import expected
 from stages.models import ranking
 from stages.report import ReportConfig, main
-from stages.run import figures, page, story
+from stages.run import figures, page, story, story_pipeline
 from stages.run.cited import GAIN, SCORE, Stage, verdict
 from stages.run.config import build_config
-from stages.run.manifest import MANIFEST, Manifest
+from stages.run.manifest import MANIFEST, Manifest, hash_data
 from tests.report_runs import STAGES, make_runs
 
 
@@ -100,8 +102,9 @@ def test_markdown_twin_says_the_same_and_its_figures_are_there(whole):
     reader.feed((whole / "report" / "index.html").read_text())
     shown = "".join(reader.text)
     for line in text.splitlines():
-        if line.startswith("| "):
-            assert all(cell in shown for cell in line.strip("| ").split(" | ")), line
+        if line.startswith("| ") and not line.startswith("| stage | verdict | key figure"):  # a picture there, without a header
+            assert all(html.unescape(part) in shown for cell in line.strip("| ").split(" | ")
+                       for part in cell.replace("\\|", "|").replace("]\\(", "](").split("<br>")), line
 
 
 def follow(origin: str, home: Path):
@@ -443,6 +446,146 @@ def test_a_finished_report_is_made_again_when_a_manifest_changes(tmp_path, capsy
     data["provenance"]["wall_s"] = 99.0
     (home / "pretrain" / MANIFEST).write_text(json.dumps(data))
     assert report(home).fingerprint != first and (home / "report" / "index.html").read_bytes() != page_
+
+
+def test_text_of_models_is_only_shown(whole, told):
+    """The made-up evaluation's questions and answers are hostile; neither form of the report lets them do anything."""
+    page_, twin = ((whole / "report" / name).read_text() for name in ("index.html", "report.md"))
+    section = next(s for s in told.sections if s.key == "samples")
+    assert "<script>window.pwned" in section.tables[0].rows[0][1]  # it was there
+    assert "&lt;script&gt;window.pwned" in page_ and not re.search("<script|<img src=x|onerror='w", page_)
+    assert "&lt;script>window.pwned" in twin and not re.search(r"<script|<img|!\[\]\(", twin)
+    assert "forged" in page_ and not any(text == "7" and origin == "forged" for text, origin in page.numbers(told))
+    assert "(U+202E)" in page_ and "\u202e" not in page_ + twin
+
+
+def test_the_same_questions_stand_side_by_side(whole, told):
+    section = next(s for s in told.sections if s.key == "samples")
+    [table] = section.tables
+    assert table.header == ["question", "base", "SFT", "PPO"] and len(table.rows) == 3 and table.caption == "word_problems: CoT."
+    for i, row in enumerate(table.rows):
+        assert row[0].startswith(f"Question {i} ") and row[0].endswith("Right: 7")
+        for model, cell in zip(("base", "sft", "ppo"), row[1:], strict=True):
+            held = json.loads((whole / "evaluation" / "results" / model / "word_problems.zero_shot_cot.jsonl").read_text().splitlines()[i])
+            [sample] = held["samples"]
+            said = "\u2713 right" if sample["correct"] else "\u2717 wrong"
+            assert page.plain(cell).endswith(f"The answer is {sample['answer']}.\n{said}, gold {sample['gold_score']:.3f}")
+
+
+def test_samples_need_two_models_and_files(tmp_path, undrawn):
+    home = make_runs(tmp_path / "tiny")
+    for model in ("base", "ppo"):
+        shutil.rmtree(home / "evaluation" / "results" / model)
+    assert not [s for s in tell(home, tmp_path).sections if s.key == "samples"]
+
+
+def changed(home: Path, stage: str, *, metrics=None, notes=None, **more) -> page.Step:
+    """The stage's box in the picture when its manifest says something else."""
+    data = json.loads((home / stage / MANIFEST).read_text())
+    data["metrics"] |= metrics or {}
+    data["notes"] |= notes or {}
+    manifest = Manifest(home / stage)
+    manifest.data = data | more
+    stages = {s: Stage(Manifest(home / s)) for s in ReportConfig.PARENTS if s != stage} | {stage: Stage(manifest)}
+    return story_pipeline.step(stage, stages)
+
+
+def test_the_pipeline_is_a_picture_with_verdicts(whole, told):
+    steps = {step.key: step for step in told.steps}
+    assert list(steps) == list(ReportConfig.PARENTS)
+    assert {name: step.level for name, step in steps.items()} == {
+        "prepare": "warn", "scaling": "pass", "pretrain": "pass", "sft": "warn", "preferences": "none", "reward_model": "warn",
+        "rejection_sampling": "pass", "ppo": "warn", "evaluation": "warn"}
+    assert page.plain(steps["ppo"].figure) == "gold score gained +0.210 [+0.190, +0.230], n 300"
+    assert page.plain(steps["ppo"].why) == "above zero; 1 alarm of reward hacking: kl" and steps["ppo"].reads == (
+        "prepare", "sft", "reward_model")
+    assert "forgot: loss on the base corpus +0.550" in page.plain(steps["sft"].why)
+    text = (whole / "report" / "index.html").read_text()
+    for step in told.steps:
+        assert f'<a href="#{step.key}">{step.key} (1m02s)</a><div class="verdict">{page.LEVELS[step.level]}</div>' in text
+    assert all(len(words.split(" ", 1)) == 2 for words in page.LEVELS.values())  # a symbol and a word: no colour is needed
+
+
+def test_each_verdict_follows_its_own_measure(whole):
+    def level(*given, **more):
+        return changed(whole, *given, **more).level
+
+    def gained(low, high):
+        return {"gain/gold": {"value": (low + high) / 2, "n": 9, "ci95": [low, high]}}
+
+    assert [level("ppo", metrics=gained(*ends), notes={"alarms": []}) for ends in ((.1, .2), (-.1, .2), (-.2, -.1))] == [
+        "pass", "warn", "fail"]
+    assert level("ppo", metrics=gained(-.2, -.1)) == "fail"  # an alarm is no excuse
+    assert level("ppo", metrics={"gain/gold": {"value": 0.1}}, notes={"alarms": []}) == "warn"  # without an interval nothing passes
+    assert [level("pretrain", metrics={"heldout_loss": {"value": .4, "ci95": [.4, .4 + width]}}) for width in (0.0, .1)] == ["pass"] * 2
+    assert level("sft", metrics={"change/base_loss": {"value": 0.0, "ci95": [-.1, .1]}}) == "pass"
+    assert level("prepare", metrics={"contamination/gsm8k": {"value": 0.0, "n": 9}}) == "pass"
+    assert level("prepare", notes={"contamination": {}}) == "none"
+    alpha = [level("preferences", metrics={"agreement_alpha": {"value": low, "ci95": [low, high]}})
+             for low, high in ((.8, .9), (.7, .9), (.5, .6), (.6, .7))]
+    assert alpha == ["pass", "warn", "fail", "warn"]
+    assert level("reward_model", metrics={"fresh_accuracy": {"value": .5, "n": 9, "ci95": [.4, .6]}}) == "fail"
+
+
+def test_a_prediction_missed_fails_and_a_rise_of_held_out_loss_warns(tmp_path, undrawn):
+    home = make_runs(tmp_path / "tiny", ("prepare", "scaling", "pretrain"))
+
+    def level(stage):
+        stages = {s: Stage(Manifest(home / s)) for s in ("prepare", "scaling", "pretrain")}
+        return story_pipeline.step(stage, stages).level
+
+    assert (level("scaling"), level("pretrain")) == ("pass", "pass")
+    with (home / "pretrain" / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 11, "tokens": 2_100_000, "heldout/loss": 0.7}) + "\n")
+    data = json.loads((home / "pretrain" / MANIFEST).read_text())
+    data["metrics"]["heldout_loss"]["value"] = 0.7
+    (home / "pretrain" / MANIFEST).write_text(json.dumps(data))
+    assert (level("scaling"), level("pretrain")) == ("fail", "warn")
+    data["counts"]["tokens"] = 1
+    (home / "pretrain" / MANIFEST).write_text(json.dumps(data))
+    assert level("scaling") == "none"  # another budget than the one predicted
+    shutil.rmtree(home / "prepare")
+    shutil.copytree(make_runs(tmp_path / "other", ("prepare",)) / "prepare", home / "prepare")
+    data = json.loads((home / "prepare" / MANIFEST).read_text())
+    (home / "prepare" / MANIFEST).write_text(json.dumps(data | {"fingerprint": "sha256:0"}))
+    assert level("scaling") == "warn"  # made from another prepare
+
+
+def test_lineage_names_parents_settings_inputs_and_products(told, whole):
+    table = next(t for s in told.sections if s.key == "records" for t in s.tables if t.caption.startswith("Lineage"))
+    row = next(row for row in table.rows if row[0] == "evaluation")
+    held = json.loads((whole / "evaluation" / MANIFEST).read_text())
+    assert row[1] == held["fingerprint"][7:19] and row[3] == hash_data(held["identity"]["config"])[7:19]
+    assert row[2] == ", ".join(f"{name} {of[7:19]}" for name, of in held["parents"].items()) and "ppo 70706f" in row[2]
+    assert row[4] == f"task word_problems {held['inputs']['task word_problems'][7:19]}" and row[5].startswith("results ")
+
+
+def test_costs_are_summed_over_the_stages_that_count_them(told):
+    table = next(s for s in told.sections if s.key == "costs").tables[0]
+    rows = {row[0]: [page.plain(cell) for cell in row[1:]] for row in table.rows}
+    assert rows["preferences"][-1] == "3.1e+12" and rows["reward_model"][-1] == "2.2e+12" and rows["prepare"][-1] == "not measured"
+    assert rows["sum"][-1] == f"{8.7e12 + 1.7e13 + 3.1e12 + 2.2e12 + 1_014_891_520_000:.3g}"
+
+
+def test_alarms_are_marked_on_ppo_s_curves(whole, tmp_path, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(figures, "bars", small_figure)
+    monkeypatch.setattr(figures, "plot", lambda path, lines, **options: (shown.update({path.stem: options}), small_figure(path)))
+    tell(whole, tmp_path)
+    assert shown["ppo-scores"]["events"] == shown["ppo-kl"]["events"] == {"alarm: kl": 30.0}  # of step 120 at 4 steps an iteration
+
+
+def test_more_series_than_colours_still_differ(tmp_path):
+    def drawn(folder: str, color: int, look: str) -> str:
+        return figures.plot(tmp_path / folder / "a.svg", [figures.Series("", [0, 1, 2], [1, 0, 2], look=look, color=color)], x="x",
+                            y="y").read_text()
+
+    for look in ("line", "points"):
+        rounds = [drawn(f"{look}{turn}", 1 + turn * len(figures.COLORS), look) for turn in range(4)]
+        assert len(set(rounds)) == 4 and rounds[0] == drawn("again", 1, look), look
+        assert all(figures.COLORS[1] in text for text in rounds)
+    groups = {f"g{i}": (1.0, None, None) for i in range(len(figures.COLORS) + 1)}
+    assert "<pattern" in figures.bars(tmp_path / "b.svg", {"row": groups}, x="x").read_text()
 
 
 def test_text_is_escaped_and_marks_become_titles():

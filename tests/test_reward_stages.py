@@ -4,7 +4,7 @@ import json
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from reward import agreement, preferences
 from reward.gate import judge
@@ -17,6 +17,7 @@ from stages.data.tokenizer import END, train_tokenizer
 from stages.models import quality
 from stages.models.sizes import decoder_config
 from stages.rl.adapters import REWARD, adapt, add_classifier, reward_adapter
+from stages.rl.costs import ranking_flops, sampling_flops
 from stages.rl.rewards import Response, build_reward, scorers
 from stages.run.config import build_config
 from stages.run.manifest import write_json
@@ -65,7 +66,7 @@ def ranked(parents, tmp_path_factory):
     return folder, rank(parents, folder)
 
 
-def test_records_are_simulated_ranked_by_gold_and_never_all_tied(ranked):
+def test_records_are_simulated_ranked_by_gold_and_never_all_tied(ranked, parents):
     _, manifest = ranked
     records, _ = preferences.read(manifest.product("preferences"))
     assert len(records) == manifest.counts["prompts"] > 4
@@ -77,6 +78,14 @@ def test_records_are_simulated_ranked_by_gold_and_never_all_tied(ranked):
         best = max(record["gold_scores"])
         assert [r == 1 for r in record["ranks"]] == [abs(g - best) < 1e-9 for g in record["gold_scores"]]
         assert record["origin"]["model"] == "sha256:model" and record["origin"]["temperature"] == 1.0
+    files = sorted((manifest.path / "chunks").glob("*.json"))
+    rows = [row for file in files for row in json.loads(file.read_text())]
+    in_records = sum(len(ids) * times for row in rows for r in row["records"] for ids, times in zip(r["response_ids"], r["drawn"],
+                                                                                                    strict=True))
+    assert manifest.counts["sampled_tokens"] == sum(row["sampled_tokens"] for row in rows) >= in_records > 0
+    assert manifest.counts["flops"] == sampling_flops(
+        AutoConfig.from_pretrained(parents / "sft" / "model"), prompts=48, prompt_tokens=sum(row["prompt_tokens"] for row in rows),
+        responses=48 * 4, tokens=manifest.counts["sampled_tokens"])
     kept = manifest.metrics["kept_share"]
     assert kept["n"] == manifest.counts["asked"] == 48 and kept["value"] + manifest.metrics["all_tie_share"]["value"] == pytest.approx(1)
     assert {"gold_mean", "sample_accuracy", "annotator_flipped_pairs"} <= set(manifest.metrics)
@@ -144,6 +153,7 @@ def test_people_s_records_are_compared_and_what_teaches_nothing_is_kept_and_coun
     assert len(preferences.read(manifest.product("preferences"), skipped=True)[0]) == 11  # kept, but not trained on
     assert len(preferences.read(manifest.product("preferences"))[0]) == 10
     part = rank(parents, tmp_path, source=str(path), max_length=200, max_prompts=3)  # what was not looked at counts for nothing
+    assert part.counts["flops"] == 0
     assert part.counts["asked"] == 3 and part.metrics["kept_share"]["value"] == 1.0 and part.counts["rankings"] == 3
     named = rank(parents, tmp_path, source=str(path), max_length=200, annotator="simulated: a test")  # several stay several
     assert named.data["notes"]["annotators"] == ["simulated: a test (eve)", "simulated: a test (max)"]
@@ -292,6 +302,12 @@ def test_an_ensemble_goes_from_its_stage_to_the_rewards_of_ppo(parents, ranked, 
     assert manifest.metrics["member_disagreement"]["value"] > 0 and manifest.metrics["fresh_accuracy"]["n"] > 0
     assert len(scorers({"model": 1.0}, folder)) == len(scorers({"model@min": 1.0}, folder)) == (1 if share == "trunk" else 3)
     facts = json.loads((folder / "ensemble.json").read_text())
+    learned, _ = reward_model_stage.split(
+        preferences.read(ranked[1].product("preferences"))[0],
+        configured("reward_model", reward_model_stage.RewardModelConfig, parents, tmp_path, heldout_share=0.25))
+    assert manifest.counts["flops"] == ranking_flops(
+        AutoConfig.from_pretrained(parents / "sft" / "model"), learned, passes=manifest.counts["steps"] * 4 / len(learned),
+        share_prompts=True, members=1 if share == "trunk" else 3) > 0
     assert len(facts["members"]) == 3 and (folder / "members/2/config.json").is_file() == (share == "none")
 
     def score(name):

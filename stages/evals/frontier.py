@@ -184,22 +184,29 @@ def compute(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**p, "pareto": kept} for p, kept in zip(made, best, strict=True)]
 
 
-ROAD = {"base": ("pretrain",), "base_chat": ("pretrain",), "sft": ("pretrain", "sft"), "ppo": ("pretrain", "sft", "ppo")}
+MADE_BY = {"base": "pretrain", "base_chat": "pretrain", "sft": "sft", "ppo": "ppo"}
 
 
-def computed(frontiers: Sequence[Mapping[str, Any]], counts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The points of an evaluation's frontiers under `compute`, task by task, from the `counts` of the stages' manifests.
+def road(stage: str, runs: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The stages whose FLOPs went into a stage's product: itself and all that it was made from, but for `prepare`, which trains nothing."""
+    return {stage}.union(*(road(parent, runs) for parent in runs.get(stage, {}).get("parents", ()) if parent != "prepare"))
 
-    A model's training is that of its stages (`ROAD`), those of preferences and reward model not included: they are not counted. A model
-    that is on no road, of whose stages one does not count its FLOPs, or whose parameters nobody counted, has no points.
+
+def computed(frontiers: Sequence[Mapping[str, Any]], runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The points of an evaluation's frontiers under `compute`, task by task, from the stages' manifests (`counts`, `parents`).
+
+    A model's training is that of its `road`: of PPO on a reward model, preferences and reward model too. A model of no stage, of whose
+    stages one is not there or does not count its FLOPs, or whose parameters nobody counted, has no points.
     """
+    counts = {name: run.get("counts", {}) for name, run in runs.items()}
     parameters = counts.get("pretrain", {}).get("matmul_parameters")
     found = []
     for task in dict.fromkeys(of["task"] for of in frontiers):
         points = []
         for of in frontiers:
-            trained = [counts.get(stage, {}).get("flops") for stage in ROAD.get(of["model"], ())]
-            if of["task"] == task and parameters and trained and all(trained):
+            made_by = MADE_BY.get(of["model"])
+            trained = [counts.get(stage, {}).get("flops") for stage in road(made_by, runs)] if made_by else []
+            if of["task"] == task and parameters and trained and None not in trained:
                 points += [{"model": of["model"], "task": task, "strategy": p["strategy"], "k": p["k"], "parameters": parameters,
                             "training_flops": sum(trained), "tokens": p["tokens"], "counted": of["counted"], "accuracy": p["accuracy"],
                             "ci95": p["ci95"], "n": p["n"]} for p in of["points"]]

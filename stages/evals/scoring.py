@@ -1,7 +1,7 @@
 """From samples to figures: one record a problem, one summary a cell, paired comparisons. (Samples from elsewhere: recorded.py.)
 
 Records are what `results/*.jsonl` hold, in the Samples format with more keys, so every figure recomputes from them:
-{"id", "task", "difficulty", "gold", "answer", "correct", "tie",
+{"id", "task", "question"?, "difficulty", "gold", "answer", "correct", "tie",
  "cost": {"requests", "prompt_tokens", "generated_tokens"}, of all that was asked,
  "samples": [{"text", "tokens", "prompt_tokens", "finished", "finish", "answer", "correct", "gold_score", "faults"}],
  "steps": [{"stage", "sample", "text", "tokens", "prompt_tokens", "finish", "score"?}], of what is no sample}
@@ -43,13 +43,16 @@ def record(row: Mapping[str, Any], solution: Solution) -> dict:
     correct = right(row, solution.answer)
     return {"id": row["id"], "task": row["task"], "difficulty": row["difficulty"], "gold": row["answer"],
             "answer": solution.answer, "correct": correct, "tie": solution.tie, "samples": samples, "cost": vars(solution.cost),
-            **({"steps": steps} if steps else {}), **{key: row[key] for key in ("answer_type", "template") if key in row}}
+            **({"steps": steps} if steps else {}), **{key: row[key] for key in ("answer_type", "template", "question") if key in row}}
 
 
 def without_texts(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record with what figures follow from alone: of 100,000 questions the texts would not fit in memory."""
-    return {**record, **{name: [{key: value for key, value in part.items() if key != "text"} for part in record[name]]
-                         for name in ("samples", "steps") if name in record}}
+    def without(part: Mapping[str, Any], text: str) -> dict[str, Any]:
+        return {key: value for key, value in part.items() if key != text}
+
+    return {**without(record, "question"), **{name: [without(part, "text") for part in record[name]]
+                                              for name in ("samples", "steps") if name in record}}
 
 
 def finishes(record: Mapping[str, Any]) -> list[str]:

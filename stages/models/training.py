@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_callback import PrinterCallback
 
 from stages.models.optimizer import is_matrix
-from stages.run.checkpoint import MetricsLog, mark_complete, newest_complete, remove_incomplete, step_of
+from stages.models.trackers import keep_steps
+from stages.run.checkpoint import PROGRESS, MetricsLog, mark_complete, newest_complete, remove_incomplete, step_of
 from stages.run.console import clock
-from stages.run.manifest import Run, is_main, say
+from stages.run.manifest import Run, is_main, say, write_json
 
 
 def world_size() -> int:
@@ -62,6 +63,10 @@ def training_arguments(run: Run, *, seed: int, report_to: str = "none", logging_
         "bf16": not cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16", "dataloader_pin_memory": not cpu,
         "logging_steps": logging_steps, "logging_first_step": True, "logging_nan_inf_filter": False, "disable_tqdm": True,
         "save_strategy": "steps", "save_steps": save_steps, "save_total_limit": 2, "remove_unused_columns": False}
+    if report_to != "none":  # by this name a tracker finds an interrupted run again, and tells a changed one from it
+        home = Path(more.get("output_dir", common["output_dir"])).parent
+        common["run_name"] = "-".join([run.config.recipe, run.config.STAGE, run.fingerprint.removeprefix("sha256:")[:8],
+                                       *([] if home == run.directory else [home.name])])
     if "gradient_checkpointing" in more and "activation_checkpointing" in TrainingArguments.__dataclass_fields__:
         more["activation_checkpointing"] = more.pop("gradient_checkpointing")
     return common | more
@@ -130,6 +135,7 @@ class Resumable:
                 row[key if "/" in key or key == "tokens" else f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"] = value
         self.metrics_log.append(row)
         say(self._line(row, state.max_steps))
+        write_json(self.metrics_log.path.with_name(PROGRESS), {"step": row["step"], "steps": state.max_steps, "since": self._began})
 
     def _line(self, row: dict[str, Any], steps: int) -> str:
         now = time.time()
@@ -161,6 +167,7 @@ def fit(trainer: Any) -> None:
     barrier()
     resume = newest_complete(checkpoints, world_size=world_size())
     trainer.rewind(step_of(resume) if resume else -1)
+    keep_steps(trainer, step_of(resume) if resume else 0)
     if resume:
         say(f"resuming from {resume}")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)

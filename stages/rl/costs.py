@@ -1,4 +1,5 @@
-"""What learning from samples costs, by one convention for PPO and for rejection sampling, and what its gain comes to for that price.
+"""What learning from samples costs, by one convention for preferences, reward model, PPO and rejection sampling, and what a gain comes to
+for that price.
 
 Counted is what a method does to learn; what is measured before and after is not. FLOPs are those of stages/models/counts.py: a
 forward pass over a token is 2 a matmul parameter plus attention, and the language model's head counts where it is asked. Training
@@ -38,6 +39,34 @@ def ppo_flops(policy: PretrainedConfig, critic: PretrainedConfig | None, scorers
             + ((1 + critic_training * epochs) * passes(critic, 0) if critic is not None else 0))
 
 
+def sampling_flops(policy: PretrainedConfig, *, prompts: int, prompt_tokens: int, responses: int, tokens: int) -> int:
+    """FLOPs of drawing `responses` with `tokens` tokens in all: the sampler reads a prompt once for its K responses."""
+    return forward_flops(policy, tokens=prompt_tokens + tokens, predicted=tokens,
+                         sequence_length=prompt_tokens // prompts + tokens // responses)
+
+
+def drawn_counts(policy: PretrainedConfig, rows: Sequence[Mapping[str, Any]], samples: int) -> dict[str, int]:
+    """Counts of drawing `samples` responses to the prompt of each of `rows` (`prompt_tokens`, `sampled_tokens`); none where an earlier
+    version left rows that do not say how many tokens they took."""
+    if not rows or not all("sampled_tokens" in row for row in rows):
+        return {}
+    asked, tokens = (sum(row[key] for row in rows) for key in ("prompt_tokens", "sampled_tokens"))
+    return {"sampled_tokens": tokens, "flops": sampling_flops(policy, prompts=len(rows), prompt_tokens=asked,
+                                                              responses=len(rows) * samples, tokens=tokens)}
+
+
+def ranking_flops(model: PretrainedConfig, records: Sequence[Mapping[str, Any]], *, passes: float, share_prompts: bool,
+                  adapters: bool = False, members: int = 1) -> int:
+    """FLOPs of training `members` reward models in `passes` over `records` (`prompt_ids`, `response_ids`): each response is read once,
+    however many pairs it is in, and its prompt with it, or once for all of them where prompts are shared."""
+    read = [(len(r["prompt_ids"]), len(r["response_ids"]), sum(map(len, r["response_ids"]))) for r in records]
+    prompts, responses = (sum(p * k for p, k, _ in read), sum(k for _, k, _ in read))
+    answers = sum(tokens for _, _, tokens in read)
+    tokens = answers + (sum(p for p, _, _ in read) if share_prompts else prompts)
+    once = forward_flops(model, tokens=tokens, predicted=0, sequence_length=(prompts + answers) // responses)
+    return round((TRAINING - adapters) * members * passes * once)
+
+
 def price(gain: float, counts: Mapping[str, float]) -> str:
     """The gain in gold score beside `responses`, sampled `tokens` and `flops`, and what it comes to for each."""
     return (f"gold score {gain:+.3f} for {counts['responses']:,} responses, {counts['tokens'] / 1e6:.3g}M sampled tokens and "
@@ -49,8 +78,8 @@ def spent(sifted: Sequence[Mapping[str, Any]], trained: Mapping[str, float], pol
           ) -> dict[str, float]:
     """What a round of rejection sampling spent, and the mean scores of what it sampled and, if anything, of what it kept.
 
-    `sifted` has the round's prompts (stages/rl/selection.py), `trained` what the tuning took. The sampler reads a prompt once for
-    its K responses; a scorer reads it with each distinct one.
+    `sifted` has the round's prompts (stages/rl/selection.py), `trained` what the tuning took. A scorer reads a prompt with each distinct
+    response.
     """
     def total(name: str) -> Any:
         return sum(row[name] for row in sifted)
@@ -58,8 +87,7 @@ def spent(sifted: Sequence[Mapping[str, Any]], trained: Mapping[str, float], pol
     kept = [each for row in sifted for each in row["kept"]]
     asked, tokens, responses = sum(len(row["prompt_ids"]) for row in sifted), total("tokens"), total("responses")
     flops = {
-        "sampling_flops": forward_flops(policy, tokens=asked + tokens, predicted=tokens,
-                                        sequence_length=asked // len(sifted) + tokens // responses),
+        "sampling_flops": sampling_flops(policy, prompts=len(sifted), prompt_tokens=asked, responses=responses, tokens=tokens),
         "scoring_flops": sum(forward_flops(scorer, tokens=total("scored_tokens"), predicted=0,
                                            sequence_length=total("scored_tokens") // total("scored")) for scorer in scorers),
         "training_flops": trained["training_flops"]}

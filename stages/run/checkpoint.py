@@ -12,6 +12,7 @@ from typing import Any
 from stages.run.manifest import write_json
 
 MARK = "complete.json"
+PROGRESS = "progress.json"  # beside metrics.jsonl: step of how many, and since when and which step, for who looks from outside
 
 
 def mark_complete(folder: Path, *, world_size: int) -> None:

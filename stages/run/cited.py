@@ -18,6 +18,9 @@ MEASURED = ["", "value", "95 % interval", "n"]  # header of a table of `Stage.ro
 TITLES = {"prepare": "Data", "scaling": "Scaling law", "pretrain": "Pretraining", "sft": "Supervised fine-tuning",
           "preferences": "Preferences", "reward_model": "Reward model", "rejection_sampling": "Rejection sampling", "ppo": "PPO",
           "evaluation": "Evaluation"}
+STRATEGIES = {"direct": "direct", "few_shot": "few-shot", "zero_shot_cot": "CoT", "few_shot_cot": "few-shot CoT",
+              "sampled_cot": "one sampled CoT", "self_consistency": "self-consistency"}
+MODELS = {"base": "base", "sft": "SFT", "ppo": "PPO", "base_chat": "base, chat form"}
 Told = tuple[Section, list[list[str]]]  # a section, and its lines of the summary: effect, result, 95 % interval, n, beside it
 
 
@@ -54,7 +57,7 @@ class Stage:
 
     @property
     def short(self) -> str:
-        return self.fingerprint.removeprefix("sha256:")[:12]
+        return short_hash(self.fingerprint)
 
     @property
     def commit(self) -> str:
@@ -118,6 +121,10 @@ class Stage:
         """The curve of a key of metrics.jsonl, none if it was not logged; x is divided by `per`."""
         rows = [row for row in read_metrics(self.path / "metrics.jsonl") if key in row and x in row]
         return [Series(label, [row[x] / per for row in rows], [row[key] for row in rows], **look)] if rows else []
+
+
+def short_hash(value: str) -> str:
+    return value.removeprefix("sha256:")[:12]
 
 
 Stages = Mapping[str, Stage]

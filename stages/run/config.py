@@ -168,17 +168,25 @@ def build_config(cls: type[C], values: Mapping[str, Any], *, recipe: str = "", w
     filled = fill(cls, values, where=where)
     recipe = filled.setdefault("recipe", recipe) or recipe or "custom"
     filled["recipe"] = recipe
-    runs = os.environ.get("PLUMBLINE_RUNS", "runs")
-    home = f"{runs}/{recipe}"
-    filled["run_dir"] = filled.get("run_dir") or f"{home}/{cls.STAGE}"
+    filled["run_dir"] = filled.get("run_dir") or f"{runs_of()}/{recipe}/{cls.STAGE}"
     given = filled.get("parents", {})
     for name in given:
         if name not in cls.PARENTS:
             raise unknown(name, list(cls.PARENTS), f"{where}: parents")
+    filled["parents"] = parent_folders(cls.PARENTS, given, runs_of(), recipe)
+    return cls(**filled)
+
+
+def runs_of() -> str:
+    """The folder of all runs."""
+    return os.environ.get("PLUMBLINE_RUNS") or "runs"
+
+
+def parent_folders(names: tuple[str, ...], given: Mapping[str, str], runs: str, recipe: str) -> dict[str, str]:
+    """The run folder of each parent: what is given, moved to where the runs are, else the recipe's own."""
     moved = {name: path if path.startswith(f"{runs}/") or not path.startswith("runs/") else f"{runs}/{path.removeprefix('runs/')}"
              for name, path in given.items()}
-    filled["parents"] = {name: moved.get(name, f"{home}/{name}") for name in cls.PARENTS}
-    return cls(**filled)
+    return {name: moved.get(name, f"{runs}/{recipe}/{name}") for name in names}
 
 
 def parse_flags(argv: list[str]) -> dict[str, Any]:

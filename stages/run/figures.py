@@ -18,8 +18,8 @@ SIZE = (4.5, 3.1)  # inches: shown at that size or a little larger, so that text
 
 class Series(NamedTuple):
     """Points to draw. `low` and `high` are ends of intervals, of a "band" the edges of a shaded strip around its line; a "ring" marks
-    points of others and has the colour of text. `color` is a place in the palette (default: the next one); a series without a label is
-    not in the legend."""
+    points of others and has the colour of text. `color` is a place in the palette (default: the next one), beyond whose end dashes and
+    marks change; a series without a label is not in the legend."""
 
     label: str
     x: Sequence[float]
@@ -31,6 +31,9 @@ class Series(NamedTuple):
 
 
 MARKERS = {"points": ("o", 16), "squares": ("s", 20), "diamonds": ("D", 18), "star": ("*", 90)}
+# Each time round the palette: dashes of lines, marks of points. A plot has room for as many series in its legend.
+ROUNDS: tuple[tuple[str | tuple[int, tuple[float, ...]], str], ...] = (
+    ("-", "o"), ((0, (5, 1.5, 1, 1.5)), "s"), ((0, (1, 1.2)), "^"), ((0, (8, 2)), "D"))
 Bar = tuple[float, float | None, float | None]  # value and the ends of its interval, None where there is no interval
 
 
@@ -42,14 +45,16 @@ def lines(path: Path, series: Mapping[str, tuple[Sequence[float], Sequence[float
 
 
 def plot(path: Path, series: Sequence[Series], *, x: str, y: str, title: str = "", log_x: bool = False, log_y: bool = False,
-         marks: Mapping[str, float] | None = None, y_range: tuple[float, float] | None = None, diagonal: bool = False) -> Path:
+         marks: Mapping[str, float] | None = None, events: Mapping[str, float] | None = None,
+         y_range: tuple[float, float] | None = None, diagonal: bool = False) -> Path:
     """Lines and points, with intervals where there are any; points that are not finite are left out. Returns `path`.
 
-    `marks` draws named horizontal levels, `diagonal` the line on which y equals x.
+    `marks` draws named horizontal levels, `events` named places on the x axis, `diagonal` the line on which y equals x.
     """
     with _axes(path) as axes:
         for place, s in enumerate(series):
-            color = COLORS[(place if s.color is None else s.color) % len(COLORS)]
+            turn, hue = divmod(place if s.color is None else s.color, len(COLORS))
+            color, (dash, dot) = COLORS[hue], ROUNDS[turn % len(ROUNDS)]
             kept = [i for i, pair in enumerate(zip(s.x, s.y, strict=True)) if all(map(math.isfinite, pair))]
             xs, ys = [s.x[i] for i in kept], [s.y[i] for i in kept]
             if s.look == "band":
@@ -61,14 +66,18 @@ def plot(path: Path, series: Sequence[Series], *, x: str, y: str, title: str = "
             if s.look == "ring":
                 axes.scatter(xs, ys, facecolors="none", edgecolors=_ink(path), s=60, linewidths=0.8, label=s.label, zorder=4)
             elif s.look in ("line", "dashed", "band"):
-                axes.plot(xs, ys, color=color, linewidth=1 if s.look == "dashed" else 1.5, linestyle="--" if s.look == "dashed" else "-",
-                          marker="o" if s.look != "dashed" and len(xs) < 30 else None, markersize=3, label=s.label)
+                axes.plot(xs, ys, color=color, linewidth=1 if s.look == "dashed" else 1.5, linestyle="--" if s.look == "dashed" else dash,
+                          marker=dot if s.look != "dashed" and len(xs) < 30 else None, markersize=3, label=s.label)
             else:
                 marker, size = MARKERS[s.look]
+                marker = dot if s.look == "points" else marker
                 axes.scatter(xs, ys, color=color, marker=marker, s=size, label=s.label, zorder=3)
         for label, level in (marks or {}).items():
             axes.axhline(level, linestyle=":", linewidth=1, color="#8a8a8a")
             axes.annotate(label, (0.01, level), xycoords=("axes fraction", "data"), fontsize=7.5, va="bottom")
+        for label, where in (events or {}).items():
+            axes.axvline(where, linestyle="-.", linewidth=1, color="#8a8a8a", zorder=1)
+            axes.annotate(label, (where, 0.02), xycoords=("data", "axes fraction"), fontsize=7.5, rotation=90, ha="right", va="bottom")
         if diagonal:
             ends = [*axes.get_xlim(), *axes.get_ylim()]
             axes.plot([min(ends), max(ends)], [min(ends), max(ends)], linestyle=":", linewidth=1, color="#8a8a8a", zorder=1)
@@ -102,10 +111,12 @@ def bars(path: Path, rows: Mapping[str, Mapping[str, Bar | None]], *, x: str, ti
     with _axes(path, (SIZE[0], 0.95 + 0.17 * max(top, 4))) as axes:
         left = x_range[0] if x_range else 0.0
         for place, group in enumerate(groups):
-            color = COLORS[place % len(COLORS)]
+            turn, hue = divmod(place, len(COLORS))
+            color, hatch = COLORS[hue], ("", "///", "...", "xxx")[turn % len(ROUNDS)]
             found = [(y, rows[row][group]) for (row, g), y in places.items() if g == group]
             shown = [(y, bar) for y, bar in found if bar is not None]
-            axes.barh([y for y, _ in shown], [b[0] for _, b in shown], height=0.84, color=color, label=group)
+            axes.barh([y for y, _ in shown], [b[0] for _, b in shown], height=0.84, color=color, label=group,
+                      hatch=hatch, edgecolor=_ink(path) if hatch else None)
             for y, (value, low, high) in shown:
                 if low is not None and high is not None:
                     axes.errorbar([value], [y], xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="none",

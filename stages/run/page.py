@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from reward.annotate import HIDDEN
+
 MARKED = re.compile("\x02([^\x02\x03\x04]*)\x03([^\x02\x03\x04]*)\x04")
 NUMERIC = re.compile(r"[-+\[]?\d[\d.,]*(e[-+]\d+| ?%| points| GiB|[hm]\d\d[ms]|s|, [-+\d.e]+\])?$|not measured|no |$")
 
@@ -42,13 +44,33 @@ class Section(NamedTuple):
     tables: list[Table] = []
 
 
+class Step(NamedTuple):
+    """A stage in the picture of the pipeline: how long it took (empty: missing), its key figure, what its own measures say of it (a
+    level of `LEVELS`) and why, and the stages it reads."""
+
+    key: str
+    state: str
+    figure: str = ""
+    level: str = "none"
+    why: str = ""
+    reads: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.key} ({self.state or 'missing'})"
+
+
+# Symbol and word: the verdict reads without colour, on paper too.
+LEVELS = {"pass": "\u2713 passes", "warn": "! warns", "fail": "\u2717 fails", "none": "\u2013 no verdict"}
+
+
 class Page(NamedTuple):
-    """`warnings` are what a reader must know before believing anything; `steps` are (stage, state), the state empty if missing."""
+    """`warnings` are what a reader must know before believing anything; `steps` are the picture of the pipeline."""
 
     title: str
     lead: str
     warnings: list[str]
-    steps: list[tuple[str, str]]
+    steps: list[Step]
     summary: Table
     sections: list[Section]
 
@@ -62,14 +84,16 @@ def plain(text: str) -> str:
     return MARKED.sub(r"\1", text)
 
 
-def unmarked(text: str) -> str:
-    """A text for Markdown: no tag in it, such as a model may write, is one."""
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", plain(text))
+def foreign(text: str) -> str:
+    """Text of a model or a data set as a page can hold it: what one would not see, or what could pass for a mark of ours, is named."""
+    return HIDDEN.sub(lambda m: f"(U+{ord(m[1]):04X})", text.replace("\r\n", "\n").strip())
 
 
 def texts(page: Page) -> Iterator[str]:
     """Every text of the page in reading order, marks included."""
     yield page.lead
+    for step in page.steps:
+        yield from (step.figure, step.why)
     yield from page.warnings
     tables = [page.summary]
     for section in page.sections:
@@ -95,7 +119,7 @@ STYLE = Path(__file__).with_name("page.css")
 def marked(text: str) -> str:
     """Escaped HTML with numbers that tell their origin, and `code`."""
     coded = re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
-    return MARKED.sub(lambda m: f'<span class="n" title="{m[2]}">{m[1]}</span>', coded)
+    return MARKED.sub(lambda m: f'<span class="n{" wrap" * (len(m[1]) > 30)}" title="{m[2]}">{m[1]}</span>', coded)
 
 
 def source_line(sources: list[str]) -> str:
@@ -139,12 +163,22 @@ def figure_html(figure: Figure, folder: Path) -> str:
             f"<figcaption>{marked(figure.caption)}{source_html(figure.sources)}</figcaption></figure>")
 
 
+def step_html(step: Step, read: bool) -> str:
+    """Its box in the picture; an arrow goes on from what another stage reads."""
+    head = f'<a href="#{step.key}">{html.escape(step.name)}</a>'
+    if not step.state:
+        return f'<li class="missing">{head}<div class="why">{marked(step.why)}</div></li>'
+    reads = f'<div class="reads">reads {html.escape(", ".join(step.reads))}</div>' if step.reads else ""
+    return (f'<li class="{step.level}{" read" * read}">{head}<div class="verdict">{LEVELS[step.level]}</div>'
+            f'<div class="key">{marked(step.figure)}</div><div class="why">{marked(step.why)}</div>{reads}</li>')
+
+
 def to_html(page: Page, folder: Path) -> str:
     """The page as one file; figures are read from `folder` and put inside."""
     parts = [f"<h1>{html.escape(page.title)}</h1><p>{marked(page.lead)}</p>"]
-    parts.append('<ul class="steps">' + "".join(
-        f'<li{"" if state else " class=missing"}><a href="#{key}">{html.escape(key.replace("_", " "))} '
-        f'<small>{html.escape(state or "missing")}</small></a></li>' for key, state in page.steps) + "</ul>")
+    used = {name for step in page.steps for name in step.reads}
+    if page.steps:
+        parts.append('<ol class="pipeline">' + "".join(step_html(step, step.key in used) for step in page.steps) + "</ol>")
     if page.warnings:
         items = "".join(f"<li>{marked(warning)}</li>" for warning in page.warnings)
         parts.append(f'<div class="warn">Before you believe it:<ul>{items}</ul></div>')
@@ -164,28 +198,36 @@ def to_html(page: Page, folder: Path) -> str:
 
 # ---- Markdown ----
 
+def inert(text: str) -> str:
+    """Text in which no tag, link or image of a model's or a data set's has any effect."""
+    return plain(text).replace("&", "&amp;").replace("<", "&lt;").replace("](", "]\\(")
+
+
 def table_markdown(table: Table) -> list[str]:
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(unmarked(cell).replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(inert(cell).replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
 
     rule = "|" + "|".join("---:" if numeric else "---" for numeric in numeric_columns(table)) + "|"
-    source = [f"<sub>{unmarked(source_line(table.sources))}</sub>", ""] if table.sources else []
-    return [unmarked(table.caption), "", line(table.header), rule, *map(line, table.rows), "", *source]
+    source = [f"<sub>{inert(source_line(table.sources))}</sub>", ""] if table.sources else []
+    return [inert(table.caption), "", line(table.header), rule, *map(line, table.rows), "", *source]
 
 
 def to_markdown(page: Page) -> str:
     """The same report as text; figures are linked where they lie."""
-    out = [f"# {unmarked(page.title)}", "", unmarked(page.lead), ""]
-    out += ["Stages: " + ", ".join(f"{key} ({state or 'missing'})" for key, state in page.steps) + ".", ""]
-    out += [f"> **Note.** {unmarked(w)}\n" for w in page.warnings]
+    out = [f"# {inert(page.title)}", "", inert(page.lead), ""]
+    if page.steps:
+        out += table_markdown(Table(["stage", "verdict", "key figure", "why", "reads"], [
+            [s.name, LEVELS[s.level] if s.state else "", s.figure, s.why, ", ".join(s.reads)] for s in page.steps],
+            "The pipeline.", []))
+    out += [f"> **Note.** {inert(w)}\n" for w in page.warnings]
     out += table_markdown(page.summary)
     for section in page.sections:
-        out += [f"## {unmarked(section.title)}", ""]
+        out += [f"## {inert(section.title)}", ""]
         for paragraph in section.paragraphs:
-            out += [unmarked(paragraph), ""]
+            out += [inert(paragraph), ""]
         for figure in section.figures:
-            out += [f"![{unmarked(figure.caption)}]({figure.file})", "", f"*{unmarked(figure.caption)}*  ",
-                    f"<sub>{unmarked(source_line(figure.sources))}</sub>", ""]
+            out += [f"![{inert(figure.caption)}]({figure.file})", "", f"*{inert(figure.caption)}*  ",
+                    f"<sub>{inert(source_line(figure.sources))}</sub>", ""]
         for table in section.tables:
             out += table_markdown(table)
     return "\n".join(out).rstrip() + "\n"

@@ -4,12 +4,12 @@ report's figures."""
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from stages.run import figures, story_alignment, story_scaling
+from stages.run import figures, story_alignment, story_pipeline, story_samples, story_scaling
 from stages.run.checkpoint import read_metrics
-from stages.run.cited import LOSS, MISSING, SHARE, TITLES, Stages, Told, annotator, draw
+from stages.run.cited import LOSS, MISSING, SHARE, TITLES, Stage, Stages, Told, annotator, draw, short_hash
 from stages.run.console import clock
-from stages.run.manifest import MANIFEST
-from stages.run.page import Page, Section, Table, number
+from stages.run.manifest import MANIFEST, hash_data
+from stages.run.page import Page, Section, Table, foreign, number
 
 
 def tell(stages: Stages, missing: Mapping[str, str], folder: Path, *, recipe: str, law: story_scaling.Law) -> Page:
@@ -32,9 +32,10 @@ def tell(stages: Stages, missing: Mapping[str, str], folder: Path, *, recipe: st
     summary = Table(["effect", "result", "95 % interval", "n", "beside it"], lines,
                     "What it shows." if lines else "What it shows: nothing yet, no stage that measures an effect has finished.",
                     [s.cite() for s in stages.values()], stack=True)
-    steps = [(name, clock(stages[name].provenance["wall_s"]) if name in stages else "") for name in told]
+    steps = story_pipeline.steps(stages, missing, list(told))
+    answers = story_samples.samples(stages)
     return Page(f"Plumbline: {recipe}", lead, warnings(stages), steps, summary,
-                [*(section for section, _ in told.values()), costs(stages), records(stages)])
+                [*(section for section, _ in told.values()), *([answers] if answers else []), costs(stages), records(stages)])
 
 
 def warnings(stages: Stages) -> list[str]:
@@ -114,7 +115,9 @@ def costs(stages: Stages) -> Section:
                  ("peak_rss_bytes", f"{p['peak_rss_bytes'] / 2**30:.2f} GiB"), ("world_size", str(p.get("world_size", MISSING))),
                  ("attempts", str(p.get("attempts", MISSING))))
         rows.append([name, *(number(t, s.origin("provenance", key)) for key, t in shown), s.count("tokens"), s.count("flops")])
-    rows.append(["sum", number(clock(total), "sum of provenance/wall_s"), "", "", "", "", "", ""])
+    flops = sum(s.counts.get("flops", 0) for s in stages.values())
+    rows.append(["sum", number(clock(total), "sum of provenance/wall_s"), "", "", "", "", "",
+                 number(f"{flops:.3g}", "sum of counts/flops, where counted")])
     text = (f"On {hardware(stages)}. Tokens are those a stage trained on or generated, as its manifest counts them; memory is the peak of "
             "the main process. Money and energy: not measured.")
     again = [name for name, s in stages.items() if s.provenance.get("attempts", 1) > 1]
@@ -132,7 +135,23 @@ def records(stages: Stages) -> Section:
     rows = [[name, str(s.path / MANIFEST), s.short, s.commit, str(s.data["seed"]), s.provenance["started"][:16].replace("T", " "),
              ", ".join(f"{k} {v}" for k, v in s.provenance.get("versions", {}).items() if k in ("torch", "transformers", "trl"))]
             for name, s in stages.items()]
+
+    def hashes(of: Mapping[str, str]) -> str:
+        return ", ".join(f"{foreign(name)} {short_hash(value)}" for name, value in of.items()) or "-"
+
+    lineage = [[name, s.short, hashes(s.data.get("parents", {})), settings_hash(s), hashes(s.data.get("inputs", {})),
+                hashes({product: of["sha256"] for product, of in s.data.get("products", {}).items()}), s.commit]
+               for name, s in stages.items()]
+    tables = [
+        Table(["stage", "manifest", "fingerprint", "commit", "seed", "started (UTC)", "versions"], rows, "The runs of this report.", []),
+        Table(["stage", "fingerprint", "parents", "settings", "data from outside", "products", "commit"], lineage,
+              "Lineage: the first 12 digits of SHA-256 hashes. A fingerprint is that of the stage's settings, of its parents' fingerprints "
+              "and of the data from outside; a product's hash is that of its files.", [], stack=True)]
     return Section("records", "Where every number comes from", [
         "Each manifest holds the resolved config, the seed, the hashes of data and parents, and the metrics. Point at a number on the page "
-        "to see the file and key that hold it, or what it was computed from."], tables=[Table(
-            ["stage", "manifest", "fingerprint", "commit", "seed", "started (UTC)", "versions"], rows, "The runs of this report.", [])])
+        "to see the file and key that hold it, or what it was computed from."], tables=tables)
+
+
+def settings_hash(s: Stage) -> str:
+    """Of the settings that can change the numbers, as the fingerprint has them; older manifests do not hold them apart."""
+    return short_hash(hash_data(s.data["identity"]["config"])) if "identity" in s.data else "not recorded"

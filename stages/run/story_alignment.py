@@ -7,13 +7,26 @@ from typing import Any
 from reward.gate import judge
 from stages.run import cited, figures, story_frontier, story_hacking
 from stages.run.checkpoint import read_metrics
-from stages.run.cited import CHANGE, GAIN, LOSS, MEASURED, MISSING, SCORE, SHARE, TITLES, Form, Stages, Told, annotator, draw, verdict
+from stages.run.cited import (
+    CHANGE,
+    GAIN,
+    LOSS,
+    MEASURED,
+    MISSING,
+    MODELS,
+    SCORE,
+    SHARE,
+    STRATEGIES,
+    TITLES,
+    Form,
+    Stages,
+    Told,
+    annotator,
+    draw,
+    verdict,
+)
 from stages.run.figures import Series
 from stages.run.page import Figure, Section, Table, number
-
-STRATEGIES = {"direct": "direct", "few_shot": "few-shot", "zero_shot_cot": "CoT", "few_shot_cot": "few-shot CoT",
-              "sampled_cot": "one sampled CoT", "self_consistency": "self-consistency"}
-MODELS = {"base": "base", "sft": "SFT", "ppo": "PPO", "base_chat": "base, chat form"}
 
 
 def sft(stages: Stages, folder: Path) -> Told:
@@ -228,7 +241,9 @@ def ppo(stages: Stages, folder: Path) -> Told:
         "ppo-health": ("share", [*logged("ends by itself", "response/eos_rate", 0), *logged("clipped ratios", "policy/clip_fraction", 1),
                                  *logged("explained variance", "value/explained_variance", 2)],
                        "Health: answers that end, ratios clipped, variance of the returns that the critic explains.")}
-    drawn = [draw(figures.plot, folder, name, series, caption, source, x="iteration", y=y)
+    alarms = {f"alarm: {a['name']}": a["step"] / per for a in s.notes.get("alarms", [])}
+    drawn = [draw(figures.plot, folder, name, series, caption + (" Upright: where an alarm was first raised." if alarms else ""), source,
+                  x="iteration", y=y, events=alarms)
              for name, (y, series, caption) in charts.items() if series]
     drawn += story_hacking.drawn(s, folder)
     table = Table(["", "before", "after", "paired gain", "95 % interval", "n"], [

@@ -64,8 +64,8 @@ def compute(points: Sequence[Mapping[str, Any]], folder: Path, source: list[str]
         here = [p for p in points if p["task"] == task]
         caption = (f"{task}: training against inference. Across: FLOPs of answering a question, 2N a token"
                    + ("" if all(p["counted"] == "prompt and generated" for p in here) else ", prompts left out where not recorded")
-                   + "; in the legend: FLOPs of training, without those of preferences and reward model, which are not counted. Rings: no "
-                   "other point needs as little of both and gets as much right.")
+                   + "; in the legend: FLOPs of training, of the stages that the model was made from. Rings: no other point needs as "
+                   "little of both and gets as much right.")
         drawn.append(draw(figures.plot, folder, file_name(f"compute-{task}"), compute_series(here, models), caption, source,
                           x="FLOPs a question", y="accuracy", log_x=True, y_range=(0, 1.02)))
     return drawn

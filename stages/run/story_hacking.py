@@ -10,7 +10,7 @@ from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.cited import SCORE, Stage, draw
 from stages.run.figures import Series
-from stages.run.page import Figure, Table, number
+from stages.run.page import Figure, Table, foreign, number
 
 CURVES, SAMPLES = "overoptimization.json", "samples.jsonl"
 NAMES = (("proxy", "reward (proxy)"), ("gold", "gold score"))
@@ -88,7 +88,7 @@ def tables(s: Stage) -> list[Table]:
     for first, *_, last in zip(*(look["samples"] for look in looks), strict=True) if len(looks) > 1 else ():
         for look, sample in ((looks[0], first), (looks[-1], last)):
             where = f"{s.path / SAMPLES}#{look['step']}"
-            rows.append([str(look["step"]), sample["prompt"], sample["response"], *(
+            rows.append([str(look["step"]), foreign(sample["prompt"]), foreign(sample["response"]), *(
                 "-" if sample[key] is None else number(SCORE.text(sample[key]), f"{where}/{key}") for key in ("score", "gold", "kl"))])
     if rows:
         made.append(Table(["step", "prompt", "response", "reward", "gold", "KL"], rows, "The same questions, asked before and at the last "

@@ -1,0 +1,132 @@
+"""The report and the comparison in a real browser: narrow, printed, without colour, nothing fetched and nothing of a model's text run."""
+import json
+import os
+import shutil
+from importlib.util import find_spec
+
+import pytest
+
+from stages.report import ReportConfig, main
+from stages.run.config import build_config
+from stages.run.manifest import MANIFEST
+from tests.report_runs import make_runs
+
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+MISSING = ["playwright"] * (find_spec("playwright") is None) + ["a Chromium (or CHROMIUM=path)"] * (CHROMIUM is None)
+pytestmark = pytest.mark.browser
+SCHEMES = ("light", "dark")
+
+# Text of these elements that is hard to read on its background: WCAG 2.1, 1.4.3 asks for 4.5 (axes: links, small print and verdicts alike).
+CONTRAST = """() => {
+  const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+                       return .2126 * r + .7152 * g + .0722 * b; };
+  const rgb = s => s.match(/[\\d.]+/g).map(Number);
+  const behind = e => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor);
+                        if (c.length < 4 || c[3] > 0) return c.slice(0, 3); } return [255, 255, 255]; };
+  return [...document.querySelectorAll('p, li, a, td, th, h1, h2, summary, figcaption, .caption, .source, .verdict, .why, .key, .reads')]
+    .filter(e => e.innerText && e.innerText.trim() && e.checkVisibility())
+    .map(e => { const a = light(rgb(getComputedStyle(e).color).slice(0, 3)), b = light(behind(e));
+                return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), e.className || e.tagName, e.innerText.slice(0, 40)]; })
+    .filter(found => found[0] < 4.5);
+}"""
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if MISSING:
+        pytest.skip(f"missing: {', '.join(MISSING)} (make test-browser installs what pip can)")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def pages(chromium, tmp_path_factory):
+    """A report with a stage missing and one that fails, and a comparison; texts of the made-up runs are hostile."""
+    root = tmp_path_factory.mktemp("runs")
+    stages = tuple(s for s in ReportConfig.PARENTS if s != "preferences")
+    for name in ("first", "second"):
+        make_runs(root / name, stages)
+    for stage in stages[1:]:
+        data = json.loads((root / "second" / stage / MANIFEST).read_text())
+        (root / "second" / stage / MANIFEST).write_text(json.dumps(data | {"fingerprint": "sha256:" + "9" * 64}))
+    data = json.loads((root / "first" / "ppo" / MANIFEST).read_text())
+    data["metrics"]["gain/gold"] |= {"value": -0.1, "ci95": [-0.2, -0.05]}
+    (root / "first" / "ppo" / MANIFEST).write_text(json.dumps(data))
+    os.environ["PLUMBLINE_RUNS"] = str(root)
+    try:
+        return {kind: main(build_config(ReportConfig, given, recipe="first")).product("report")
+                for kind, given in (("report", {}), ("against", {"against": "second"}))}
+    finally:
+        del os.environ["PLUMBLINE_RUNS"]
+
+
+@pytest.fixture
+def opened(chromium, pages):
+    """Open a page; what its console says, what it fetches and what its text does fail the test."""
+    contexts, wrong = [], []
+
+    def open_page(kind, width=1200, **options):
+        contexts.append(chromium.new_context(viewport={"width": width, "height": 900}, **options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(120_000)  # a busy machine
+        page.on("pageerror", lambda e: wrong.append(str(e)))
+        page.on("console", lambda m: wrong.append(m.text))
+        page.on("dialog", lambda d: wrong.append(d.message))
+        page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith(("data:", pages[kind].as_uri())) else None)
+        page.goto(pages[kind].as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        for page in context.pages:
+            assert page.evaluate("[window.pwned === undefined, document.scripts.length, "
+                                 "document.querySelectorAll('img:not([src^=data])').length]") == [True, 0, 0]
+        context.close()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("kind", ["report", "against"])
+def test_nothing_scrolls_sideways_on_a_phone(opened, kind):
+    page = opened(kind, 360)
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    wide = page.evaluate("""[...document.querySelectorAll('body *')].filter(
+        e => !e.parentElement.closest('.scroll') && e.getBoundingClientRect().right > 361).map(
+        e => `${e.tagName}.${e.className}: ${e.textContent.slice(0, 60)}`)""")
+    assert wide == [] and page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.evaluate("[...document.querySelectorAll('img')].every(i => i.complete && i.naturalWidth > 0)")
+
+
+def test_verdicts_read_without_colour(opened):
+    page = opened("report")
+    boxes = {key: (words, style) for key, words, style in page.evaluate("""[...document.querySelectorAll('.pipeline li')].map(e => [
+        e.querySelector('a').getAttribute('href').slice(1), e.innerText,
+        [getComputedStyle(e).borderLeftStyle, parseFloat(getComputedStyle(e).borderLeftWidth)]])""")}
+    assert list(boxes) == list(ReportConfig.PARENTS)
+    for key, word, look in (("pretrain", "\u2713 passes", "solid"), ("sft", "! warns", "double"), ("ppo", "\u2717 fails", "solid")):
+        assert word in boxes[key][0].splitlines() and boxes[key][1][0] == look, key
+    assert "preferences (missing)" in boxes["preferences"][0] and boxes["preferences"][1][0] == "dashed"
+    assert boxes["ppo"][1][1] > boxes["pretrain"][1][1]  # a failure has the heavier edge
+    page.click(".pipeline a[href='#ppo']")
+    assert page.evaluate("Math.abs(document.getElementById('ppo').getBoundingClientRect().top)") < 400
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kind", ["report", "against"])
+def test_text_stands_out_from_its_background(opened, kind, scheme):
+    assert opened(kind, color_scheme=scheme).evaluate(CONTRAST) == []
+
+
+@pytest.mark.parametrize("kind", ["report", "against"])
+def test_it_prints_with_what_is_folded(opened, kind):
+    page = opened(kind)
+    folded = "getComputedStyle(document.querySelector('details:not([open])'), '::details-content').contentVisibility"
+    assert page.evaluate(folded) == "hidden"
+    page.emulate_media(media="print")
+    assert page.evaluate(folded) == "visible"
+    assert page.evaluate("[...document.querySelectorAll('figure, tr, .pipeline li')].every(e => "
+                         "getComputedStyle(e).breakInside === 'avoid')")
+    paper = page.pdf(format="A4")
+    assert paper.startswith(b"%PDF") and paper.count(b"/Type /Page\n") + paper.count(b"/Type /Page ") > 3
