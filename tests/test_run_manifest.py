@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.run.checkpoint import MetricsLog, is_complete, mark_complete, newest_complete, read_metrics, remove_incomplete
+from stages.run.checkpoint import MetricsLog, is_complete, mark_complete, newest_complete, read_metrics, remove_untrusted
 from stages.run.config import StageConfig, build_config, option, read_yaml
 from stages.run.manifest import MANIFEST, Manifest, Run, check_parents, metric
 
@@ -164,7 +164,7 @@ def test_only_complete_checkpoints_count(tmp_path):
     assert newest_complete(tmp_path, world_size=1) == newer
     (newer / "model.safetensors").write_bytes(b"x" * 50)  # cut off by a kill or a full disk
     assert not is_complete(newer) and newest_complete(tmp_path, world_size=1).name == "checkpoint-5"
-    remove_incomplete(tmp_path)
+    remove_untrusted(tmp_path)
     assert not newer.exists()
     (tmp_path / "checkpoint-5" / "optimizer.pt").unlink()
     assert newest_complete(tmp_path, world_size=1) is None

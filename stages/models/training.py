@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from stages.models.optimizer import is_matrix
-from stages.run.checkpoint import MetricsLog, mark_complete, newest_complete, remove_incomplete, step_of
+from stages.run import preemption
+from stages.run.checkpoint import MetricsLog, mark_complete, newest_complete, remove_untrusted, step_of
 from stages.run.console import clock
 from stages.run.manifest import Run, is_main, say
 
@@ -71,6 +72,7 @@ class Resumable:
     """Mixin before a Trainer class. Set `tokens_per_step` where the number is known, for tokens and speed in the logs."""
 
     tokens_per_step: int | None = None
+    steps_between_saves = 1  # a checkpoint holds all there is only after a multiple of these
     _began: tuple[float, int] | None = None
 
     @property
@@ -147,8 +149,31 @@ class Resumable:
         return "  ".join(parts)
 
 
+class _SaveWhenTold(TrainerCallback):
+    """Ends training with a checkpoint at the end of the step in which any process was signalled."""
+
+    def __init__(self, steps: int):
+        self.steps = steps  # a checkpoint can only follow a multiple of these
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if anywhere(preemption.signalled()) and state.global_step % self.steps == 0:
+            control.should_save = control.should_training_stop = True
+
+
+def anywhere(here: bool) -> bool:
+    """Whether it is so on any process. A collective."""
+    if world_size() == 1:
+        return here
+    flag = torch.tensor(int(here), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 def fit(trainer: Any) -> None:
-    """Train, continuing from the newest complete checkpoint; the metrics file is cut back to its step first."""
+    """Train, continuing from the newest complete checkpoint; the metrics file is cut back to its step first.
+
+    Raises Preempted when a process is told to go (stages/run/preemption.py), after a checkpoint.
+    """
     fsdp_asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if fsdp_asked and trainer.accelerator.distributed_type.value != "FSDP":
         raise ValueError("the launch config asks for FSDP but transformers set up plain data parallelism: "
@@ -157,13 +182,18 @@ def fit(trainer: Any) -> None:
     checkpoints = Path(trainer.args.output_dir)
     barrier()
     if is_main():
-        remove_incomplete(checkpoints)
+        remove_untrusted(checkpoints)
     barrier()
     resume = newest_complete(checkpoints, world_size=world_size())
     trainer.rewind(step_of(resume) if resume else -1)
     if resume:
         say(f"resuming from {resume}")
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.add_callback(_SaveWhenTold(trainer.steps_between_saves))
+    with preemption.deferred():
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        told = anywhere(preemption.signalled())
+    if told:
+        raise preemption.Preempted(f"checkpoint-{trainer.state.global_step} is saved")
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, **more: Any) -> None:

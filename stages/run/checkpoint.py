@@ -1,7 +1,8 @@
 """Which checkpoints can be trusted after a kill, and the metrics file that continues with them.
 
-A checkpoint counts once `complete.json`, listing every file with its size, has been written after all of them were flushed.
-A kill inside a save, or a full disk, leaves a folder without a valid list; it is removed and the one before is used.
+A checkpoint counts once `complete.json`, listing every file with its size and hash, has been written after all of them were flushed.
+A kill inside a save, or a full disk, leaves a folder without a valid list; it is removed and the one before is used, as where a disk has
+changed what was written.
 """
 import json
 import os
@@ -9,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from stages.run.manifest import write_json
+from stages.run.manifest import hash_path, say, write_json
 
 MARK = "complete.json"
 
@@ -20,15 +21,22 @@ def mark_complete(folder: Path, *, world_size: int) -> None:
     for file in files:
         with file.open("rb") as f:
             os.fsync(f.fileno())
-    write_json(folder / MARK, {"world_size": world_size, "files": {str(f.relative_to(folder)): f.stat().st_size for f in files}})
+    write_json(folder / MARK, {"world_size": world_size, "files": {str(f.relative_to(folder)): f.stat().st_size for f in files},
+                               "sha256": {str(f.relative_to(folder)): hash_path(f) for f in files}})
 
 
 def is_complete(folder: Path) -> bool:
     try:
-        listed = json.loads((folder / MARK).read_text(encoding="utf-8"))["files"]
-        return all((folder / name).stat().st_size == size for name, size in listed.items())
-    except (OSError, ValueError, KeyError):
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        return mark["world_size"] > 0 and all((folder / name).stat().st_size == size for name, size in mark["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def damaged(folder: Path) -> list[str]:
+    """Files of a complete checkpoint that are not what was written; reads all of it."""
+    listed = json.loads((folder / MARK).read_text(encoding="utf-8")).get("sha256", {})  # none in those of earlier versions
+    return [name for name, recorded in listed.items() if hash_path(folder / name) != recorded]
 
 
 def step_of(folder: Path) -> int:
@@ -50,9 +58,13 @@ def newest_complete(checkpoints: Path, *, world_size: int) -> Path | None:
     return folders[-1]
 
 
-def remove_incomplete(checkpoints: Path) -> None:
+def remove_untrusted(checkpoints: Path) -> None:
+    """Remove what a kill has cut and, aloud, what was damaged later."""
     for folder in checkpoints.glob("checkpoint-*"):
         if not is_complete(folder):
+            shutil.rmtree(folder)
+        elif changed := damaged(folder):
+            say(f"{folder} is damaged ({', '.join(changed)}): removed; the run goes on from an earlier one, or from its start")
             shutil.rmtree(folder)
 
 
