@@ -124,7 +124,6 @@ class PPOTrainer(Resumable, Trainer):
     """
 
     model: Any
-    critic_grad_norm: float | None = None
 
     def __init__(self, model: PolicyWithCritic, args: TrainingArguments, settings: PpoSettings, *,
                  prompts: Sequence[tuple[Row, list[int]]], reward: Reward, tokenizer: PreTrainedTokenizerBase,

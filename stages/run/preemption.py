@@ -1,13 +1,13 @@
 """SIGTERM: save what there is, leave a mark that tells this end from success and from failure, and go, all in bounded time.
 
 `accelerate launch` returns 1 whatever its workers' codes were, so the mark, and not the exit code, is what `make` and schedulers can
-trust: `<run_dir>.partial/PREEMPTED`, there from the signal until the run continues. A stage is stopped where it stands, for what it has
-on disk is always whole; a training loop inside `deferred()` ends its step and saves first.
+trust: `<run_dir>.partial/PREEMPTED`, there from the signal until the run continues. A stage ends where it stands, for what it has on
+disk is always whole; a training loop inside `deferred()` ends its step and saves first. (An exception would not do: code that ignores
+errors, a destructor say, swallows it.)
 """
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _state: dict = {"folder": None, "since": None, "deferred": 0}
 
 
 class Preempted(BaseException):
-    """No Exception: nothing that goes on after errors may go on after this."""
+    """Raised where training has saved. No Exception: nothing that goes on after errors may go on after this."""
 
 
 def listen(run_dir: str) -> None:
@@ -40,13 +40,17 @@ def _received(signum: int, frame: object) -> None:
     timer.daemon = True
     timer.start()
     if not _state["deferred"]:
-        raise Preempted
+        _end("what was finished is on disk")
+
+
+def _end(what: str) -> None:
+    leave(what)
+    os._exit(EXIT_CODE)
 
 
 def _give_up() -> None:
     """Something hangs, a peer that is gone, say. Earlier checkpoints are whole."""
-    leave("nothing new could be saved; the last checkpoint is safe")
-    os._exit(EXIT_CODE)
+    _end("nothing new could be saved in time; the last checkpoint is safe")
 
 
 def signalled() -> bool:
@@ -80,4 +84,5 @@ def leave(what: str) -> None:
         temporary.replace(folder / MARK)
     if first or os.environ.get("RANK", "0") == "0":
         after = f", {took['seconds_to_safe']:.1f} s after the signal" if took else ""
-        print(f"preempted{after}: {what}; the same command continues ({MARK} in {folder})", file=sys.stderr, flush=True)
+        line = f"preempted{after}: {what}; the same command continues ({MARK} in {folder})\n"
+        os.write(2, line.encode())  # a handler may have come in the middle of a print
