@@ -141,7 +141,7 @@ class Resumable:
         if is_main():
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
             write_json(folder / STEPS, {"bad": self.bad_steps, "norms": self.norms})
-            mark_complete(folder, world_size=world_size())
+            mark_complete(folder, world_size=world_size(), engine=engine_of(self))
         barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -282,9 +282,14 @@ def _read(path: Path, default: Any) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
 
 
+def engine_of(trainer: Any) -> str:
+    """Accelerate's name of what the training runs on: NO, MULTI_GPU (any plain data parallelism), FSDP or DEEPSPEED."""
+    return trainer.accelerator.distributed_type.value
+
+
 def check_engine(trainer: Any) -> None:
     """Raises ValueError for what the engine of the launch config cannot do, or where it is not the one that was asked for."""
-    engine = trainer.accelerator.distributed_type.value
+    engine = engine_of(trainer)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and engine != "FSDP":
         raise ValueError("the launch config asks for FSDP but transformers set up plain data parallelism: "
                          "FSDP needs GPUs; use cpu-2.yaml on CPU")
@@ -351,7 +356,7 @@ def fit(trainer: Any, guard: TrainingConfig | None = None) -> None:
         check_disk(trainer)
     while True:
         barrier()
-        resume = newest_complete(checkpoints, world_size=world_size())
+        resume = newest_complete(checkpoints, world_size=world_size(), engine=engine_of(trainer))
         trainer.rewind(step_of(resume) if resume else -1)
         if resume:
             say(f"resuming from {resume}")
@@ -368,7 +373,7 @@ def fit(trainer: Any, guard: TrainingConfig | None = None) -> None:
 
 def _leave_out_until(step: int, trainer: Any, checkpoints: Path) -> None:
     """Note that no update from the newest checkpoint to `step` is taken again. Raises ValueError where there is no checkpoint."""
-    newest = newest_complete(checkpoints, world_size=world_size())
+    newest = newest_complete(checkpoints, world_size=world_size(), engine=engine_of(trainer))
     if newest is None:
         raise ValueError(f"step {step} is bad ({trainer.bad_steps[-1]['fault']}) and there is no checkpoint before it to go back to: save "
                          "more often, or set on_bad_step to skip")
