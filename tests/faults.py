@@ -502,8 +502,8 @@ FAULTS: dict[str, Fault] = {"kill": kill, "terminate": terminate, "terminate one
 
 def planned(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
     """Stages, faults and numbers of the trials."""
-    for stage in args.stages:
-        for fault in args.faults:
+    for fault in args.faults:
+        for stage in args.stages:
             if fault == "terminate one of two" and stage not in TRAINING:
                 continue
             count = (args.kills if stage in MANY else args.few_kills) if fault == "kill" else args.others

@@ -241,7 +241,8 @@ def test_a_damaged_manifest_is_refused(tmp_path, harm):
     run_first(tmp_path)
     file = tmp_path / "first" / MANIFEST
     text = file.read_text()
-    file.write_text({"a bit": text.replace('"stage"', '"sta\x07e"'), "cut": text[:90], "a figure": text.replace('"value": 1.0', '"value": 1.5')}[harm])
+    file.write_text({"a bit": text.replace('"stage"', '"sta\x07e"'), "cut": text[:90],
+                     "a figure": text.replace('"value": 1.0', '"value": 1.5')}[harm])
     with pytest.raises(ValueError, match=r"manifest.json is damaged.*: delete .*first and run `make first RECIPE="):
         Manifest(tmp_path / "first")
 

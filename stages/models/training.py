@@ -290,9 +290,9 @@ def engine_of(trainer: Any) -> str:
 def check_engine(trainer: Any) -> None:
     """Raises ValueError for what the engine of the launch config cannot do, or where it is not the one that was asked for."""
     engine = engine_of(trainer)
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and engine != "FSDP":
-        raise ValueError("the launch config asks for FSDP but transformers set up plain data parallelism: "
-                         "FSDP needs GPUs; use cpu-2.yaml on CPU")
+    for asked in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{asked}", "false").lower() == "true" and engine != asked:
+            raise ValueError(f"the launch config asks for {asked} but transformers set up {engine}: it needs GPUs; use cpu-2.yaml on CPU")
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         optimizer = trainer.optimizer or trainer.create_optimizer()
         if isinstance(getattr(optimizer, "optimizer", optimizer), MuonAdamW):

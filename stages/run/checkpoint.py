@@ -21,8 +21,9 @@ def mark_complete(folder: Path, *, world_size: int, engine: str = "NO") -> None:
     for file in files:
         with file.open("rb") as f:
             os.fsync(f.fileno())
-    write_json(folder / MARK, {"world_size": world_size, "engine": engine, "files": {str(f.relative_to(folder)): f.stat().st_size for f in files},
-                               "sha256": {str(f.relative_to(folder)): hash_path(f) for f in files}})
+    names = {str(f.relative_to(folder)): f for f in files}
+    write_json(folder / MARK, {"world_size": world_size, "engine": engine, "files": {name: f.stat().st_size for name, f in names.items()},
+                               "sha256": {name: hash_path(f) for name, f in names.items()}})
 
 
 def is_complete(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""SIGTERM: save what there is, leave a mark that tells this end from success and from failure, and go, all in bounded time.
+"""SIGTERM or SIGUSR1: save what there is, leave a mark that tells this end from success and from failure, and go, all in bounded time.
 
 `accelerate launch` returns 1 whatever its workers' codes were, so the mark, and not the exit code, is what `make` and schedulers can
 trust: `<run_dir>.partial/PREEMPTED`, there from the signal until the run continues. A stage ends where it stands, for what it has on
@@ -25,11 +25,12 @@ class Preempted(BaseException):
 
 
 def listen(run_dir: str) -> None:
-    """Take SIGTERM from here on; the mark of an earlier attempt goes, so that what is found afterwards is this one's."""
+    """Take both signals from here on; the mark of an earlier attempt goes, so that what is found afterwards is this one's."""
     _state.update(folder=Path(run_dir + ".partial"), since=None, deferred=0)
     if os.environ.get("RANK", "0") == "0":
         (_state["folder"] / MARK).unlink(missing_ok=True)
-    signal.signal(signal.SIGTERM, _received)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # the latter for clusters: torch's launcher takes no notice of it, if told to ignore it
+        signal.signal(number, _received)
 
 
 def _received(signum: int, frame: object) -> None:
