@@ -50,7 +50,8 @@ PRELOADED = (
 
 
 class Ended(NamedTuple):
-    """How a stage ended: exit codes, negative for a signal, what it printed, seconds, and file system events where they were counted."""
+    """How a stage ended: exit codes, negative for a signal, what it printed, processor seconds of the first process (which say where in a
+    run one is, however busy the machine), and file system events where they were counted."""
 
     codes: tuple[int, ...]
     text: str
@@ -213,14 +214,16 @@ class Running:
     """Processes of a stage at work."""
 
     def __init__(self, pids: list[int], pipe: int, log: Path):
-        self.pids, self.pipe, self.log, self.began, self.codes = pids, pipe, log, time.monotonic(), dict[int, int]()
+        self.pids, self.pipe, self.log, self.codes, self.used = pids, pipe, log, dict[int, int](), 0.0
 
     def alive(self) -> list[int]:
         """Processes still there. As a launcher does: when one has failed, the others are told to go."""
         for pid in [pid for pid in self.pids if pid not in self.codes]:
-            done, status = os.waitpid(pid, os.WNOHANG)
+            done, status, usage = os.wait4(pid, os.WNOHANG)
             if done:
                 self.codes[pid] = os.waitstatus_to_exitcode(status)
+                if pid == self.pids[0]:
+                    self.used = usage.ru_utime + usage.ru_stime
         left = [pid for pid in self.pids if pid not in self.codes]
         if left and any(self.codes.values()):
             for pid in left:
@@ -236,6 +239,14 @@ class Running:
                 return True
             time.sleep(every)
         return False
+
+    def worked(self, seconds: float) -> bool:
+        """Wait until the first process has used so much of a processor; whether it is still there."""
+        def used() -> bool:
+            fields = Path(f"/proc/{self.pids[0]}/stat").read_text().rsplit(") ", 1)[1].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") >= seconds
+
+        return self.until(used)
 
     def event(self) -> str | None:
         """The event that was asked for, as soon as it comes; None where the stage ends without."""
@@ -253,7 +264,7 @@ class Running:
             self.signal(signal.SIGKILL, *self.alive())
             raise Wrong(f"still at work after {LIMIT_S:.0f} s: {self.log.read_text()[-600:]}")
         os.close(self.pipe)
-        return Ended(tuple(self.codes[pid] for pid in self.pids), self.log.read_text(errors="replace"), time.monotonic() - self.began,
+        return Ended(tuple(self.codes[pid] for pid in self.pids), self.log.read_text(errors="replace"), self.used,
                      text.decode().splitlines())
 
 
@@ -297,7 +308,7 @@ def kill(lab: Lab, stage: str, rng: random.Random, number: int) -> dict[str, Any
         time.sleep(delay)
     else:
         running, delay = lab.start(stage, lab.flags(stage)), rng.uniform(0.05, 0.97) * undisturbed.seconds
-        running.until(lambda: False, delay)
+        running.worked(delay)
         found["at"] = f"{delay:.2f} s of {undisturbed.seconds:.2f}"
     if running.alive():
         running.signal(signal.SIGKILL)
@@ -327,7 +338,7 @@ def terminate(lab: Lab, stage: str, rng: random.Random, number: int, processes: 
     partial, delay = lab.trial / f"{stage}.partial", rng.uniform(0.05, 0.9) * undisturbed.seconds
     running = lab.start(stage, lab.flags(stage), processes=processes)
     running.until(partial.is_dir)
-    running.until(lambda: False, max(0.0, delay - (time.monotonic() - running.began)))
+    running.worked(delay)
     pid, told = rng.choice(running.pids), math.inf
     if pid in running.alive():
         running.signal(signal.SIGTERM, pid)
@@ -484,7 +495,7 @@ def twice(lab: Lab, stage: str, rng: random.Random, number: int) -> dict[str, An
     whole, undisturbed = lab.reference(stage)
     running = lab.start(stage, lab.flags(stage))
     running.until((lab.trial / f"{stage}.partial").is_dir)
-    running.until(lambda: False, rng.uniform(0, 0.4) * undisturbed.seconds)
+    running.worked(rng.uniform(0, 0.6) * undisturbed.seconds)
     line = refused(lab.run(stage))
     ended = running.end()
     if any(ended.codes) or (wrong := differs(whole, lab.trial / stage)):
