@@ -20,6 +20,7 @@ import os
 import random
 import re
 import runpy
+import select
 import shutil
 import signal
 import socket
@@ -119,8 +120,10 @@ class Lab:
         self.runs.mkdir(parents=True, exist_ok=True)
         self.references: dict[tuple[str, int], Ended] = {}
 
-    def start(self, stage: str, flags: list[str], *, processes: int = 1, at: int | None = None, count: bool = False) -> "Running":
-        """Fork the stage's processes; with `count` the first reports its file system events, or only the one with the number `at`."""
+    def start(self, stage: str, flags: list[str], *, processes: int = 1, at: int | None = None, count: bool = False,
+              prepared: Callable[[], None] = lambda: None) -> "Running":
+        """Fork the stage's processes, `prepared` in each; with `count` the first reports its file system events, or only the one with
+        the number `at`."""
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = str(s.getsockname()[1])
@@ -142,6 +145,7 @@ class Lab:
                                        "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
                 if rank == 0 and (count or at is not None):
                     sys.addaudithook(hook(str(self.trial / stage), pipe[1], at))
+                prepared()
                 sys.argv = [stage, "--config", f"recipes/smoke/{stage}.yaml", *flags]
                 runpy.run_module(f"stages.{stage}", run_name="__main__")
                 os._exit(0)
@@ -257,10 +261,14 @@ class Running:
             os.kill(pid, number)
 
     def end(self) -> Ended:
-        text = b""
-        while piece := os.read(self.pipe, 1 << 16):  # until the last process has closed it
+        text, end = b"", time.monotonic() + LIMIT_S
+        while self.alive() and time.monotonic() < end:
+            if select.select([self.pipe], [], [], 0.02)[0]:  # at its end, too: then until the process itself has
+                text += os.read(self.pipe, 1 << 16)
+                time.sleep(0.005)
+        while piece := os.read(self.pipe, 1 << 16) if not self.alive() else b"":
             text += piece
-        if not self.until(lambda: False) and self.alive():
+        if self.alive():
             self.signal(signal.SIGKILL, *self.alive())
             raise Wrong(f"still at work after {LIMIT_S:.0f} s: {self.log.read_text()[-600:]}")
         os.close(self.pipe)

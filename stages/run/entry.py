@@ -50,7 +50,7 @@ def launch(main: Callable[[C], Any], config_class: type[C], *, distributed: bool
         preemption.leave(str(stopped) or "what was finished is on disk")
         code = preemption.EXIT_CODE
     except Exception as error:
-        if preemption.signalled() or preemption.marked():  # the peer that was signalled first has left a collective behind
+        if preemption.told():  # the peer that was signalled first has left a collective behind
             preemption.leave("what was finished is on disk")
             code = preemption.EXIT_CODE
         elif full := disk_full(error, config):

@@ -17,7 +17,7 @@ from pathlib import Path
 MARK, EXIT_CODE = "PREEMPTED", 143  # 128 + SIGTERM, as shells count
 GRACE_S = 120.0  # what a step and its checkpoint may take; schedulers have to grant it between SIGTERM and SIGKILL
 
-_state: dict = {"folder": None, "since": None, "deferred": 0}
+_state: dict = {"folder": None, "since": None, "deferred": 0, "left": False}
 
 
 class Preempted(BaseException):
@@ -26,7 +26,7 @@ class Preempted(BaseException):
 
 def listen(run_dir: str) -> None:
     """Take both signals from here on; the mark of an earlier attempt goes, so that what is found afterwards is this one's."""
-    _state.update(folder=Path(run_dir + ".partial"), since=None, deferred=0)
+    _state.update(folder=Path(run_dir + ".partial"), since=None, deferred=0, left=False)
     if os.environ.get("RANK", "0") == "0":
         (_state["folder"] / MARK).unlink(missing_ok=True)
     for number in (signal.SIGTERM, signal.SIGUSR1):  # the latter for clusters: torch's launcher takes no notice of it, if told to ignore it
@@ -36,7 +36,7 @@ def listen(run_dir: str) -> None:
 def _received(signum: int, frame: object) -> None:
     if _state["since"] is not None:
         return  # launchers and schedulers send it more than once
-    _state["since"] = time.monotonic()
+    _state.update(since=time.monotonic(), left=_left_behind())
     timer = threading.Timer(GRACE_S, _give_up)
     timer.daemon = True
     timer.start()
@@ -44,8 +44,23 @@ def _received(signum: int, frame: object) -> None:
         _end("what was finished is on disk")
 
 
+def _left_behind() -> bool:
+    """Whether another process of this machine has ended already: then its failure is why the launcher tells the rest to go."""
+    if (count := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) == 1:
+        return False
+    import psutil
+
+    try:
+        me = psutil.Process()
+        alike = [p for p in me.parent().children() if p.status() != psutil.STATUS_ZOMBIE and p.cmdline() == me.cmdline()]
+    except (psutil.Error, AttributeError):
+        return False
+    return len(alike) < count
+
+
 def _end(what: str) -> None:
-    leave(what)
+    if told():
+        leave(what)
     os._exit(EXIT_CODE)
 
 
@@ -56,6 +71,11 @@ def _give_up() -> None:
 
 def signalled() -> bool:
     return _state["since"] is not None
+
+
+def told() -> bool:
+    """Whether the run was told to go: this process, or another one that has left the mark; not where another one has failed."""
+    return marked() or (signalled() and not _state["left"])
 
 
 @contextmanager
