@@ -303,31 +303,32 @@ def refused(ended: Ended, *codes: int) -> str:
 
 
 def kill(lab: Lab, stage: str, rng: random.Random, number: int) -> dict[str, Any]:
-    """kill -9, in every other trial while a finished earlier run stands in the place of the new one."""
+    """kill -9, in every other trial while a finished earlier run stands in the place of the new one; sooner where it came too late."""
     whole, undisturbed = lab.reference(stage)
-    earlier = plant_earlier(lab, stage, whole) if number % 4 < 2 else None
-    found: dict[str, Any] = {"earlier": earlier is not None}
-    if number % 2:
-        kinds = sorted({line.split()[0] for line in undisturbed.events})
-        kind = kinds[number // 2 % len(kinds)]
-        at = rng.choice([i for i, line in enumerate(undisturbed.events) if line.split()[0] == kind])
-        running, delay = lab.start(stage, lab.flags(stage), at=at), rng.choice(JITTERS_S)
-        found |= {"at": running.event(), "delay_s": delay}
-        time.sleep(delay)
-    else:
-        running, delay = lab.start(stage, lab.flags(stage)), rng.uniform(0.05, 0.97) * undisturbed.seconds
-        running.worked(delay)
-        found["at"] = f"{delay:.2f} s of {undisturbed.seconds:.2f}"
-    if running.alive():
-        running.signal(signal.SIGKILL)
-    ended = running.end()
+    kinds = sorted({line.split()[0] for line in undisturbed.events})
+    of_kind = [i for i, line in enumerate(undisturbed.events) if line.split()[0] == kinds[number // 2 % len(kinds)]]
+    for sooner in (1.0, 0.5, 0.25, 0.0):
+        lab.clear()
+        earlier = plant_earlier(lab, stage, whole) if number % 4 < 2 else None
+        if number % 2:
+            running, delay = lab.start(stage, lab.flags(stage), at=rng.choice(of_kind)), sooner * rng.choice(JITTERS_S)
+            at = f"{running.event()}, {1000 * delay:g} ms later"
+            time.sleep(delay)
+        else:
+            running, delay = lab.start(stage, lab.flags(stage)), sooner * rng.uniform(0.05, 0.97) * undisturbed.seconds
+            running.worked(delay)
+            at = f"{delay:.2f} s of {undisturbed.seconds:.2f}"
+        if running.alive():
+            running.signal(signal.SIGKILL)
+        if killed := running.end().codes[0] == -signal.SIGKILL:
+            break
     if earlier and (lab.trial / stage).exists():
         kept = Manifest(lab.trial / stage)
         if kept.fingerprint == earlier:
             for name in kept.data["products"]:
                 kept.product(name)
     lab.finish(stage)
-    return found | {"result": "equal" if ended.codes[0] == -signal.SIGKILL else "too late"}
+    return {"at": at, "earlier": earlier is not None, "result": "equal" if killed else "too late"}
 
 
 def plant_earlier(lab: Lab, stage: str, whole: Path) -> str:
