@@ -78,9 +78,10 @@ def test_a_bad_steps_update_is_left_out_counted_and_logged(fault, spike_factor, 
     assert all(math.isfinite(row["train/loss"]) for step, row in found.items() if step != BAD)
 
 
-def test_the_mean_loss_between_two_lines_is_that_of_the_good_steps(tmp_path):
-    fit(trainer(tmp_path / "each"), TrainingConfig(on_bad_step="skip"))
-    fit(trainer(tmp_path / "fives", logging_steps=5), TrainingConfig(on_bad_step="skip"))
+@pytest.mark.parametrize("fault", [math.nan, 1e18])  # no loss at all, and one that is finite
+def test_the_mean_loss_between_two_lines_is_that_of_the_good_steps(fault, tmp_path):
+    fit(trainer(tmp_path / "each", fault), TrainingConfig(on_bad_step="skip"))
+    fit(trainer(tmp_path / "fives", fault, logging_steps=5), TrainingConfig(on_bad_step="skip"))
     each, fives = logged(tmp_path / "each"), logged(tmp_path / "fives")
     good = [each[step]["train/loss"] for step in range(21, 26) if step != BAD]
     assert fives[25]["train/loss"] == pytest.approx(sum(good) / 4, rel=1e-5)
@@ -131,6 +132,7 @@ def test_a_run_killed_after_a_bad_step_resumes_with_what_it_knew(action, tmp_pat
     resumed = trainer(tmp_path / "killed", fault=30.0)
     fit(resumed, guard)
     assert torch.equal(resumed.model.weights, whole.model.weights)
+    assert [bad["step"] for bad in whole.bad_steps] == [BAD]
     assert (resumed.bad_steps, resumed.norms) == (whole.bad_steps, whole.norms) and resumed.num_skipped == whole.num_skipped
     assert (tmp_path / "killed" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
