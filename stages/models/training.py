@@ -106,7 +106,7 @@ class Resumable:
     guard = TrainingConfig()
     critic_grad_norm: float | None = None  # of a second model with a gradient of its own
     _began: tuple[float, int] | None = None
-    _step_loss: Any = 0.0  # of this step's finite micro-batches
+    _before: Any = None  # the sum of losses that are not logged yet, as it was before this step
     _window = (0, 0)  # the step last logged, and bad steps since
 
     def __init__(self, *args, **kwargs):
@@ -133,7 +133,7 @@ class Resumable:
         rewound = _read(folder.parent / LEFT_OUT, {"bad": [], "steps": []})
         self.bad_steps, self.norms, self.left_out = known["bad"], known["norms"], set(rewound["steps"])
         self.bad_steps += [bad for bad in rewound["bad"] if bad not in self.bad_steps]
-        self._window, self._step_loss, self._began = (max(step, 0), 0), 0.0, None
+        self._window, self._before, self._began = (max(step, 0), 0), None, None
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -165,6 +165,8 @@ class Resumable:
             super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, *args, **kwargs):
+        if self._before is None:
+            self._before = self._tr_loss.clone()  # type: ignore[attr-defined]
         if self.state.global_step + 1 in self.left_out:  # type: ignore[attr-defined]
             return torch.zeros((), device=self.args.device)  # type: ignore[attr-defined]
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
@@ -172,7 +174,6 @@ class Resumable:
             if self.guard.on_bad_step == "stop":
                 self._stop(f"the loss is {loss.item()}")
             return torch.zeros_like(loss)  # its gradient is not finite on any process, as `_get_grad_norm` finds
-        self._step_loss = self._step_loss + loss
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -182,11 +183,11 @@ class Resumable:
         if step in self.left_out or (fault := self._fault(norm)):
             if step not in self.left_out:
                 self._record(step, fault)
-            self._tr_loss -= self._step_loss  # type: ignore[attr-defined]
+            self._tr_loss = self._before  # not less this step's: beside a huge loss the others are lost in rounding
             self._window = (self._window[0], self._window[1] + 1)
             for parameter in model.parameters():
                 parameter.grad = None
-        self._step_loss = 0.0
+        self._before = None
         return norm
 
     def _fault(self, norm: Any) -> str:
