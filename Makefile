@@ -31,7 +31,7 @@ GROUP_evaluation := evaluate
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report times test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
 	study-critique bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare study-moe \
-	study-exemplars faults clean
+	study-exemplars faults engines clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -174,6 +174,9 @@ test-quick: setup ## without the slow ones
 
 faults: setup ## kill, signal, fill the disk, damage files, start twice: the same command then ends alike (an hour; docs/faults.md)
 	OMP_NUM_THREADS=1 $(PY) -m tests.faults --runs $(RUNS)/faults $(ARGS)
+
+engines: setup ## every training stage on DDP, FSDP2 and ZeRO with two CPU processes, and the matrix of docs/engines.md (half an hour)
+	OMP_NUM_THREADS=1 $(PY) -m tests.engines --runs $(RUNS)/engines --page docs/engines.md $(ARGS)
 
 test-browser: setup ## the annotation page in a headless Chromium (installed beforehand, or named by CHROMIUM=)
 	@$(call HAS,gradio) || $(PIP) -c requirements.lock -r requirements-annotate.lock

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -24,6 +25,7 @@ from typing import Any, TextIO
 from stages.run.config import StageConfig
 
 MANIFEST = "manifest.json"
+HASH = re.compile("sha256:[0-9a-f]{64}")  # what `hash_path` gives; a manifest made by hand need not have one
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate", "tokenizers", "numpy", "scipy", "scikit-learn")
 
 
@@ -98,8 +100,8 @@ class Manifest:
         products = self.data["products"]
         if name not in products:
             raise ValueError(f"{self.path} has no product {name!r}: it has {', '.join(products) or 'none'}")
-        path, recorded = self.path / products[name]["path"], products[name].get("sha256")
-        if recorded and is_main() and name not in self._whole:
+        path, recorded = self.path / products[name]["path"], str(products[name].get("sha256", ""))
+        if HASH.fullmatch(recorded) and is_main() and name not in self._whole:
             if not path.exists() or hash_path(path) != recorded:
                 raise ValueError(f"{path} is {'damaged or was changed' if path.exists() else 'gone'}: its manifest records other content. "
                                  f"Restore it, or delete {self.path} and run `make {self.path.name} RECIPE={self.path.parent.name}` again")
