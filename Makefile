@@ -18,9 +18,11 @@ PY := .venv/bin/python
 PIP = $(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS)
 HAS = $(PY) -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$(1)') is None)"
 LAUNCH = .venv/bin/accelerate launch --config_file recipes/accelerate/$(ACCELERATE).yaml -q $(NODES) $(PROCESSES)
+# A stage that was told to go (SIGTERM) ends with 143 here; accelerate launch itself makes a 1 of any failure.
 # ARGS goes to the stages named on the command line (rlhf names three), not to those that run because others need them.
 STAGE = $(if $(wildcard recipes/accelerate/$(ACCELERATE).yaml),,$(error ACCELERATE=$(ACCELERATE): choose from \
-	$(basename $(notdir $(wildcard recipes/accelerate/*.yaml)))))$(LAUNCH) -m stages.$(1) --config recipes/$(RECIPE)/$(1).yaml $(if $(filter $(1) $(GROUP_$(1)),$(MAKECMDGOALS)),$(ARGS))
+	$(basename $(notdir $(wildcard recipes/accelerate/*.yaml)))))$(LAUNCH) -m stages.$(1) --config recipes/$(RECIPE)/$(1).yaml $(if $(filter $(1) $(GROUP_$(1)),$(MAKECMDGOALS)),$(ARGS)) \
+	|| (test -e $(RUNS)/$(RECIPE)/$(1).partial/PREEMPTED && exit 143)
 GROUP_preferences := rlhf
 GROUP_reward_model := rlhf
 GROUP_ppo := rlhf
@@ -29,7 +31,7 @@ GROUP_evaluation := evaluate
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report status test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
 	study-critique bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare study-moe \
-	study-lr study-exemplars export adopt chat test-clients audit lock clean
+	study-lr study-exemplars export adopt chat test-clients audit lock faults engines clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -192,6 +194,12 @@ test: setup ## all tests, one full pass of the smoke recipe included
 
 test-quick: setup ## without the slow ones
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m "not slow and not browser"
+
+faults: setup ## kill, signal, fill the disk, damage files, start twice: the same command then ends alike (an hour; docs/faults.md)
+	OMP_NUM_THREADS=1 $(PY) -m tests.faults --runs $(RUNS)/faults $(ARGS)
+
+engines: setup ## every training stage on DDP, FSDP2 and ZeRO with two CPU processes, and the matrix of docs/engines.md (half an hour)
+	OMP_NUM_THREADS=1 $(PY) -m tests.engines --runs $(RUNS)/engines --page docs/engines.md $(ARGS)
 
 test-browser: setup ## the annotation page and the report in a headless Chromium (installed beforehand, or named by CHROMIUM=)
 	@$(call HAS,gradio) || $(PIP) -c requirements.lock -r requirements-annotate.lock

@@ -21,7 +21,7 @@ from stages.data.tokenizer import document_end
 from stages.evals.battery import changes, exam, summary
 from stages.models.engines import gathered, load_whole_models
 from stages.models.forgetting import base_text
-from stages.models.training import barrier, fit, save_model, training_arguments, world_size
+from stages.models.training import TrainingConfig, barrier, fit, save_model, training_arguments, world_size
 from stages.models.verdict import forgotten
 from stages.rl.adapters import CRITIC, POLICY, REWARD, adapt, add_classifier, reward_adapter, save_adapters
 from stages.rl.alarms import Watch, build_watchers
@@ -44,7 +44,7 @@ BEST_OF_PROBLEMS = 100  # of those measured, for the curve of best-of-n
 
 
 @dataclass(frozen=True, kw_only=True)
-class PpoConfig(QuestionConfig):
+class PpoConfig(QuestionConfig, TrainingConfig):
     STAGE = "ppo"
     PARENTS = ("prepare", "sft", "reward_model")
 
@@ -187,7 +187,7 @@ def main(config: PpoConfig) -> Manifest:
     before, able = look(), examine()
     neutral = base_text(prepared, trainer.whole_policy(), tokenizer, rows=config.forgetting_rows, pad_id=pad_id)
     report("before", before)
-    fit(trainer)
+    fit(trainer, config)
     notes |= watch.settle()
     after, still_able = look(), examine()
     report("after", after)
@@ -227,6 +227,7 @@ def main(config: PpoConfig) -> Manifest:
     judges = [AutoConfig.from_pretrained(trusted(path)) for path in scorers(config.reward, scorer)]
     counts = {"responses": len(asked_of), "prompts_too_long": given - len(prompts), "held_out_too_long": to_measure - len(held_out),
               "tokens": tokens, "steps": trainer.state.global_step, "parameters": parameters,
+              "skipped_steps": trainer.num_skipped,
               "flops": ppo_flops(policy.config, critic.config if critic is not None else None, judges, responses=len(asked_of),
                                  prompt_tokens=sum(map(len, asked_of)), tokens=tokens, epochs=config.epochs,
                                  adapters=config.method == "lora", critic_adapter=config.value_trunk == "adapter",

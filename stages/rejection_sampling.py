@@ -210,7 +210,8 @@ def tune_round(config: RejectionSamplingConfig, place: Path, base: Path, sifted:
     else:
         export(trainer, tokenizer, place / "model")
     per_token = train_flops_per_token(product.config, once // len(learned), count_parameters(product))
-    took = {"dialogues": len(learned), "trained_tokens": tokens, "steps": trainer.state.global_step, "training_s": time.time() - began,
+    took = {"dialogues": len(learned), "trained_tokens": tokens, "steps": trainer.state.global_step,
+            "skipped_steps": trainer.num_skipped, "training_s": time.time() - began,
              "training_flops": tokens * per_token * 2 // 3 if peft else tokens * per_token}  # as stages/sft.py
     if is_main():
         write_json(mark, took)

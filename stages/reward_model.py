@@ -70,6 +70,7 @@ def main(config: RewardModelConfig) -> Manifest:
 
     check(config, train, heldout, AutoConfig.from_pretrained(trusted(sft.product("model"))), tokenizer.pad_token_id)
     models: list[Any] = []
+    skipped = 0
     adapter = config.method == "lora" and config.ensemble == 1  # saved beside the model: PPO can put it on the policy's own base
     for number in range(config.ensemble if config.ensemble_share == "none" else 1):
         trainer = train_model(config, run, tokenizer, sft.product("model"), train=train, heldout=heldout, number=number)
@@ -77,7 +78,7 @@ def main(config: RewardModelConfig) -> Manifest:
             adapted = trainer.accelerator.unwrap_model(trainer.model_wrapped)
             save_adapter(adapted, run.directory / "adapter", hash_path(sft.product("model")))
         models.append(without_adapters(trainer, config))
-        steps = trainer.state.global_step
+        steps, skipped = trainer.state.global_step, skipped + trainer.num_skipped
         if config.ensemble > 1:
             del trainer  # and with it the optimizer's state, twice the size of the model
     parameters = sum(p.numel() for model in models for p in model.parameters())
@@ -131,7 +132,7 @@ def main(config: RewardModelConfig) -> Manifest:
     return run.finish(metrics=metrics, products={"model": "model"} | (
         {"adapter": "adapter"} if adapter else {}), notes={
         "simulated_annotator": simulated, "reliability": {name: [b._asdict() for b in of] for name, of in bins.items()}}, counts={
-        "parameters": parameters, "steps": steps, "flops": ranking_flops(
+        "parameters": parameters, "steps": steps, "skipped_steps": skipped, "flops": ranking_flops(
             lm.config, train, passes=steps * config.batch_size / len(train), share_prompts=config.share_prompts,
             adapters=config.method == "lora", members=config.ensemble if config.ensemble_share == "none" else 1),
         "train_prompts": len(train),

@@ -217,7 +217,7 @@ def main(config: SftConfig) -> Manifest:
         metrics=metrics, products={"model": "model"} | ({adapter_name: "adapter"} if peft else {}),
         counts={"dialogues": len(train), "validation_dialogues": len(validation), "replayed_documents": len(text), "tokens": tokens,
                 "loss_tokens": lengths.loss_tokens, "cut": lengths.cut_rows, "dropped": len(dropped), "steps": last, "kept_step": kept,
-                "parameters": counts["total"], "trainable_parameters": num_trainable,
+                "skipped_steps": trainer.num_skipped, "parameters": counts["total"], "trainable_parameters": num_trainable,
                 "flops": tokens * per_token * 2 // 3 if peft else tokens * per_token},  # of frozen matrices no gradient is computed
         notes={"recommended_step": recommended, "as_good_steps": equal, "sources": mixture.counts,
                "watch": {"seconds": watch.seconds, "share_of_training": overhead, "validation_rows": watch.count,

@@ -1,6 +1,6 @@
 """One process of a PPO run on an engine, for tests/test_rl_engines.py: `train` the tiny trainer or run the `stage`.
 
-    python -m tests.rl_engines one|fsdp2|zero2|zero3 train|stage FOLDER [flags of the stage]
+    python -m tests.rl_engines one|ddp|fsdp2|zero2|zero3 train|stage FOLDER [flags of the stage]
 
 On a CPU the engines need what no product may do: Accelerate takes FSDP for plain data parallelism there unless its state says
 otherwise, and DeepSpeed wants not to be told of the CPU.
@@ -22,12 +22,18 @@ from stages.run.config import load_config
 from stages.run.entry import stop_processes
 from tests.rl_tiny import VOCAB, corpus, early_letters, trainer
 
+# What `accelerate launch` puts into the environment of its workers.
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+         "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false", "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
+ENGINES = {"fsdp2": FSDP2, **{f"zero{stage}": {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)} for stage in (2, 3)}}
 LOOSE = 1e3  # DeepSpeed clips one norm over both models, so what it shall do as other engines do is done without clipping
 
 
 def join(engine: str) -> dict[str, Any]:
     """Joins the other processes; the arguments with which the Trainer finds the engine."""
-    if engine == "one":
+    if engine in ("one", "ddp"):
         return {}
     if engine == "fsdp2":
         PartialState(cpu=True, backend="gloo")

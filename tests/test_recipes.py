@@ -31,7 +31,7 @@ def config_class(stage: str) -> type[StageConfig]:
 
 def test_there_are_recipes():
     assert {"100m", "1b", "10b"} <= {path.parent.name for path in FILES}
-    assert {path.stem for path in LAUNCHES} == {"cpu", "cpu-2", "gpu", "ddp", "fsdp2", "zero2", "zero3"}
+    assert {path.stem for path in LAUNCHES} == {"cpu", "cpu-2", "gpu", "ddp", "fsdp2", "hsdp", "zero2", "zero3"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -190,11 +190,12 @@ def nested_keys() -> set[str]:
 def test_launch_config_has_no_ignored_key(path):
     config = load_config_from_file(str(path))  # raises on an unknown key at the top level
     assert isinstance(config, ClusterConfig)
-    for section in ("fsdp_config", "deepspeed_config"):
+    sections = {"fsdp_config", "deepspeed_config", "parallelism_config"}
+    for section in sections:
         unknown = set(getattr(config, section) or {}) - nested_keys()
         assert not unknown, f"{path}: accelerate silently ignores {section}: {', '.join(unknown)}"
     others = {key for key, value in yaml.safe_load(path.read_text()).items() if isinstance(value, dict)}
-    assert others <= {"fsdp_config", "deepspeed_config"}
+    assert others <= sections
     first = path.read_text().splitlines()
     assert any(re.search(r"\b(Not run|Run:)", line) for line in first if line.startswith("#"))
 
@@ -207,13 +208,44 @@ def test_a_misspelt_nested_key_would_be_noticed():
 def test_launch_configs_ask_for_what_their_names_say():
     configs = {path.stem: load_config_from_file(str(path)) for path in LAUNCHES}
     types = {name: config.distributed_type.value for name, config in configs.items()}
-    assert types == {"cpu": "NO", "cpu-2": "MULTI_GPU", "gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED",
-                     "zero3": "DEEPSPEED"}
+    assert types == {"cpu": "NO", "cpu-2": "MULTI_GPU", "gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "hsdp": "FSDP",
+                     "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
     for name, config in configs.items():
         assert config.use_cpu == name.startswith("cpu")
         assert config.mixed_precision == ("no" if name.startswith("cpu") else "bf16")
         if config.num_processes > 1:
             assert config.rdzv_backend == "static"
     assert configs["cpu-2"].num_processes == 2
-    assert configs["fsdp2"].fsdp_config["fsdp_version"] == 2 and not configs["fsdp2"].fsdp_config["fsdp_cpu_ram_efficient_loading"]
+    for name in ("fsdp2", "hsdp"):
+        assert configs[name].fsdp_config["fsdp_version"] == 2 and not configs[name].fsdp_config["fsdp_cpu_ram_efficient_loading"]
+    hybrid = configs["hsdp"].parallelism_config
+    assert hybrid["parallelism_config_dp_replicate_size"] * hybrid["parallelism_config_dp_shard_size"] == configs["hsdp"].num_processes
     assert [configs[f"zero{stage}"].deepspeed_config["zero_stage"] for stage in (2, 3)] == [2, 3]
+
+
+@pytest.mark.parametrize(("ending", "requeued"), [("", False), ("exit 1", False), ("mkdir -p $M; echo {} > $M/PREEMPTED; exit 2", True)])
+def test_the_slurm_script_queues_a_preempted_job_again_and_no_other(ending, requeued, tmp_path):
+    """With stand-ins for srun (which starts a task on each of two nodes), scontrol and make."""
+    bin_, mark = tmp_path / "bin", tmp_path / "runs" / "tiny" / "sft.partial"
+    bin_.mkdir()
+    mark.mkdir(parents=True)
+    (mark / "PREEMPTED").write_text("of an earlier job")
+    for name, text in {
+            "srun": 'shift; for i in 0 1; do SLURM_NODEID=$i "$@" || code=$?; done; exit ${code:-0}',
+            "scontrol": f'echo "scontrol $*" >> {tmp_path}/log; [ "$1" = requeue ] || printf "a1\\na2\\n"',
+            "make": f"M={mark}; echo make $1 $RECIPE $ACCELERATE $NUM_MACHINES $MACHINE_RANK $MAIN_ADDRESS $MAIN_PORT >> {tmp_path}/log; "
+                    f"kill -USR1 $$; {ending}"}.items():  # that launchers have to ignore
+        (bin_ / name).write_text(f"#!/bin/bash\n{text}\n")
+        (bin_ / name).chmod(0o755)
+    environment = {"PATH": f"{bin_}:/usr/bin:/bin", "SLURM_NNODES": "2", "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "a[1-2]",
+                   "PLUMBLINE_RUNS": str(tmp_path / "runs"), "STAGE": "sft", "RECIPE": "tiny", "ACCELERATE": "ddp"}
+    done = subprocess.run(["bash", str(RECIPES / "accelerate" / "slurm.sh")], env=environment, capture_output=True, text=True)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line for line in lines if line.startswith("make")] == [f"make sft tiny ddp 2 {rank} a1 22345" for rank in (0, 1)]
+    assert ("scontrol requeue 12345" in lines) == requeued, done.stdout + done.stderr
+    assert (done.returncode == 0) == (not ending)
+
+
+def test_the_slurm_script_starts_one_launcher_a_node_and_says_whether_it_was_run():
+    text = (RECIPES / "accelerate" / "slurm.sh").read_text()
+    assert "#SBATCH --ntasks-per-node=1" in text and "#SBATCH --signal=USR1@" in text and re.search(r"^# Not run", text, re.MULTILINE)

@@ -22,6 +22,7 @@ class Config(StageConfig):
     who: str = option("all")
 
 def main(config):
+    os.makedirs(config.run_dir + ".partial", exist_ok=True)  # as a run that has begun
     time.sleep(1 if os.environ["RANK"] == "0" else 0)
     if config.who == "all" or os.environ["RANK"] == config.who:
         raise ValueError("bad rows")
@@ -65,3 +66,4 @@ def test_two_processes_say_one_line(tmp_path, who, line):
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
     said = [text for text in done.stderr.splitlines() if text.startswith("error")]
     assert done.returncode != 0 and len(said) == 1 and said[0].startswith(line), done.stderr[-2000:]
+    assert "preempted" not in done.stderr and not list(tmp_path.rglob("PREEMPTED"))  # the launcher's SIGTERM to the rest is none of that

@@ -1,10 +1,14 @@
+import errno
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from stages.run.checkpoint import MetricsLog, is_complete, mark_complete, newest_complete, read_metrics, remove_incomplete
+from stages.run import manifest
+from stages.run.checkpoint import MetricsLog, is_complete, mark_complete, newest_complete, read_metrics, remove_untrusted
 from stages.run.config import StageConfig, build_config, option, read_yaml
 from stages.run.manifest import MANIFEST, Manifest, Run, check_parents, metric
 
@@ -149,12 +153,12 @@ def test_a_missing_parent_names_the_command(tmp_path):
         Run(build_config(Second, {"run_dir": str(tmp_path / "s"), "parents": {"first": "runs/tiny/first"}}))
 
 
-def make_checkpoint(folder, step, world_size=1):
+def make_checkpoint(folder, step, world_size=1, engine="NO"):
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "model.safetensors").write_bytes(b"x" * 100)
     (path / "optimizer.pt").write_bytes(b"y" * 10)
-    mark_complete(path, world_size=world_size)
+    mark_complete(path, world_size=world_size, engine=engine)
     return path
 
 
@@ -164,16 +168,103 @@ def test_only_complete_checkpoints_count(tmp_path):
     assert newest_complete(tmp_path, world_size=1) == newer
     (newer / "model.safetensors").write_bytes(b"x" * 50)  # cut off by a kill or a full disk
     assert not is_complete(newer) and newest_complete(tmp_path, world_size=1).name == "checkpoint-5"
-    remove_incomplete(tmp_path)
+    remove_untrusted(tmp_path)
     assert not newer.exists()
     (tmp_path / "checkpoint-5" / "optimizer.pt").unlink()
     assert newest_complete(tmp_path, world_size=1) is None
 
 
-def test_a_checkpoint_of_another_world_size_is_refused(tmp_path):
-    make_checkpoint(tmp_path, 5, world_size=2)
-    with pytest.raises(ValueError, match="written by 2 processes, this launch has 1"):
-        newest_complete(tmp_path, world_size=1)
+def test_a_checkpoint_whose_bytes_have_changed_is_removed_aloud(tmp_path, capsys):
+    older, newer = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 10)
+    (newer / "model.safetensors").write_bytes(b"x" * 99 + b"y")  # of the same size
+    remove_untrusted(tmp_path)
+    assert older.exists() and not newer.exists() and "checkpoint-10 is damaged (model.safetensors): removed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_a_checkpoint_in_parts_of_another_launch_is_refused(tmp_path, engine):
+    folder = make_checkpoint(tmp_path, 5, world_size=2, engine=engine)
+    assert newest_complete(tmp_path, world_size=2, engine=engine) == folder
+    for world_size, other in ((1, "NO"), (2, "MULTI_GPU"), (4, engine)):
+        with pytest.raises(ValueError, match=f"written by 2 processes under {engine}, this launch has {world_size} under {other}"):
+            newest_complete(tmp_path, world_size=world_size, engine=other)
+
+
+def test_a_checkpoint_of_whole_weights_goes_on_anywhere_and_says_so(tmp_path, capsys):
+    folder = make_checkpoint(tmp_path, 5, world_size=2, engine="MULTI_GPU")
+    assert newest_complete(tmp_path, world_size=1) == folder
+    assert "written by 2 processes and goes on with 1" in capsys.readouterr().out
+
+
+WORKS = """
+import time
+from stages.run.config import StageConfig, build_config
+from stages.run.manifest import Run
+Run(build_config(StageConfig, {"run_dir": %r}))
+print("working", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_while_the_first_works_and_not_after_its_kill(tmp_path):
+    first = subprocess.Popen([sys.executable, "-c", WORKS % str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    config = build_config(StageConfig, {"run_dir": str(tmp_path / "run")})
+    try:
+        assert first.stdout is not None
+        while first.stdout.readline().strip() != "working":
+            assert first.poll() is None
+        with pytest.raises(ValueError, match=rf"another run works on .*run \(process {first.pid} on .* since .*\): wait for it or end it"):
+            Run(config)
+    finally:
+        first.kill()
+        first.wait()
+    run = Run(config)
+    assert run.attempts == 2
+    run.finish(metrics={})
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_a_finished_run_in_it_is_read(tmp_path, monkeypatch):
+    run_first(tmp_path)
+
+    def unwritable(folder):
+        raise OSError(errno.EROFS, "Read-only file system", str(folder))
+
+    monkeypatch.setattr(manifest, "lock", unwritable)
+    assert run_first(tmp_path).finished
+    with pytest.raises(ValueError, match=r"cannot be written \(.*Read-only file system.*\): make it writable, or set run_dir"):
+        Run(build_config(First, {"run_dir": str(tmp_path / "first"), "size": 2}))
+
+
+@pytest.mark.parametrize("harm", ["a bit", "cut", "a figure"])
+def test_a_damaged_manifest_is_refused(tmp_path, harm):
+    run_first(tmp_path)
+    file = tmp_path / "first" / MANIFEST
+    text = file.read_text()
+    file.write_text({"a bit": text.replace('"stage"', '"sta\x07e"'), "cut": text[:90],
+                     "a figure": text.replace('"value": 1.0', '"value": 1.5')}[harm])
+    with pytest.raises(ValueError, match=r"manifest.json is damaged.*: delete .*first and run `make first RECIPE="):
+        Manifest(tmp_path / "first")
+
+
+@pytest.mark.parametrize("harm", ["changed", "gone"])
+def test_a_damaged_product_is_refused(tmp_path, harm):
+    run_first(tmp_path)
+    file = tmp_path / "first" / "product.txt"
+    if harm == "gone":
+        file.unlink()
+    else:
+        file.write_text("size 2")
+    with pytest.raises(ValueError, match=rf"product.txt is .*{harm}.*: its manifest records other content. Restore it, or delete"):
+        Manifest(tmp_path / "first").product("text")
+
+
+def test_a_damaged_state_of_an_unfinished_run_is_refused(tmp_path):
+    values = {"run_dir": str(tmp_path / "first")}
+    state = Run(build_config(First, values)).directory / "run.json"
+    state.write_text(state.read_text()[:40])
+    with pytest.raises(ValueError, match=r"run.json is damaged .*: delete .*first.partial to start this run over"):
+        Run(build_config(First, values))
 
 
 def test_metrics_continue_without_repeating_a_step(tmp_path):

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from reward.folders import trusted
 from stages.data.tokenizer import ASSISTANT, END, EOS, SYSTEM, USER
 from stages.models.norms import speed_up_norms
-from stages.run.config import StageConfig, option
+from stages.models.training import TrainingConfig
+from stages.run.config import option
 from stages.run.manifest import say
 
 METHODS = ("full", "lora", "qlora")
@@ -29,7 +30,7 @@ BASE_FILE = "base.json"  # beside an adapter: the hash of the model that it belo
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(StageConfig):
+class MethodConfig(TrainingConfig):
     """What trains."""
 
     method: str = option("lora", "lora: adapters on all linear layers; full: all weights; qlora: lora on a base in 4 bits "

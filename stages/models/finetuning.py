@@ -260,7 +260,7 @@ def tune(model: Any, tokenizer: PreTrainedTokenizerBase, config: TuningConfig, *
     steps = math.ceil(arguments.num_train_epochs * math.ceil(rows / config.batch_size))  # as Trainer counts; packing alone knows its rows
     arguments.logging_steps, arguments.warmup_steps = max(1, steps // 25), max(1, int(steps * config.warmup_share))
     arguments.eval_steps = arguments.save_steps = math.ceil(steps / evaluations)  # the last look is at the end
-    fit(trainer)
+    fit(trainer, config)
     if watch.points[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
     trainer.accelerator.unwrap_model(trainer.model_wrapped).set_attn_implementation("sdpa")

@@ -19,17 +19,17 @@ from stages.models.optimizer import build_optimizer
 from stages.models.router_health import draw, health
 from stages.models.routing import BiasUpdate, Routers, churn
 from stages.models.sizes import build_decoder, decoder_of
-from stages.models.training import Resumable, export, fit, share_batch, training_arguments, world_size
+from stages.models.training import Resumable, TrainingConfig, export, fit, share_batch, training_arguments, world_size
 from stages.models.upcycling import upcycle
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
-from stages.run.config import StageConfig, option
+from stages.run.config import option
 from stages.run.console import table
 from stages.run.manifest import Manifest, Run, hash_data, hash_path, is_main, say
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(StageConfig):
+class PretrainConfig(TrainingConfig):
     STAGE = "pretrain"
     PARENTS = ("prepare",)
 
@@ -262,7 +262,7 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
     trainer.tokens_per_step = config.batch_tokens
     trainer.add_callback(OwnSteps({kept // config.batch_tokens for kept in config.keep_at}))
     branched = start_from(config, run) if config.branch_from and is_main() else 0
-    fit(trainer)
+    fit(trainer, config)
 
     metrics = heldout(model, held.select(range(min(4 * config.eval_rows, len(held)))), trainer.data_collator)
     kinds = {folder.name: datasets.load_from_disk(str(folder)) for folder in sorted((tokens / "heldout-kinds").glob("*"))}
@@ -283,7 +283,8 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
         metrics=metrics, products={"model": "model"},
         counts={"parameters": sizes["total"], "matmul_parameters": sizes["matmul"],
                 "active_parameters": sizes["active"], "non_embedding_parameters": sizes["non_embedding"],
-                "tokens": steps * config.batch_tokens, "steps": steps, **({"branched_step": branched} if branched else {}),
+                "tokens": steps * config.batch_tokens, "steps": steps, "skipped_steps": trainer.num_skipped,
+                **({"branched_step": branched} if branched else {}),
                 "flops": steps * config.batch_tokens * train_flops_per_token(decoder, row_length, sizes)},
         notes={"epochs": steps * config.batch_tokens / row_length / max(1, prepared.counts["train_rows"]),
                **({"forecast": forecast} if forecast else {}), **({"routers": experts} if experts else {})})

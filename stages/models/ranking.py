@@ -238,7 +238,7 @@ def train_model(config: RankingConfig, run: Run, tokenizer: Any, start: Path, *,
     if (config.method != "full" or config.ensemble > 1) and divides_weights(trainer):
         raise ValueError("this engine holds the weights in parts, which neither method lora nor an ensemble is written for: set method to "
                          "full and ensemble to 1, or launch with ddp or zero2")
-    fit(trainer)
+    fit(trainer, config)
     return trainer
 
 

@@ -1,21 +1,33 @@
-"""What every training stage shares on top of transformers.Trainer: checkpoints to trust, metrics.jsonl, a console line, a stop on NaN."""
+"""What every training stage shares on top of transformers.Trainer: checkpoints to trust that fit the disk, metrics.jsonl, a console
+line, and what happens at a step whose loss or gradient is bad."""
+import json
 import math
 import os
+import shutil
+import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from stages.models.optimizer import is_matrix
+from stages.models.engines import whole
+from stages.models.optimizer import MuonAdamW, is_matrix
 from stages.models.trackers import keep_steps
-from stages.run.checkpoint import PROGRESS, MetricsLog, mark_complete, newest_complete, remove_incomplete, step_of
+from stages.run import preemption
+from stages.run.checkpoint import PROGRESS, MetricsLog, mark_complete, newest_complete, remove_untrusted, step_of
+from stages.run.config import StageConfig, option
 from stages.run.console import clock
 from stages.run.manifest import Run, is_main, say, write_json
+
+STEPS = "steps.json"  # in each checkpoint: bad steps and lengths of gradients so far
+LEFT_OUT = "left_out.json"  # beside them: bad steps that were rewound, and all steps whose updates are left out since
+SPIKE_WINDOW, SPIKE_LEAST = 50, 10  # gradient norms of which the median is taken, and how many there have to be
 
 
 def world_size() -> int:
@@ -72,27 +84,69 @@ def training_arguments(run: Run, *, seed: int, report_to: str = "none", logging_
     return common | more
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(StageConfig):
+    """What a training does at a bad step: one whose loss or gradient is not finite or, with `spike_factor`, whose gradient is too long.
+
+    PaLM's training went back to a checkpoint and left out the batches up to a spike (Chowdhery et al. 2022, section 5.1): `rewind`.
+    """
+
+    on_bad_step: Literal["stop", "skip", "rewind"] = option(
+        "stop", "at a step whose loss or gradient is not finite, or a spike: stop there, leave its update out, or go back to the last "
+        "checkpoint and leave out all updates up to it", added=True)
+    spike_factor: float | None = option(None, "a gradient so many times as long as the median of the last 50 steps is a spike (null: "
+                                        "none is)", added=True)
+    max_bad_steps: int = option(10, "bad steps after which the run stops all the same", added=True)
+
+
+class _Rewind(Exception):
+    """Back to the last checkpoint, since the step of this number is bad."""
+
+
 class Resumable:
     """Mixin before a Trainer class. Set `tokens_per_step` where the number is known, for tokens and speed in the logs."""
 
     tokens_per_step: int | None = None
+    steps_between_saves = 1  # a checkpoint holds all there is only after a multiple of these
+    guard = TrainingConfig()
+    critic_grad_norm: float | None = None  # of a second model with a gradient of its own
     _began: tuple[float, int] | None = None
+    _before: Any = None  # the sum of losses that are not logged yet, as it was before this step
+    _window = (0, 0)  # the step last logged, and bad steps since
+
+    def __init__(self, *args, **kwargs):
+        self.bad_steps: list[dict[str, Any]] = []
+        self.norms: list[float] = []
+        self.left_out: set[int] = set()
+        super().__init__(*args, **kwargs)
 
     @property
     def metrics_log(self) -> MetricsLog:
         return MetricsLog(Path(self.args.output_dir).parent / "metrics.jsonl")  # type: ignore[attr-defined]
 
+    @property
+    def num_skipped(self) -> int:
+        """Steps whose update was left out, bad ones and those rewound with them."""
+        return len({bad["step"] for bad in self.bad_steps} | self.left_out)
+
     def rewind(self, step: int) -> None:
         """Forget what was recorded after `step` (-1: all of it), which training is about to repeat. Called on every process."""
         if is_main():
             self.metrics_log.rewind(step)
+        folder = Path(self.args.output_dir)  # type: ignore[attr-defined]
+        known = _read(folder / f"checkpoint-{step}" / STEPS, {"bad": [], "norms": []})
+        rewound = _read(folder.parent / LEFT_OUT, {"bad": [], "steps": []})
+        self.bad_steps, self.norms, self.left_out = known["bad"], known["norms"], set(rewound["steps"])
+        self.bad_steps += [bad for bad in rewound["bad"] if bad not in self.bad_steps]
+        self._window, self._before, self._began = (max(step, 0), 0), None, None
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         barrier()
         if is_main():
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
-            mark_complete(folder, world_size=world_size())
+            write_json(folder / STEPS, {"bad": self.bad_steps, "norms": self.norms})
+            mark_complete(folder, world_size=world_size(), engine=engine_of(self))
         barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -116,13 +170,71 @@ class Resumable:
             super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, *args, **kwargs):
+        if self._before is None:
+            self._before = self._tr_loss.clone()  # type: ignore[attr-defined]
+        if self.state.global_step + 1 in self.left_out:  # type: ignore[attr-defined]
+            return torch.zeros((), device=self.args.device)  # type: ignore[attr-defined]
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at step {self.state.global_step + 1}: "  # type: ignore[attr-defined]
-                             "lower the learning rate or look at the data; earlier checkpoints and products are untouched")
+            if self.guard.on_bad_step == "stop":
+                self._stop(f"the loss is {loss.item()}")
+            return torch.zeros_like(loss)  # its gradient is not finite on any process, as `_get_grad_norm` finds
         return loss
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The norm of the step's gradient, which is dropped where it is bad: an optimizer passes over what has none."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        step = self.state.global_step + 1  # type: ignore[attr-defined]
+        if step in self.left_out or (fault := self._fault(norm)):
+            if step not in self.left_out:
+                self._record(step, fault)
+            self._tr_loss = self._before  # not less this step's: beside a huge loss the others are lost in rounding
+            self._window = (self._window[0], self._window[1] + 1)
+            for parameter in model.parameters():
+                parameter.grad = None
+        self._before = None
+        return norm
+
+    def _fault(self, norm: Any) -> str:
+        """What is wrong with the gradient, nothing if all is well; it is the same on every process."""
+        if norm is None:  # DeepSpeed has none before its first step
+            return ""
+        if isinstance(norm, torch.Tensor):
+            with whole(norm) as full:
+                norm = float(full)
+        for length in (norm, self.critic_grad_norm):
+            if length is not None and not math.isfinite(length):
+                return f"the gradient's norm is {length}"
+        recent, factor = self.norms[-SPIKE_WINDOW:], self.guard.spike_factor
+        if factor and len(recent) >= SPIKE_LEAST and norm > factor * (usual := statistics.median(recent)):
+            return f"the gradient's norm, {norm:.3g}, is {norm / usual:.1f} times the median of the last {len(recent)} steps"
+        self.norms = [*recent, norm]
+        return ""
+
+    def _record(self, step: int, fault: str) -> None:
+        if self.guard.on_bad_step == "stop":
+            self._stop(fault)
+        self.bad_steps.append({"step": step, "fault": fault})
+        if len(self.bad_steps) > self.guard.max_bad_steps:
+            self._stop(f"{fault}, and it is bad step number {len(self.bad_steps)}, above max_bad_steps {self.guard.max_bad_steps}")
+        if self.guard.on_bad_step == "rewind":
+            raise _Rewind(step)
+        say(f"step {step}: {fault}: its update is left out ({len(self.bad_steps)} of {self.guard.max_bad_steps} at most)")
+
+    def _stop(self, fault: str) -> None:
+        raise ValueError(f"{fault} at step {self.state.global_step + 1}: "  # type: ignore[attr-defined]
+                         "lower the learning rate or look at the data, or set on_bad_step to skip or rewind; earlier checkpoints and "
+                         "products are untouched")
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # Trainer's mean counts all steps since the last line
+            step, (last, bad) = self.state.global_step, self._window  # type: ignore[attr-defined]
+            if bad:
+                good = step - last - bad
+                logs = {**logs, "loss": logs["loss"] * (step - last) / good} if good else {k: v for k, v in logs.items() if k != "loss"}
+            self._window = (step, 0)
+            if self.bad_steps:
+                logs = {**logs, "skipped_steps": self.num_skipped}
         super().log(logs, start_time)  # type: ignore[misc]
         if "train_runtime" in logs or not is_main():
             return
@@ -153,24 +265,131 @@ class Resumable:
         return "  ".join(parts)
 
 
-def fit(trainer: Any) -> None:
-    """Train, continuing from the newest complete checkpoint; the metrics file is cut back to its step first."""
-    fsdp_asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if fsdp_asked and trainer.accelerator.distributed_type.value != "FSDP":
-        raise ValueError("the launch config asks for FSDP but transformers set up plain data parallelism: "
-                         "FSDP needs GPUs; use cpu-2.yaml on CPU")
+class _SaveWhenTold(TrainerCallback):
+    """Ends training with a checkpoint at the end of the step in which any process was signalled."""
+
+    def __init__(self, steps: int):
+        self.steps = steps  # a checkpoint can only follow a multiple of these
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if anywhere(preemption.signalled()) and state.global_step % self.steps == 0:
+            control.should_save = control.should_training_stop = True
+
+
+def anywhere(here: bool) -> bool:
+    """Whether it is so on any process. A collective."""
+    if world_size() == 1:
+        return here
+    flag = torch.tensor(int(here), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def _read(path: Path, default: Any) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+
+
+def engine_of(trainer: Any) -> str:
+    """Accelerate's name of what the training runs on: NO, MULTI_GPU (any plain data parallelism), FSDP or DEEPSPEED."""
+    return trainer.accelerator.distributed_type.value
+
+
+def check_engine(trainer: Any) -> None:
+    """Raises ValueError for what the engine of the launch config cannot do, or where it is not the one that was asked for."""
+    engine = engine_of(trainer)
+    for asked in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{asked}", "false").lower() == "true" and engine != asked:
+            raise ValueError(f"the launch config asks for {asked} but transformers set up {engine}: it needs GPUs; use cpu-2.yaml on CPU")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        optimizer = trainer.optimizer or trainer.create_optimizer()
+        if isinstance(getattr(optimizer, "optimizer", optimizer), MuonAdamW):
+            raise ValueError(f"optimizer muon orthogonalises whole matrices, which {engine} divides: set optimizer to adamw, or launch "
+                             "with ddp.yaml")
+    if trainer.is_deepspeed_enabled and trainer.guard.on_bad_step != "stop":
+        raise ValueError(f"on_bad_step is {trainer.guard.on_bad_step}, but DeepSpeed updates the weights before anyone can look at the "
+                         "gradient: set on_bad_step to stop, or launch with ddp.yaml or fsdp2.yaml")
+
+
+def disk_needed(trainer: Any) -> tuple[int, int, int]:
+    """Bytes of a checkpoint, how many there are at one time, and bytes of the product: estimates from above, before the first save.
+
+    A checkpoint holds the weights that train (frozen ones are not saved), two moments of AdamW for each (Muon keeps one), and a MiB for
+    tokenizer and states. The product of adapters holds their base, too.
+    """
+    def size(chosen: list[Any], each: int = 0) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) * (each or p.element_size()) for p in chosen)  # whole under ZeRO-3
+
+    parameters, args, spare = list(trainer.model.parameters()), trainer.args, 1 << 20
+    trained = [p for p in parameters if p.requires_grad]
+    passes = args.num_train_epochs * len(trainer.train_dataset) / (
+        args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size())
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(passes)
+    saves = math.ceil(steps / max(1, args.save_steps)) + 1  # one more where it is told to go
+    count = min(saves, args.save_total_limit + 1) if args.save_total_limit else saves  # the oldest goes when the newest is there
+    return size(trained) + size(trained, 8) + spare, count, size(parameters) + spare
+
+
+def check_disk(trainer: Any) -> None:
+    """Say what the run will take on the disk. Raises ValueError where that is not free. The main process's work."""
+    checkpoints = Path(trainer.args.output_dir)
+    each, count, product = disk_needed(trainer)
+    there = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())  # of an earlier attempt
+    needed, free = each * count + product, shutil.disk_usage(next(p for p in checkpoints.resolve().parents if p.exists())).free
+
+    def mib(size: int) -> str:
+        return f"{size / 2**20:,.1f} MiB"
+
+    say(f"disk: at most {count} checkpoints of {mib(each)} and a product of {mib(product)}, {mib(needed)} in all; {mib(free)} are free")
+    if needed > free + there:
+        raise ValueError(f"{checkpoints.parent} needs up to {mib(needed)} ({count} checkpoints of {mib(each)}, a product of "
+                         f"{mib(product)}), and {mib(free)} are free: free some space, or set run_dir (all runs: PLUMBLINE_RUNS) to "
+                         "another disk")
+
+
+def fit(trainer: Any, guard: TrainingConfig | None = None) -> None:
+    """Train, continuing from the newest complete checkpoint; the metrics file is cut back to its step first.
+
+    `guard` says what happens at bad steps. Raises Preempted when a process is told to go (stages/run/preemption.py), after a checkpoint,
+    and ValueError for what the engine cannot do, where the disk is too small, and where there is no checkpoint to rewind to.
+    """
+    trainer.guard = guard or trainer.guard
+    check_engine(trainer)
     trainer.remove_callback(PrinterCallback)  # the console line of `Resumable` says it once
+    trainer.add_callback(_SaveWhenTold(trainer.steps_between_saves))
     checkpoints = Path(trainer.args.output_dir)
     barrier()
     if is_main():
-        remove_incomplete(checkpoints)
+        remove_untrusted(checkpoints)
+        check_disk(trainer)
+    while True:
+        barrier()
+        resume = newest_complete(checkpoints, world_size=world_size(), engine=engine_of(trainer))
+        trainer.rewind(step_of(resume) if resume else -1)
+        keep_steps(trainer, step_of(resume) if resume else 0)
+        if resume:
+            say(f"resuming from {resume}")
+        try:
+            with preemption.deferred():
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+                told = anywhere(preemption.signalled())
+            break
+        except _Rewind as bad:
+            _leave_out_until(bad.args[0], trainer, checkpoints)
+    if told:
+        raise preemption.Preempted(f"checkpoint-{trainer.state.global_step} is saved")
+
+
+def _leave_out_until(step: int, trainer: Any, checkpoints: Path) -> None:
+    """Note that no update from the newest checkpoint to `step` is taken again. Raises ValueError where there is no checkpoint."""
+    newest = newest_complete(checkpoints, world_size=world_size(), engine=engine_of(trainer))
+    if newest is None:
+        raise ValueError(f"step {step} is bad ({trainer.bad_steps[-1]['fault']}) and there is no checkpoint before it to go back to: save "
+                         "more often, or set on_bad_step to skip")
+    fault, left_out = trainer.bad_steps[-1]["fault"], sorted({*trainer.left_out, *range(step_of(newest) + 1, step + 1)})
+    say(f"step {step}: {fault}: back to {newest.name}, and {step - step_of(newest)} updates are left out")
     barrier()
-    resume = newest_complete(checkpoints, world_size=world_size())
-    trainer.rewind(step_of(resume) if resume else -1)
-    keep_steps(trainer, step_of(resume) if resume else 0)
-    if resume:
-        say(f"resuming from {resume}")
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if is_main():
+        write_json(checkpoints.parent / LEFT_OUT, {"bad": trainer.bad_steps, "steps": left_out})
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, **more: Any) -> None:

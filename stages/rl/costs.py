@@ -100,7 +100,8 @@ def spent(sifted: Sequence[Mapping[str, Any]], trained: Mapping[str, float], pol
 
 def totals(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Sums over the rounds of what was spent; scores are means and are left out."""
-    return {key: sum(spent[key] for spent in rounds) for key in SPENT}
+    return {key: sum(spent[key] for spent in rounds) for key in SPENT} | {
+        "skipped_steps": sum(spent.get("skipped_steps", 0) for spent in rounds)}  # of rounds tuned before it was counted
 
 
 SPENT = ("prompts", "empty_prompts", "responses", "unfinished", "tokens", "scored", "dialogues", "trained_tokens", "steps",

@@ -124,7 +124,6 @@ class PPOTrainer(Resumable, Trainer):
     """
 
     model: Any
-    critic_grad_norm: float | None = None
 
     def __init__(self, model: PolicyWithCritic, args: TrainingArguments, settings: PpoSettings, *,
                  prompts: Sequence[tuple[Row, list[int]]], reward: Reward, tokenizer: PreTrainedTokenizerBase,
@@ -164,6 +163,7 @@ class PPOTrainer(Resumable, Trainer):
                 model.policy, self.accelerator, tokenizer, vllm_mode=s.vllm_mode, vllm_server_url=s.vllm_server_url,
                 vllm_gpu_memory=s.vllm_gpu_memory, temperature=model.temperature, max_new_tokens=s.max_new_tokens, eos_ids=s.eos_ids,
                 longest_prompt=max(len(ids) for _, ids in prompts))
+        self.steps_between_saves = settings.steps_per_iteration  # rollouts are not saved
         self.experience: Experience | None = None
         self.warned: set[str] = set()
         self.sums: dict[str, Tensor] = {}

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stages.run import preemption
 from stages.run.config import StageConfig, help_text, load_config, read_yaml
 from stages.run.manifest import is_main, say
 from stages.run.redaction import redacted
@@ -22,7 +23,8 @@ OTHERS_WAIT_S = 5.0
 
 
 def launch(main: Callable[[C], Any], config_class: type[C], *, distributed: bool = True) -> None:
-    """Run `main` on the config of the command line, then exit: 0 when finished, 2 on bad input with one line `error: ...`.
+    """Run `main` on the config of the command line, then exit: 0 when finished, 2 on bad input with one line `error: ...`, 143 after
+    SIGTERM, with a mark (stages/run/preemption.py).
 
     A stage with `distributed=False` works on the main process alone; the others leave at once.
     """
@@ -37,6 +39,7 @@ def launch(main: Callable[[C], Any], config_class: type[C], *, distributed: bool
     die_with_parent()
     try:
         config = load_config(config_class, arguments)
+        preemption.listen(config.run_dir)
         if distributed:
             start_processes()
         main(config)
@@ -44,8 +47,14 @@ def launch(main: Callable[[C], Any], config_class: type[C], *, distributed: bool
     except KeyboardInterrupt:
         say("interrupted: the same command continues from the last checkpoint")
         code = 130
+    except preemption.Preempted as stopped:
+        preemption.leave(str(stopped) or "what was finished is on disk")
+        code = preemption.EXIT_CODE
     except Exception as error:
-        if full := disk_full(error, config):
+        if preemption.told():  # the peer that was signalled first has left a collective behind
+            preemption.leave("what was finished is on disk")
+            code = preemption.EXIT_CODE
+        elif full := disk_full(error, config):
             fail(full, config)
         elif isinstance(error, ValueError | OSError):
             fail(str(error) or type(error).__name__, config)
@@ -80,9 +89,11 @@ def fix_arithmetic() -> None:
 
 
 def die_with_parent() -> None:
-    """A killed launcher takes its workers along; left alone they would go on writing where the next attempt works."""
+    """A killed launcher takes its workers along, which save first: a scheduler may signal the launcher alone, and with one process
+    `accelerate launch` passes nothing on. Until they have gone, the run's lock keeps the next attempt away.
+    """
     if sys.platform == "linux" and os.environ.get("ACCELERATE_MIXED_PRECISION"):  # set by `accelerate launch`
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def fail(message: str, config: StageConfig | None) -> None:

@@ -5,24 +5,29 @@ there. So an existing run folder is always complete, a kill at any moment leaves
 command finds its unfinished work again (the partial folder remembers the fingerprint it belongs to).
 """
 import datetime
+import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from reward.folders import inside
 from stages.run.config import StageConfig
 from stages.run.redaction import redacted, without_secrets
 
 MANIFEST = "manifest.json"
+HASH = re.compile("sha256:[0-9a-f]{64}")  # what `hash_path` gives; a manifest made by hand need not have one
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "evaluate", "tokenizers", "numpy", "scipy", "scikit-learn")
 
 
@@ -62,10 +67,21 @@ def metric(value: float, *, n: int | None = None, ci95: tuple[float, float] | li
     return {"value": value, **({"n": n} if n is not None else {}), **({"ci95": list(ci95)} if ci95 is not None else {})}
 
 
+def read_state(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON object that a stage wrote. Raises ValueError with the remedy where it is damaged: a kill never leaves half of one."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is damaged (no JSON object): {remedy}")
+    return data
+
+
 class Manifest:
     """A finished run, read from its folder.
 
-    Raises ValueError when the run is not there, with the make target that produces it.
+    Raises ValueError when the run is not there, with the make target that produces it, and when its manifest is not as it was written.
     """
 
     def __init__(self, run_dir: str | Path):
@@ -73,14 +89,26 @@ class Manifest:
         file = self.path / MANIFEST
         if not file.is_file():
             raise ValueError(f"no finished run in {run_dir}: run `make {self.path.name} RECIPE={self.path.parent.name}` first")
-        self.data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        remedy = f"delete {self.path} and run `make {self.path.name} RECIPE={self.path.parent.name}` again"
+        self.data: dict[str, Any] = read_state(file, remedy)
+        written = self.data.pop("checksum", None)
+        if written is not None and written != hash_data(self.data):
+            raise ValueError(f"{file} is damaged or was edited (its checksum is another): {remedy}")
+        self._whole: set[str] = set()
 
     def product(self, name: str) -> Path:
-        """Path of a product. Raises ValueError naming those there are, and for one outside of the run's folder."""
+        """Path of a product, which the main process has found to be what was written. Raises ValueError naming those there are, for one
+        that is damaged, and for one outside of the run's folder."""
         products = self.data["products"]
         if name not in products:
             raise ValueError(f"{self.path} has no product {name!r}: it has {', '.join(products) or 'none'}")
-        return inside(self.path, products[name]["path"])
+        path, recorded = inside(self.path, products[name]["path"]), str(products[name].get("sha256", ""))
+        if HASH.fullmatch(recorded) and is_main() and name not in self._whole:
+            if not path.exists() or hash_path(path) != recorded:
+                raise ValueError(f"{path} is {'damaged or was changed' if path.exists() else 'gone'}: its manifest records other content. "
+                                 f"Restore it, or delete {self.path} and run `make {self.path.name} RECIPE={self.path.parent.name}` again")
+            self._whole.add(name)
+        return path
 
     @property
     def fingerprint(self) -> str:
@@ -144,13 +172,54 @@ def hardware() -> str:
     return f"{os.cpu_count()} x {processor}"
 
 
+_LOCKS: dict[Path, TextIO] = {}
+
+
+def lock(run_dir: Path) -> None:
+    """Let no other process work on this run folder until this one ends, however it ends.
+
+    POSIX locks, which NFS knows, go with their process. Raises ValueError when another one works there, and OSError where nothing can be
+    written.
+    """
+    path = run_dir.with_name(f".{run_dir.name}.lock").resolve()
+    while path not in _LOCKS:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise OSError(error.errno, f"{error.strerror}; the file system of run_dir must know POSIX locks (Lustre: mount -o flock)",
+                              str(path)) from None
+            raise ValueError(f"another run works on {run_dir} ({holder or 'its process is not known'}): wait for it or end it, or give "
+                             "this one a run_dir of its own") from None
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:  # else its holder has just removed it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n")
+            file.flush()
+            _LOCKS[path] = file
+        else:
+            file.close()
+
+
+def unlock(run_dir: Path) -> None:
+    path = run_dir.with_name(f".{run_dir.name}.lock").resolve()
+    if path in _LOCKS:
+        path.unlink(missing_ok=True)
+        _LOCKS.pop(path).close()
+
+
 class Run:
     """The folder a stage works in, from its config to its manifest.
 
     `inputs` are content hashes of data outside the parents (local files, hub revisions); None is one that cannot be known now
     (the revision of a hub dataset, offline) and counts as that of the finished run. After construction either `finished` is
     true and `manifest` holds the run that is already there, or `directory` is the folder to work in, with whatever an
-    interrupted attempt of the same fingerprint left in it. Raises ValueError for parents that do not belong together.
+    interrupted attempt of the same fingerprint left in it. Raises ValueError for parents that do not belong together, while another
+    process works on the folder, and where it cannot be written.
     """
 
     def __init__(self, config: StageConfig, *, inputs: Mapping[str, str | None] | None = None):
@@ -160,8 +229,13 @@ class Run:
         self.parents = {name: Manifest(path) for name, path in config.parents.items()}
         if config.STAGE != "report":  # it shows the stages as they are, and says itself which are out of date
             check_parents(self.parents)
+        unwritable: OSError | None = None
         if is_main():
-            self._recover()
+            try:
+                lock(self.final)
+                self._recover()
+            except OSError as error:  # a finished run may be on a disk that is read alone
+                unwritable = error
         existing = Manifest(self.final) if (self.final / MANIFEST).is_file() else None
         before = existing.data.get("inputs", {}) if existing else {}
         known = {name: before.get(name) if value is None else value for name, value in (inputs or {}).items()}
@@ -176,8 +250,12 @@ class Run:
             if existing.fingerprint == self.fingerprint:
                 self._manifest = existing
                 say(f"{config.STAGE}: {self.final} is finished and nothing it depends on has changed")
+                unlock(self.final)
                 return
             say(f"{config.STAGE}: {self.final} is out of date ({self._changes(existing)}); running again")
+        if unwritable:
+            raise ValueError(f"{self.final.parent} cannot be written ({unwritable}): make it writable, or set run_dir to another folder "
+                             "(all runs: PLUMBLINE_RUNS)")
         if is_main():
             self._open()
 
@@ -202,7 +280,7 @@ class Run:
 
     def _open(self) -> None:
         state_file = self.directory / "run.json"
-        state: dict[str, Any] = json.loads(state_file.read_text(encoding="utf-8")) if state_file.is_file() else {}
+        state = read_state(state_file, f"delete {self.directory} to start this run over") if state_file.is_file() else {}
         if self.directory.exists() and state.get("fingerprint") != self.fingerprint:
             shutil.rmtree(self.directory)
             state = {}
@@ -234,17 +312,19 @@ class Run:
         """
         if is_main():
             hashed = {name: {"path": path, "sha256": hash_path(self.directory / path)} for name, path in (products or {}).items()}
-            write_json(self.directory / MANIFEST, {
+            data = {
                 "stage": self.config.STAGE, "recipe": self.config.recipe, "status": "finished", "fingerprint": self.fingerprint,
                 "config": without_secrets(vars(self.config)), "parents": self.identity["parents"], "inputs": self.inputs,
                 "products": hashed, "seed": self.config.seed, "counts": dict(counts or {}), "metrics": dict(metrics),
                 "notes": dict(notes or {}), "identity": without_secrets(self.identity),
-                "provenance": provenance(self.started, self.attempts)})
+                "provenance": provenance(self.started, self.attempts)}
+            write_json(self.directory / MANIFEST, data | {"checksum": hash_data(json.loads(json.dumps(data)))})
             old = self.final.with_name(self.final.name + ".old")
             if self.final.exists():
                 self.final.rename(old)
             self.directory.rename(self.final)
             shutil.rmtree(old, ignore_errors=True)
+            unlock(self.final)
             self._manifest = Manifest(self.final)
             return self._manifest
         manifest = object.__new__(Manifest)  # other processes do not read: the folder may not be visible to them yet
