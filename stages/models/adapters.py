@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.data.tokenizer import ASSISTANT, END, EOS, SYSTEM, USER
-from stages.models.norms import speed_up_norms
+from stages.models.attention import speed_up
 from stages.run.config import StageConfig, option
 from stages.run.manifest import say
 
@@ -44,7 +44,7 @@ def load_base(path: Path, config: MethodConfig) -> PreTrainedModel:
         raise ValueError(f"unknown method {config.method!r}: choose full, lora, qlora, or one of peft's: {', '.join(PEFT_METHODS)}")
     if config.method != "qlora":
         whole: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-        speed_up_norms(whole)
+        speed_up(whole)
         return whole.to(PartialState().device)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("method qlora needs bitsandbytes (pip install bitsandbytes) and, to be of use, a GPU: set method: lora here")

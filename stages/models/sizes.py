@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from stages.models.norms import speed_up_norms
+from stages.models.attention import speed_up
 from stages.models.optimizer import is_matrix
 
 # Architectures whose MLPs are experts: what their configs call the number of experts and the width of one. `olmoe` and `qwen3_moe`
@@ -111,5 +111,5 @@ def build_decoder(config: PretrainedConfig, *, seed: int, matrix_std: float = 0.
     nn.init.normal_(model.get_input_embeddings().weight, std=embedding_std)
     if not config.tie_word_embeddings:
         nn.init.normal_(model.get_output_embeddings().weight, std=head_std)
-    speed_up_norms(model)
+    speed_up(model)
     return model

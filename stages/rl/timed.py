@@ -12,7 +12,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -46,19 +46,21 @@ class Work(Terms):
 class Phases:
     """Seconds in each phase of an iteration, of functions that are timed where they stand; what one calls counts for itself alone."""
 
-    def __init__(self, wait: Callable[[], None] = lambda: None):
-        self.wait, self.open, self.lengths, self.undo = wait, [], set(), contextlib.ExitStack()
+    def __init__(self, wait: Callable[[], None] = lambda: None, phases: Sequence[str] = PHASES,
+                 clock: Callable[[], float] = time.perf_counter):
+        self.wait, self.phases, self.clock, self.open, self.lengths, self.undo = wait, phases, clock, [], set(), contextlib.ExitStack()
         self.restart()
 
     open: list[str]
     lengths: set[int]  # of the responses, in tokens
 
     def restart(self) -> None:
-        self.seconds, self.since, self.ends = dict.fromkeys(PHASES, 0.0), time.perf_counter(), [time.perf_counter()]
+        now = self.clock()
+        self.seconds, self.since, self.ends = dict.fromkeys(self.phases, 0.0), now, [now]
 
     def turn(self) -> float:
         self.wait()
-        now = time.perf_counter()
+        now = self.clock()
         if self.open:
             self.seconds[self.open[-1]] += now - self.since
         self.since = now
