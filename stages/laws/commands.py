@@ -14,7 +14,16 @@ from stages.laws.isoflop import METHODS, approach_2, vertex_bias
 from stages.laws.objective import DELTA
 from stages.laws.planner import plan
 from stages.laws.points import read_columns
-from stages.laws.variants import EXPERT_POWERS, REPETITIONS, effective_parameters, effective_tokens, fit_overtraining, profile
+from stages.laws.variants import (
+    EXPERT_POWERS,
+    effective_parameters,
+    effective_tokens,
+    fit_overtraining,
+    profile,
+    supported,
+    wear,
+    without_excess,
+)
 from stages.run.manifest import write_json
 
 COMMANDS = ("fit", "predict", "plan", "holdout", "isoflop", "emergence")
@@ -139,9 +148,12 @@ def fit(a: argparse.Namespace) -> dict[str, Any]:
     if "unique" in table and "total" in table:
         raise ValueError("one profile at a time: give --unique-column or --total-column")
     if "unique" in table:
-        extra["repetition"] = profile(REPETITIONS, lambda decay: (N, effective_tokens(D, table["unique"], decay)), loss, **settings)
+        extra = wear(N, D, loss, table["unique"], **settings)
         D = effective_tokens(D, table["unique"], extra["repetition"]["best"])
         conventions["D"] += f", repeated tokens worn out at R* = {extra['repetition']['best']:.3g}"
+        if "excess" in extra:
+            N = without_excess(N, supported(extra["excess"]["law"], table["unique"]), extra["excess"]["best"])
+            conventions["N"] += f", those in excess of the text worn out at R* = {extra['excess']['best']:.3g}"
     if "total" in table:
         extra["experts"] = profile(EXPERT_POWERS, lambda power: (effective_parameters(N, table["total"], power), D), loss, **settings)
         N = effective_parameters(N, table["total"], extra["experts"]["best"])
@@ -222,6 +234,8 @@ def ask(a: argparse.Namespace) -> dict[str, Any]:
                              f"{'give' if key in law else 'leave out'} --{'unique-tokens' if option == 'unique' else 'total-params'}")
     if a.unique_tokens is not None:
         D = float(effective_tokens(D, a.unique_tokens, law["repetition"]["best"]))
+        if "excess" in law:
+            N = float(without_excess(N, supported(law["excess"]["law"], a.unique_tokens), law["excess"]["best"]))
     if a.total_params is not None:
         N = float(effective_parameters(N, a.total_params, law["experts"]["best"]))
     refuse_far(law, N, D, a.max_ratio)
