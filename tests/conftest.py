@@ -107,7 +107,7 @@ def stage(model_folder, tmp_path):
                             ("reward_model", {"model": {"path": str(tmp_path / "reward")}})]:
         (tmp_path / parent).mkdir(exist_ok=True)
         (tmp_path / parent / "manifest.json").write_text(json.dumps(
-            {"stage": parent, "fingerprint": f"sha256:{parent}", "products": product}))
+            {"stage": parent, "fingerprint": f"sha256:{parent}", "products": product, "config": {"sources": ["curriculum"]}}))
     settings = {"models": {"base": ["direct", "few_shot_cot"], "sft": ["zero_shot_cot", "self_consistency"], "ppo": ["zero_shot_cot"]},
                 "tasks": ["word_problems", f"own=gsm8k:{tmp_path / 'own.jsonl'}"], "difficulties": [1, 2], "num_problems": 7, "shots": 1,
                 "num_samples": 3, "max_tokens_worked": 12, "max_tokens_direct": 6, "batch_size": 16, "seed": 5,

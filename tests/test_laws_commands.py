@@ -165,7 +165,9 @@ def test_bad_tables_are_one_line_and_no_fit(case, tmp_path, capsys):
     (["fit", "RUNS", *SELECT, "--delta", "0"], "must be positive"),
     (["predict", "RUNS", "--params", "1", "--tokens", "1"], "is not JSON"),
     (["holdout", "RUNS", *SELECT, "--train-below-flops", "1"], "0 runs lie below"),
-    (["emergence", "RUNS", "--smooth-column", "loss"], "has no column 'flops'")])
+    (["emergence", "RUNS", "--smooth-column", "loss"], "has no column 'flops'"),
+    (["emergence", "RUNS", "--flops-column", "C", "--accuracy-column", "D", "--smooth-column", "loss", "--without", "kind=typo"],
+     "--without kind=typo leaves out nothing")])
 def test_bad_arguments_are_one_line(arguments, message, runs, capsys):
     refused(capsys, [runs if word == "RUNS" else word for word in arguments], message)
 

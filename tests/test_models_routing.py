@@ -278,7 +278,8 @@ def test_an_upcycled_model_says_what_the_dense_one_said(tmp_path, dense, archite
 def test_upcycling_refuses_what_would_not_be_equal(tmp_path):
     decoder("qwen3").save_pretrained(tmp_path)
     for model, folder, message in [
-            (decoder("olmoe"), tmp_path, "qwen3, which does not become a olmoe"), (decoder("qwen3_moe"), tmp_path, "expert_size the dense"),
+            (decoder("olmoe"), tmp_path, "qwen3, which does not become a olmoe"),
+            (decoder("qwen3_moe"), tmp_path, "set hidden_size to 32, num_layers to 2, expert_size to 96"),
             (decoder("qwen3_moe", experts_per_token=1, expert_size=96), tmp_path, "set experts_per_token to 2"),
             (decoder("qwen3_moe", num_heads=4), tmp_path, "num_attention_heads is 4 here and 2"),
             (decoder("qwen3_moe"), tmp_path / "none", "has no model")]:

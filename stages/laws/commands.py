@@ -254,10 +254,11 @@ def spend(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def jumps(a: argparse.Namespace) -> dict[str, Any]:
-    tasks = {}
-    for file in a.file:
-        table = read_columns(file, {"flops": a.flops_column, "accuracy": a.accuracy_column, "smooth": a.smooth_column}, without=a.without,
-                             skip_missing=True)
+    columns, tasks = {"flops": a.flops_column, "accuracy": a.accuracy_column, "smooth": a.smooth_column}, {}
+    tables = {file: read_columns(file, columns, without=a.without, skip_missing=True) for file in a.file}
+    if idle := set(a.without).intersection(*(table["idle"].tolist() for table in tables.values())):
+        raise ValueError(f"--without {min(idle)} leaves out nothing: no row of {', '.join(a.file)} has that value; look for a misspelling")
+    for file, table in tables.items():
         if not (table["flops"] > 0).all():
             raise ValueError(f"{file}: {a.flops_column} must be positive in every row")
         try:

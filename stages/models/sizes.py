@@ -68,10 +68,13 @@ def decoder_config(tokenizer: PreTrainedTokenizerBase, *, architecture: str = "q
                    **extra) -> PretrainedConfig:
     """Config of a decoder, dense or with experts (`mixture`). The vocabulary is padded to a multiple of 16.
 
-    Raises ValueError when the width does not divide into heads, and for experts that do not go with the architecture.
+    Raises ValueError when the width does not divide into heads of even size, and for experts that do not go with the architecture.
     """
     if hidden_size % num_heads:
         raise ValueError(f"hidden_size {hidden_size} does not divide into {num_heads} heads: choose a multiple of {num_heads}")
+    if hidden_size // num_heads % 2:
+        raise ValueError(f"hidden_size {hidden_size} over {num_heads} heads makes heads of {hidden_size // num_heads}, and rotary "
+                         f"positions turn pairs: choose a multiple of {2 * num_heads}")
     wide = intermediate_size or -(-8 * hidden_size // 3 // 32) * 32
     mlp: dict[str, Any] = {"intermediate_size": wide} | mixture(
         architecture, num_experts=num_experts, experts_per_token=experts_per_token, expert_size=expert_size,
