@@ -14,7 +14,7 @@ def read_columns(path: str | Path, columns: Mapping[str, str], *, where: Sequenc
     """(n,) values of each of `columns` (what it is: its name in the file), floats but for those whose key is in `labels`.
 
     `where` keeps the rows with all of COLUMN=VALUE, `without` leaves out those with any of them. `skip_missing` leaves out rows with a
-    column empty or not a number, and counts them under "skipped". Conditions of `without` that no row meets stand under "idle". Raises
+    column empty or not a number, and counts them under "skipped", beside the conditions of `without` that no row meets, "idle". Raises
     ValueError naming file and line.
     """
     path = Path(path)
@@ -43,7 +43,7 @@ def read_columns(path: str | Path, columns: Mapping[str, str], *, where: Sequenc
     table = {what: np.array([row[i] for row in found], dtype=None if what in labels else np.float64) for i, what in enumerate(columns)}
     idle = [f"{name}={value}" for name, _, value, wanted in conditions
             if not wanted and all(str(row.get(name)) != value for _, row in rows)]
-    return table | ({"skipped": np.array(skipped)} if skip_missing else {}) | {"idle": np.array(idle)}
+    return table | ({"skipped": np.array(skipped), "idle": np.array(idle)} if skip_missing else {})
 
 
 def _rows(path: Path, columns: Mapping[str, str]) -> list[tuple[int, dict[str, Any]]]:
