@@ -30,6 +30,7 @@ from stages.evals.studies import markdown
 from stages.run.console import clock
 from stages.run.entry import fix_arithmetic, run_program
 from stages.run.manifest import say
+from stages.run.phases import Phases
 
 ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3}
 VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -166,8 +167,6 @@ def one(variant: str, size: str, given: argparse.Namespace) -> dict[str, Any]:
     import torch
     import transformers
 
-    from stages.rl.timed import Phases
-
     class Watch(transformers.TrainerCallback):
         """Restarts the clocks after the warm-up, measures the machine after each step, and times the optimizer."""
 
@@ -196,7 +195,7 @@ def one(variant: str, size: str, given: argparse.Namespace) -> dict[str, Any]:
         trainer, flops_a_token = make_trainer(variant, size, given, folder)
         gpu = trainer.args.device.type == "cuda"
         wait = torch.cuda.synchronize if gpu else lambda: None
-        phases = Phases(wait, (*PHASES, RATES), time.perf_counter if gpu else time.process_time)
+        phases = Phases((*PHASES, RATES), wait, time.perf_counter if gpu else time.process_time)
         rates = Rates(trainer.model, given.batch_tokens, trainer.args.device, wait)
         with phases.undo:
             phases.time(trainer, "get_batch_samples", "data")
