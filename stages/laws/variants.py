@@ -120,17 +120,23 @@ def wear(N: Array, D: Array, loss: Array, unique: Array, **settings: Any) -> dic
 
     One at the other's best, in turn until neither moves: each alone would take in what is the other's.
     """
+    def of_tokens(worth: Array) -> Callable[[float], tuple[Array, Array]]:
+        return lambda decay: (worth, effective_tokens(D, unique, decay))
+
+    def of_parameters(support: Array, tokens: Array) -> Callable[[float], tuple[Array, Array]]:
+        return lambda decay: (without_excess(N, support, decay), tokens)
+
     found: dict[str, Any] = {}
     worth = N
     for _ in range(ROUNDS):
         before = [part["best"] for part in found.values()]
-        found["repetition"] = profile(REPETITIONS, lambda decay, N=worth: (N, effective_tokens(D, unique, decay)), loss, **settings)
+        found["repetition"] = profile(REPETITIONS, of_tokens(worth), loss, **settings)
         tokens = effective_tokens(D, unique, found["repetition"]["best"])
         law = {name: value for name, value in fit_law(worth, tokens, loss, **settings, num_draws=0).items() if name in PARAMETERS}
         support = supported(law, unique)
         if (support >= N).all():
             break
-        found["excess"] = profile(REPETITIONS, lambda decay, U=support, D=tokens: (without_excess(N, U, decay), D), loss, **settings)
+        found["excess"] = profile(REPETITIONS, of_parameters(support, tokens), loss, **settings)
         found["excess"]["law"] = law
         worth = without_excess(N, support, found["excess"]["best"])
         if before == [part["best"] for part in found.values()]:

@@ -26,7 +26,7 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
 @functools.cache
 def of_products(device_type: str) -> torch.dtype:
     """The type in which experts are orthogonalised: bf16 where the device has instructions for its products, else float32."""
-    has = getattr(torch.cpu, "get_capabilities", dict)()
+    has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     native = device_type != "cpu" or has.get("avx512_bf16") or has.get("amx_bf16")
     return torch.bfloat16 if native else torch.float32
 
@@ -72,7 +72,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _muon(self, group: dict) -> None:
-        by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
                 by_shape[p.shape].append(p)
