@@ -30,8 +30,8 @@ GROUP_evaluation := evaluate
 
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report status test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
-	study-critique bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare study-moe \
-	study-lr study-exemplars export adopt chat test-clients audit lock faults engines clean
+	study-critique bench-pretrain bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare \
+	study-moe study-lr study-exemplars export adopt chat test-clients audit lock faults engines clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -144,6 +144,9 @@ bench-prepare: setup ## MB/s and tokens/s of preparing 10 MB and 1 GB of text, a
 
 study-exemplars: setup ## accuracy against exemplars in the prompt, and inference against training compute, over sizes (two to three hours; needs make sft rlhf)
 	$(PY) -m stages.evals.study_exemplars $(ARGS)
+
+bench-pretrain: setup ## tokens/s of pretraining, its share of the machine's matrix-product rate, where a step goes, by size and setting (half an hour)
+	$(PY) -m stages.evals.bench_pretrain $(ARGS)
 
 bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, and TRL's own trainer (needs make prepare)
 	$(PY) -m stages.evals.bench_sft $(ARGS)

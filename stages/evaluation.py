@@ -17,7 +17,7 @@ from stages.evals.asking import MODELS, AskingConfig, ask, cells, check, file_of
 from stages.evals.commands import frontier, score
 from stages.evals.frontier import computed, frontiers
 from stages.evals.pairs import pairs
-from stages.evals.tasks import load_task, task_name
+from stages.evals.tasks import load_task, searched, task_name
 from stages.models.training import barrier
 from stages.run.config import option
 from stages.run.console import table
@@ -43,7 +43,8 @@ def main(config: EvaluationConfig) -> Manifest:
     if not config.tasks:
         raise ValueError("nothing to evaluate: give at least one task, and one model with a strategy")
     needed = {"prepare"} | {MODELS[model][0] for model, chosen in config.models.items() if chosen} - {""}
-    problems = Manifest(config.parents["prepare"]).product("problems")
+    prepared = Manifest(config.parents["prepare"])
+    problems = prepared.product("problems")
     tasks = [load_task(spec, problems=problems, difficulties=config.difficulties, num_problems=config.num_problems,
                        seed=config.seed, examples=config.exemplars.get(task_name(spec))) for spec in config.tasks]
     if unknown := config.exemplars.keys() - {task.name for task in tasks}:
@@ -75,6 +76,7 @@ def main(config: EvaluationConfig) -> Manifest:
         del records[key]  # its figures stay missing
     results = summarize(records)
     results["compute"] = computed(results["frontier"], {name: made.data for name, made in ancestry(run.parents, all_parents).items()})
+    results["contamination"] = searched(config.tasks, prepared) if needed & {"pretrain", "sft", "ppo"} else {}
     write_json(run.directory / "results.json", results)
     report(results)
     return run.finish(
@@ -130,6 +132,9 @@ def metrics_of(results: dict) -> dict[str, dict]:
 
 
 def report(results: dict) -> None:
+    if unknown := [task for task, found in results["contamination"].items() if found is None]:
+        say(f"warning: the pretraining text was not searched for the questions of {', '.join(unknown)}, so some may stand in it: name the "
+            "sets in prepare's evaluation_sets, with decontaminate at report or drop")
     rows = []
     for cell in results["cells"]:
         low, high = cell.get("wilson95") or cell["bootstrap95"]

@@ -21,7 +21,7 @@ from stages.data.overlap import contamination, drop_near_duplicates
 from stages.data.packing import pack, save_rows
 from stages.data.problems import load_problems, read_problems, split_spec
 from stages.data.quality import Rules, language_fault
-from stages.data.tokenizer import CHAT_TEMPLATE, encoder, fertility, hash_tokenizer, train_tokenizer
+from stages.data.tokenizer import CHAT_TEMPLATE, check_vocabulary, encoder, fertility, hash_tokenizer, train_tokenizer
 from stages.run.config import StageConfig, fill, option
 from stages.run.console import Timer, progress
 from stages.run.entry import launch
@@ -67,6 +67,10 @@ class PrepareConfig(StageConfig):
 
 
 def main(config: PrepareConfig) -> Manifest:
+    if not 0 < config.heldout_share <= 1:
+        raise ValueError(f"heldout_share {config.heldout_share:g} is a share of the documents: set it between 0 and 1, for instance to 0.1")
+    if config.tokenizer is None:
+        check_vocabulary(config.vocab_size)
     check_weights(config.weights, config.sources, config.train_bytes)
     evaluated = {split_spec(spec)[0]: load_problems(spec, hub_split="test") for spec in config.evaluation_sets}
     if len(evaluated) < len(config.evaluation_sets):

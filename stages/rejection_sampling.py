@@ -20,10 +20,10 @@ from prompts.templates import BENCHMARK_CUES
 from reward.folders import trusted
 from stages.data.curriculum import CUES
 from stages.models import adapters
+from stages.models.attention import speed_up
 from stages.models.counts import count_parameters, train_flops_per_token
 from stages.models.finetuning import DialogueCollator, TuningConfig, tune
 from stages.models.forgetting import STEP_IN_FORWARDS, Neutral, Watch, base_text
-from stages.models.norms import speed_up_norms
 from stages.models.responses import draw_responses, stop_ids
 from stages.models.training import barrier, export, gather, save_model
 from stages.models.verdict import forgotten
@@ -148,7 +148,7 @@ def check(config: RejectionSamplingConfig) -> None:
 def load(path: Path) -> PreTrainedModel:
     """A model to sample from and to measure, in float32 as PPO has it."""
     model = remove_dropout(AutoModelForCausalLM.from_pretrained(trusted(path), dtype=torch.float32)).eval()
-    speed_up_norms(model)
+    speed_up(model)
     return model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
 
 

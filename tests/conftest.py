@@ -107,7 +107,8 @@ def stage(model_folder, tmp_path):
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     for parent, product in [("prepare", "problems"), ("pretrain", "model"), ("sft", "model"), ("ppo", "model"), ("reward_model", "model")]:
         (tmp_path / parent / "manifest.json").write_text(json.dumps(
-            {"stage": parent, "fingerprint": f"sha256:{parent}", "products": {product: {"path": product}}}))
+            {"stage": parent, "fingerprint": f"sha256:{parent}", "products": {product: {"path": product}},
+             "config": {"sources": ["curriculum"]}}))
     settings = {"models": {"base": ["direct", "few_shot_cot"], "sft": ["zero_shot_cot", "self_consistency"], "ppo": ["zero_shot_cot"]},
                 "tasks": ["word_problems", f"own=gsm8k:{tmp_path / 'own.jsonl'}"], "difficulties": [1, 2], "num_problems": 7, "shots": 1,
                 "num_samples": 3, "max_tokens_worked": 12, "max_tokens_direct": 6, "batch_size": 16, "seed": 5,

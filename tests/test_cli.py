@@ -121,6 +121,7 @@ def test_a_kill_while_a_new_run_takes_the_old_ones_place(smoke, tmp_path):
     ("pretrain", ["--hiden-size", "3"], "unknown key 'hiden_size', did you mean 'hidden_size'"),
     ("pretrain", ["--hidden-size", "64.5"], "got 64.5 (float), expected int"),
     ("pretrain", ["--hidden-size", "33"], "does not divide into 2 heads"),
+    ("pretrain", ["--hidden-size", "66"], "over 2 heads makes heads of 33, and rotary positions turn pairs: choose a multiple of 4"),
     ("pretrain", ["--parents.prepare", "nowhere/prepare"], "run `make prepare RECIPE=nowhere` first"),
     ("pretrain", ["--batch-tokens", "1000"], "is not a multiple of the row length 256: set it to 1024"),
     ("pretrain", ["--tokens", "10"], "less than one batch"),

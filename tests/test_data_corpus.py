@@ -357,6 +357,10 @@ def test_the_tokenizer_of_a_mixture_sees_all_its_sources(tmp_path):
     ({"sources": ["WEB", "EMPTY"]}, "no document is left of .*empty.txt: it holds none"),
     ({"sources": ["BINARY"]}, "binary.txt is binary"),
     ({"evaluation_sets": ["gsm8k:missing.jsonl"]}, "missing.jsonl"),
+    ({"heldout_share": 2}, "heldout_share 2 is a share of the documents: set it between 0 and 1"),
+    ({"heldout_share": 0}, "heldout_share 0 is a share"),
+    ({"vocab_size": 10, "sources": ["missing.txt"]}, "vocab_size 10 is smaller than 262"),  # said before anything is read
+    ({"near_duplicates": True}, r"near_duplicates: got True \(bool, as YAML reads yes, no, on and off\), expected keep | drop"),
     ({"evaluation_sets": ["problems:QUIZ", "problems:QUIZ"]}, "two evaluation_sets of one name"),
 ])
 def test_bad_input_is_one_clear_line(sources, tmp_path, given, message):

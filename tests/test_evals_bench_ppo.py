@@ -15,7 +15,8 @@ from stages.evals import bench_ppo
 from stages.evals.bench_ppo import PEER, PHASES, VARIANTS, arguments, bench, summary, work
 from stages.rl import timed
 from stages.rl.peers import load_policy
-from stages.rl.timed import Phases, Work, one, questions
+from stages.rl.timed import Work, one, questions
+from stages.run.phases import Phases
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Work(batch_size=8, epochs=2, minibatches=2, response_tokens=5, generations=4, iterations=1, vocab_size=300, threads=1)
@@ -98,7 +99,7 @@ def test_time_counts_for_the_innermost_phase_and_is_not_lost_to_errors(monkeypat
 
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     owner = SimpleNamespace(outer=outer, inner=lambda: work(4), other=lambda kind: work(8), broken=broken)
-    phases = Phases()
+    phases = Phases(PHASES[:-1])
     phases.time(owner, "outer", "update")
     phases.time(owner, "inner", "rollout", lambda result: {7})
     phases.time(owner, "other", lambda kind: kind)

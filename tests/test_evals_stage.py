@@ -20,10 +20,12 @@ from prompts.thoughts import worked_steps
 from stages import evaluation
 from stages.data import curriculum
 from stages.data.corpora import read_rows
+from stages.data.problems import load_problems
 from stages.data.tokenizer import END
 from stages.evals import asking, journal, recorded, scoring, study_sc
 from stages.evals.backends import LocalModel
 from stages.evals.scheduler import solve
+from stages.run.manifest import hash_data
 
 PLAIN = Style(chat=False, cues=curriculum.CUES, max_tokens={WORKED: 24, DIRECT: 8})
 CHAT = Style(chat=True, cues=curriculum.CUES, max_tokens={WORKED: 24, DIRECT: 8})
@@ -141,7 +143,24 @@ def test_every_figure_recomputes_from_the_items(stage):
     assert len(results["pairs"]) == 2 * (1 + 3 + 1)  # base, sft with its single chains, ppo against sft
     same = next(c for c in pooled if c["a"] == "ppo/zero_shot_cot")  # both are the same model here
     assert same["difference"] == 0 and same["p"] == 1.0 and same["n"] == 14
+    assert results["contamination"] == {}  # all text is the curriculum's
     assert evaluation.main(stage()).fingerprint == manifest.fingerprint  # finished: nothing runs again
+
+
+@pytest.mark.parametrize(("looked_for", "unknown"), [
+    ((), ["word_problems", "own"]), (("problems/test",), ["own"]), (("quiz",), ["word_problems"]), (("problems/test", "quiz"), [])])
+def test_sets_that_prepare_did_not_look_for_are_named(stage, tmp_path, capsys, looked_for, unknown):
+    """A set is known by its rows: prepare called it quiz, and the evaluation calls it own."""
+    config, file = stage(models={"base": ["direct"]}), tmp_path / "prepare" / "manifest.json"
+    counted = {"questions": 7, "found": 2, "documents": 3}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {
+        "config": {"sources": ["curriculum", "web.txt"]},
+        "notes": {"contamination": {name: counted | {"examples": []} for name in looked_for}},
+        "inputs": {"evaluation set quiz": hash_data(load_problems(config.tasks[1], hub_split="test"))}}))
+    results = json.loads(evaluation.main(config).product("results").read_text())
+    assert results["contamination"] == {name: None if name in unknown else counted for name in ("word_problems", "own")}
+    said = [line for line in capsys.readouterr().out.splitlines() if "was not searched" in line]
+    assert bool(said) == bool(unknown) and all(f"the questions of {', '.join(unknown)}, so" in line for line in said)
 
 
 def test_other_words_in_a_prompt_are_another_run(stage, monkeypatch):

@@ -10,7 +10,7 @@ from stages.laws.commands import command
 from stages.laws.emergence import emergence, exact_match, monotone
 from stages.laws.fit import law
 from stages.laws.points import read_columns
-from stages.laws.variants import effective_tokens
+from stages.laws.variants import effective_tokens, supported, without_excess
 
 TRUE = (0.3, 20.0, 300.0, 0.4, 0.5)
 SELECT = ["--n-column", "size", "--where", "kind=a", "--draws", "20"]
@@ -111,6 +111,7 @@ def test_repeated_data_and_experts_are_profiled(tmp_path, capsys):
     assert found["repetition"]["best"] == pytest.approx(15, rel=0.15) and "R* = 15" in found["conventions"]["D"]
     few = printed(capsys, "predict", fit, "--params", "1e8", "--tokens", "1e10", "--unique-tokens", "1e9")["loss"]["value"]
     assert few == pytest.approx(float(law((1.87, 521.0, 1488.0, 0.353, 0.353), 1e8, effective_tokens(1e10, 1e9, 15.0))), rel=2e-3)
+    assert found["excess"]["best"] > 100  # parameters count in full here, also where the text supports fewer
     assert few > 1.01 * printed(capsys, "predict", fit, "--params", "1e8", "--tokens", "1e10", "--unique-tokens", "1e10")["loss"]["value"]
     refused(capsys, ["predict", fit, "--params", "1e8", "--tokens", "1e10"], "fitted with --unique-column: give --unique-tokens")
     refused(capsys, ["fit", repeated, "--unique-column", "U", "--total-column", "T"], "one profile at a time")
@@ -119,6 +120,22 @@ def test_repeated_data_and_experts_are_profiled(tmp_path, capsys):
     assert open_profile["experts"]["interval"] == [None, None]  # idle parameters in one proportion are only another unit
     assert any("experts profile is open" in text for text in open_profile["warnings"])
     assert printed(capsys, "predict", fit, "--params", "1e8", "--total-params", "4e8", "--tokens", "1e10")["loss"]["value"] > 0
+
+
+def test_parameters_in_excess_are_profiled_where_there_are_some(tmp_path, capsys):
+    N, unique = np.tile(np.repeat([1e7, 1e8, 1e9, 8e9], 3), 3), np.tile([2e8, 1e9, 5e9], 12)
+    D, true = unique * np.repeat([1, 8, 40], 12), {"E": 1.87, "A": 521.0, "B": 1488.0, "alpha": 0.353, "beta": 0.353}
+    constants = tuple(true.values())
+    worth = without_excess(N, supported(true, unique), 5.3)
+    loss = law(constants, worth, effective_tokens(D, unique, 15.4))
+    repeated = table(tmp_path / "excess.csv", ["N", "D", "U", "loss"], N, D, unique, loss)
+    fit = str(tmp_path / "fit.json")
+    found = printed(capsys, "fit", repeated, "--unique-column", "U", "--draws", "5", "--out", fit)
+    assert found["excess"]["interval"][0] < 5.3 < found["excess"]["interval"][1] and "in excess" in found["conventions"]["N"]
+    asked = printed(capsys, "predict", fit, "--params", "4e9", "--tokens", "1e10", "--unique-tokens", "1e9")["loss"]["value"]
+    told = law(constants, without_excess(4e9, supported(true, 1e9), 5.3), effective_tokens(1e10, 1e9, 15.4))
+    assert asked == pytest.approx(float(told), rel=0.02)
+    assert asked > 1.02 * float(law(constants, 4e9, effective_tokens(1e10, 1e9, 15.4)))  # what the parameters would do if all counted
 
 
 def test_isoflop_states_its_bias(tmp_path, capsys):
@@ -174,7 +191,9 @@ def test_bad_tables_are_one_line_and_no_fit(case, tmp_path, capsys):
     (["fit", "RUNS", *SELECT, "--delta", "0"], "must be positive"),
     (["predict", "RUNS", "--params", "1", "--tokens", "1"], "is not JSON"),
     (["holdout", "RUNS", *SELECT, "--train-below-flops", "1"], "0 runs lie below"),
-    (["emergence", "RUNS", "--smooth-column", "loss"], "has no column 'flops'")])
+    (["emergence", "RUNS", "--smooth-column", "loss"], "has no column 'flops'"),
+    (["emergence", "RUNS", "--flops-column", "C", "--accuracy-column", "D", "--smooth-column", "loss", "--without", "kind=typo"],
+     "--without kind=typo leaves out nothing")])
 def test_bad_arguments_are_one_line(arguments, message, runs, capsys):
     refused(capsys, [runs if word == "RUNS" else word for word in arguments], message)
 

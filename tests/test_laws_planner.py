@@ -13,6 +13,8 @@ from stages.laws.variants import (
     fit_overtraining,
     overtrained_loss,
     profile,
+    supported,
+    without_excess,
 )
 
 TRUE = (0.3, 20.0, 300.0, 0.4, 0.5)
@@ -174,6 +176,43 @@ def test_repeated_tokens_wear_out():
     assert effective_tokens(16e9, 1e9, 1e9) == pytest.approx(16e9) and effective_tokens(1e15, 1e9, 15.4) == pytest.approx(16.4e9)
     with pytest.raises(ValueError, match="at most the tokens"):
         effective_tokens(1e9, 2e9, 15.4)
+
+
+# Muennighoff et al. 2023, appendix A: fitted to 182 runs.
+DATA_CONSTRAINED = {"E": np.exp(0.6254804), "A": np.exp(6.255414), "B": np.exp(7.3049974), "alpha": 0.3526596, "beta": 0.3526596}
+R_TOKENS, R_PARAMETERS = 15.387756, 5.309743
+
+
+def test_parameters_in_excess_wear_out():
+    assert without_excess(1e8, 1e8, 5.3) == 1e8 == without_excess(1e8, 2e8, 5.3)  # none in excess
+    assert without_excess(3e8, 1e8, 2.0) == pytest.approx(1e8 * (1 + 2 * (1 - np.exp(-1))))
+    assert without_excess(1e15, 1e8, 5.3) == pytest.approx(6.3e8) and without_excess(3e8, 1e8, 1e9) == pytest.approx(3e8)
+    N, D = optimal(tuple(DATA_CONSTRAINED.values()), 1e21)
+    assert supported(DATA_CONSTRAINED, D) == pytest.approx(float(N))  # what is optimal for the tokens is not in excess of them
+
+
+def test_the_published_law_of_data_constraints():
+    """Equation 17 and what the paper says of it: .051 parameters a distinct token; four epochs cost next to nothing, forty a lot."""
+    assert supported(DATA_CONSTRAINED, 1e9) == pytest.approx(0.051e9, rel=5e-3)
+    assert [DATA_CONSTRAINED[name] for name in "ABE"] == pytest.approx([521, 1488, 1.87], rel=1e-3)
+
+    def loss(N, D, unique):
+        return law(tuple(DATA_CONSTRAINED.values()), without_excess(N, supported(DATA_CONSTRAINED, unique), R_PARAMETERS),
+                   effective_tokens(D, unique, R_TOKENS))
+
+    fresh = loss(8.7e9, 178e9, 178e9)
+    assert loss(8.7e9, 178e9, 44e9) / fresh - 1 < 0.01 and loss(8.7e9, 178e9, 4e9) / fresh - 1 > 0.1
+    assert loss(1e12, 1e9, 1e9) == pytest.approx(loss(1e13, 1e9, 1e9), rel=1e-6)  # a plateau
+
+
+def test_the_profile_of_excess_parameters_holds_the_truth():
+    rng = np.random.default_rng(0)
+    unique, N = np.tile([2e8, 1e9, 5e9], 12), np.repeat([1e7, 1e8, 1e9, 8e9], 9)
+    D, true = unique * np.tile(np.repeat([1, 8, 40], 3), 4), DATA_CONSTRAINED
+    support, tokens = supported(true, unique), effective_tokens(D, unique, R_TOKENS)
+    loss = law(tuple(true.values()), without_excess(N, support, R_PARAMETERS), tokens) * np.exp(2e-3 * rng.standard_normal(36))
+    found = profile(REPETITIONS[::3], lambda decay: (without_excess(N, support, decay), tokens), loss)
+    assert found["interval"][0] < R_PARAMETERS < found["interval"][1] < 40
 
 
 def test_the_profile_of_repetition_holds_the_truth_or_stays_open():

@@ -1,12 +1,15 @@
 """Attention document by document equals attention under the block-diagonal mask, gradients included."""
+import copy
 import random
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from stages.data.packing import PackedCollator, pack
-from stages.models.attention import DOCUMENTS, GROUPS, attend, documents
+from stages.models.attention import DOCUMENTS, GROUPS, SAME, FastAttention, Turned, attend, documents, paired, speed_up
+from tests.rl_tiny import policy
 
 
 def packed_batch(lengths, row_length=512):
@@ -48,7 +51,7 @@ def test_a_document_sees_no_other():
 def test_places_by_hand():
     where = documents(torch.tensor([[0, 1, 2, 0, 1, 0]]))  # documents of 3, 2 and 1 tokens; single tokens are a group of their own
     assert where.shapes == [(1, 1), (2, 3)]
-    assert where.index.tolist() == [5, 0, 1, 2, 3, 4, 3] and where.real.flatten().tolist() == [1, 1, 1, 1, 1, 1, 0]
+    assert where.index.tolist() == [5, 0, 1, 2, 3, 4, 3] and where.padding.tolist() == [6]
     assert where.back.tolist() == [1, 2, 3, 4, 5, 0]
 
 
@@ -73,3 +76,80 @@ def test_what_it_does_not_compute_is_refused(more):
     heads = torch.zeros(1, 1, 4, 8)
     with pytest.raises(ValueError, match="no sliding windows, capped scores or sinks"):
         attend(torch.nn.Identity(), heads, heads, heads, None, position_ids=torch.arange(4)[None], **more)
+
+
+def counted(monkeypatch):
+    """Shapes of the heads that the fast form turns: queries and keys of each layer."""
+    shapes, turned = [], Turned.apply
+    monkeypatch.setattr(Turned, "apply", lambda x, *rest: shapes.append(x.shape) or turned(x, *rest))
+    return shapes
+
+
+def results(model, batch):
+    model.zero_grad()
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def test_a_turn_by_hand():
+    """A head of four at position 1, of frequencies pi / 2 and 0: the first pair (1, 3) turns to (-3, 1), the second stays."""
+    where = documents(torch.tensor([[0, 1]]))
+    angles = torch.tensor([[0.0, 0.0], [torch.pi / 2, 0.0]])
+    heads = paired(torch.tensor([[1.0, 2.0, 3.0, 4.0]]).T, 4).T.expand(2, -1)[:, None]
+    assert heads[0, 0].tolist() == [1, 3, 2, 4]
+    turned = Turned.apply(heads, None, torch.polar(torch.ones(2, 1, 2), angles[:, None]), 0.0, where)
+    torch.testing.assert_close(turned[:, 0], torch.tensor([[1.0, 3.0, 2.0, 4.0], [-3.0, 1.0, 2.0, 4.0]]))
+
+
+def test_the_gradients_of_a_turn_are_those_of_the_formula():
+    where = documents(torch.tensor([[0, 1, 2, 0, 0, 1]]))
+    turn = torch.polar(torch.ones(6, 1, 2, dtype=torch.float64), torch.rand(6, 1, 2, dtype=torch.float64))
+    x = torch.randn(6, 3, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    real = torch.ones(len(where.index), 1, 1, dtype=torch.float64).index_fill(0, where.padding, 0)  # nothing comes back from padding
+    assert torch.autograd.gradcheck(lambda x, weight: Turned.apply(x, weight, turn, 1e-6, where) * real, (x, weight))
+    assert torch.autograd.gradcheck(lambda x: Turned.apply(x, None, turn, 1e-6, where) * real, (x,))
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("name", SAME)
+def test_models_compute_what_they_did(name, kv_heads, monkeypatch):
+    torch.manual_seed(0)
+    plain = policy(architecture={"LlamaAttention": "llama", "Qwen3Attention": "qwen3", "Qwen3MoeAttention": "qwen3_moe"}[name],
+                   num_key_value_heads=kv_heads, num_attention_heads=4, hidden_size=32, head_dim=8)
+    for key, p in plain.named_parameters():
+        if key.endswith("norm.weight"):
+            torch.nn.init.uniform_(p)
+    plain.set_attn_implementation(DOCUMENTS)
+    fast = copy.deepcopy(plain)
+    speed_up(fast)
+    speed_up(fast)
+    batch = packed_batch([3, 5, 11, 30, 63, 1, 8, 9], 64)
+    batch["input_ids"], batch["labels"] = batch["input_ids"] % 20, batch["labels"].where(batch["labels"] < 0, batch["labels"] % 20)
+    expected, calls = results(plain, batch), counted(monkeypatch)
+    found = results(fast, batch)
+    layers = [m for m in fast.modules() if type(m).__name__ == name]
+    assert len(calls) == 2 * len(layers) > 0 and all(type(m).mro().count(FastAttention) == 1 for m in layers)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    assert list(fast.state_dict()) == list(plain.state_dict())
+
+
+def test_what_is_no_attention_within_documents_or_no_plain_projection_is_left_to_transformers(monkeypatch):
+    model = policy()
+    speed_up(model)
+    calls, batch = counted(monkeypatch), packed_batch([3, 5, 11], 32)
+    batch["input_ids"], batch["labels"] = batch["input_ids"] % 20, batch["labels"].where(batch["labels"] < 0, batch["labels"] % 20)
+    loss = results(model, batch)["loss"]  # sdpa under a mask
+    model.set_attn_implementation(DOCUMENTS)
+    assert not calls
+    torch.testing.assert_close(results(model, batch)["loss"], loss)
+    assert len(calls) == 2 * model.config.num_hidden_layers
+    calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(results(model, batch)["loss"], loss, atol=0.05, rtol=0)
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    assert abs(results(adapted, batch)["loss"] - loss) > 1e-3, "what adapters add is passed over"
+    assert not calls

@@ -1,4 +1,8 @@
 """The plan's memory formulas on numbers worked by hand, and the plan of a recipe against the model that is really built."""
+import os
+import subprocess
+import sys
+
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -159,3 +163,15 @@ def test_sharding_divides_state_and_nothing_else(recipe):
     for part in ("weights", "gradients", "optimizer"):
         assert few[part] == pytest.approx(4 * many[part], abs=8)
     assert few["activations"] == many["activations"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_a_step_frees_stays_for_the_next(kept):
+    """Pages faulted in by a second round of the same allocations: few where the memory of the first was kept."""
+    code = ("import resource, torch\nfrom stages.models.training import keep_memory\n" + ("keep_memory()\n" if kept else "") +
+            "def faults():\n    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "    held = [torch.ones(4_000_000) for _ in range(4)]\n    del held\n"
+            "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\nfaults()\nprint(faults())")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert (int(done.stdout) < 8000) == kept, done.stdout  # of 15,625

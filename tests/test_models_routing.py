@@ -15,7 +15,7 @@ from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 from stages.data.packing import PackedCollator, pack, to_dataset
 from stages.models.attention import DOCUMENTS
 from stages.models.counts import count_parameters
-from stages.models.optimizer import build_optimizer, orthogonalize
+from stages.models.optimizer import build_optimizer, of_products, orthogonalize
 from stages.models.pretraining import PretrainConfig, PretrainTrainer
 from stages.models.routing import BIAS, Routers, Routing, balance_loss, churn, dead, max_violation, sums, updated_bias
 from stages.models.sizes import MIXTURES, build_decoder, decoder_config
@@ -278,7 +278,8 @@ def test_an_upcycled_model_says_what_the_dense_one_said(tmp_path, dense, archite
 def test_upcycling_refuses_what_would_not_be_equal(tmp_path):
     decoder("qwen3").save_pretrained(tmp_path)
     for model, folder, message in [
-            (decoder("olmoe"), tmp_path, "qwen3, which does not become a olmoe"), (decoder("qwen3_moe"), tmp_path, "expert_size the dense"),
+            (decoder("olmoe"), tmp_path, "qwen3, which does not become a olmoe"),
+            (decoder("qwen3_moe"), tmp_path, "set hidden_size to 32, num_layers to 2, expert_size to 96"),
             (decoder("qwen3_moe", experts_per_token=1, expert_size=96), tmp_path, "set experts_per_token to 2"),
             (decoder("qwen3_moe", num_heads=4), tmp_path, "num_attention_heads is 4 here and 2"),
             (decoder("qwen3_moe"), tmp_path / "none", "has no model")]:
@@ -296,8 +297,25 @@ def test_muon_takes_experts_one_by_one():
     gate, down = experts.gate_up_proj.grad[2, :48].clone(), experts.down_proj.grad[1].clone()
     optimizer.step()
     moved = before[0][2, :48] - experts.gate_up_proj[2, :48]
-    torch.testing.assert_close(moved, 0.1 * 1.5 ** 0.5 * orthogonalize(gate), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(before[1][1] - experts.down_proj[1], 0.1 * orthogonalize(down), atol=1e-5, rtol=1e-4)
+    bf16 = of_products("cpu")
+    torch.testing.assert_close(moved, 0.1 * 1.5 ** 0.5 * orthogonalize(gate, dtype=bf16), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(before[1][1] - experts.down_proj[1], 0.1 * orthogonalize(down, dtype=bf16), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 24), (2, 2, 24, 40), (24, 24)])
+def test_orthogonalised_in_pieces_and_in_bf16_as_at_once_in_float32(shape, monkeypatch):
+    torch.manual_seed(0)
+    update = torch.randn(shape)
+    whole = orthogonalize(update)
+    singular = torch.linalg.svdvals(whole)
+    assert whole.shape == update.shape and singular.min() > 0.6 and singular.max() < 1.25
+    u, _, v = torch.linalg.svd(update, full_matrices=False)
+    assert torch.nn.functional.cosine_similarity((u @ v).flatten(), whole.flatten(), 0) > 0.97
+    monkeypatch.setattr("stages.models.optimizer.TOGETHER", 1)
+    torch.testing.assert_close(orthogonalize(update), whole, atol=1e-5, rtol=1e-5)
+    rounded = orthogonalize(update, dtype=torch.bfloat16)
+    assert rounded.dtype == torch.float32
+    assert 0.02 < (rounded - whole).norm() / whole.norm() * 2 < 0.1
 
 
 @pytest.mark.slow

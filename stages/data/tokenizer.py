@@ -37,6 +37,13 @@ def pieces(numbers: str) -> str:
     return rf" ?\p{{L}}+|{NUMBERS[numbers]}|\s*\n+| ?[^\s\p{{L}}\d]+|\s+"
 
 
+def check_vocabulary(vocab_size: int) -> None:
+    """Raises ValueError for a vocabulary that the bytes and special tokens alone exceed."""
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size {vocab_size} is smaller than {smallest}, the bytes and special tokens alone: set it higher")
+
+
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, numbers: str = "whole", context_length: int = 512,
                     ) -> PreTrainedTokenizerFast:
     """Train byte-level BPE: every byte has a token, so any text is encodable and nothing maps to an unknown.
@@ -46,16 +53,14 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, numbers: str = "wh
     """
     if numbers not in NUMBERS:
         raise ValueError(f"unknown numbers {numbers!r}: choose from {', '.join(NUMBERS)}")
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(alphabet) + len(SPECIAL_TOKENS)
-    if vocab_size < smallest:
-        raise ValueError(f"vocab_size {vocab_size} is smaller than {smallest}, the bytes and special tokens alone: set it higher")
+    check_vocabulary(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pieces(numbers)), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False))
+        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, model_max_length=context_length, chat_template=CHAT_TEMPLATE,
         padding_side="left", clean_up_tokenization_spaces=False,

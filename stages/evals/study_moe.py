@@ -32,6 +32,7 @@ from stages.models.optimizer import build_optimizer
 from stages.models.pretraining import PretrainConfig
 from stages.models.routing import Routers
 from stages.models.sizes import build_decoder, decoder_of
+from stages.models.training import keep_memory
 from stages.run import figures
 from stages.run.config import build_config, read_yaml
 from stages.run.console import clock
@@ -110,6 +111,7 @@ def cost(settings: Mapping[str, Mapping[str, Any]], prepare: str) -> dict[str, d
     rows = datasets.load_from_disk(str(tokens / "train"))
     row_length, threads = len(rows[0]["input_ids"]), torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_memory()
     made: dict[str, Any] = {}
     counts: dict[str, dict[str, float]] = {}
     for name, arm in settings.items():

@@ -6,7 +6,7 @@ or `gsm8k:openai/gsm8k`.
 """
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from prompts.templates import BENCHMARK_CUES, exemplars
 from stages.data.corpora import read_text
 from stages.data.curriculum import CUES, TASKS
 from stages.data.problems import FORMATS, GENERATED, load_problems, read_problems, split_spec
+from stages.run.manifest import Manifest, hash_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,21 @@ def task_name(spec: str) -> str:
     except ValueError:
         raise ValueError(f"unknown task {spec!r}: expected one of {', '.join(TASKS)}, or format:source with a format of "
                          f"{', '.join((*FORMATS, *GENERATED))}, such as gsm8k:data/test.jsonl") from None
+
+
+def searched(specs: Sequence[str], prepared: Manifest) -> dict[str, dict[str, Any] | None]:
+    """By task, what prepare found of its questions in the pretraining text, and None where it did not look for them.
+
+    A benchmark is known by its rows, whatever name prepare was given. Nothing where all text is the curriculum's, which is made by program
+    and shares no problem with its own test split.
+    """
+    if set(prepared.data["config"]["sources"]) == {"curriculum"}:
+        return {}
+    found = prepared.data["notes"]["contamination"]
+    known = {digest: name.removeprefix("evaluation set ") for name, digest in prepared.data["inputs"].items()}
+    names = {spec: "problems/test" if spec in TASKS else known.get(hash_data(load_problems(spec, hub_split="test")), "") for spec in specs}
+    return {task_name(spec): {key: found[name][key] for key in ("questions", "found", "documents")} if name in found else None
+            for spec, name in names.items()}
 
 
 def _wording(question: str) -> str:

@@ -15,7 +15,16 @@ from stages.laws.isoflop import METHODS, approach_2, vertex_bias
 from stages.laws.objective import DELTA
 from stages.laws.planner import plan
 from stages.laws.points import read_columns
-from stages.laws.variants import EXPERT_POWERS, REPETITIONS, effective_parameters, effective_tokens, fit_overtraining, profile
+from stages.laws.variants import (
+    EXPERT_POWERS,
+    effective_parameters,
+    effective_tokens,
+    fit_overtraining,
+    profile,
+    supported,
+    wear,
+    without_excess,
+)
 from stages.run.manifest import write_json
 
 COMMANDS = ("fit", "predict", "plan", "holdout", "isoflop", "emergence")
@@ -161,9 +170,12 @@ def fit(a: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--total-column {a.total_column} equals --n-column {a.n_column} in every row, so that no parameter is idle and "
                          "nothing can be said of idle ones: give the column of all parameters, or leave --total-column out")
     if "unique" in table:
-        extra["repetition"] = profile(REPETITIONS, lambda decay: (N, effective_tokens(D, table["unique"], decay)), loss, **settings)
+        extra = wear(N, D, loss, table["unique"], **settings)
         D = effective_tokens(D, table["unique"], extra["repetition"]["best"])
         conventions["D"] += f", repeated tokens worn out at R* = {extra['repetition']['best']:.3g}"
+        if "excess" in extra:
+            N = without_excess(N, supported(extra["excess"]["law"], table["unique"]), extra["excess"]["best"])
+            conventions["N"] += f", those in excess of the text worn out at R* = {extra['excess']['best']:.3g}"
     if "total" in table:
         extra["experts"] = profile(EXPERT_POWERS, lambda power: (effective_parameters(N, table["total"], power), D), loss, **settings)
         N = effective_parameters(N, table["total"], extra["experts"]["best"])
@@ -244,6 +256,8 @@ def ask(a: argparse.Namespace) -> dict[str, Any]:
                              f"{'give' if key in law else 'leave out'} --{'unique-tokens' if option == 'unique' else 'total-params'}")
     if a.unique_tokens is not None:
         D = float(effective_tokens(D, a.unique_tokens, law["repetition"]["best"]))
+        if "excess" in law:
+            N = float(without_excess(N, supported(law["excess"]["law"], a.unique_tokens), law["excess"]["best"]))
     if a.total_params is not None:
         N = float(effective_parameters(N, a.total_params, law["experts"]["best"]))
     refuse_far(law, N, D, a.max_ratio)
@@ -262,10 +276,11 @@ def spend(a: argparse.Namespace) -> dict[str, Any]:
 
 
 def jumps(a: argparse.Namespace) -> dict[str, Any]:
-    tasks = {}
-    for file in a.file:
-        table = read_columns(file, {"flops": a.flops_column, "accuracy": a.accuracy_column, "smooth": a.smooth_column}, without=a.without,
-                             skip_missing=True)
+    columns, tasks = {"flops": a.flops_column, "accuracy": a.accuracy_column, "smooth": a.smooth_column}, {}
+    tables = {file: read_columns(file, columns, without=a.without, skip_missing=True) for file in a.file}
+    if idle := set(a.without).intersection(*(table["idle"].tolist() for table in tables.values())):
+        raise ValueError(f"--without {min(idle)} leaves out nothing: no row of {', '.join(a.file)} has that value; look for a misspelling")
+    for file, table in tables.items():
         if not (table["flops"] > 0).all():
             raise ValueError(f"{file}: {a.flops_column} must be positive in every row")
         try:

@@ -14,7 +14,8 @@ def read_columns(path: str | Path, columns: Mapping[str, str], *, where: Sequenc
     """(n,) values of each of `columns` (what it is: its name in the file), floats but for those whose key is in `labels`.
 
     `where` keeps the rows with all of COLUMN=VALUE, `without` leaves out those with any of them. `skip_missing` leaves out rows with a
-    column empty or not a number, and counts them under "skipped". Raises ValueError naming file and line.
+    column empty or not a number, and counts them under "skipped", beside the conditions of `without` that no row meets, "idle". Raises
+    ValueError naming file and line.
     """
     path = Path(path)
     rows = _rows(path, columns)
@@ -40,7 +41,9 @@ def read_columns(path: str | Path, columns: Mapping[str, str], *, where: Sequenc
     if not found:
         raise ValueError(f"{path} has no usable rows" + (f" with {', '.join(where)}" if where else ""))
     table = {what: np.array([row[i] for row in found], dtype=None if what in labels else np.float64) for i, what in enumerate(columns)}
-    return table | ({"skipped": np.array(skipped)} if skip_missing else {})
+    idle = [f"{name}={value}" for name, _, value, wanted in conditions
+            if not wanted and all(str(row.get(name)) != value for _, row in rows)]
+    return table | ({"skipped": np.array(skipped), "idle": np.array(idle)} if skip_missing else {})
 
 
 def _rows(path: Path, columns: Mapping[str, str]) -> list[tuple[int, dict[str, Any]]]:

@@ -1,8 +1,8 @@
 """Laws that say more than the sum: over-training, repeated data, experts.
 
 Each changes what N or D counts, or ties the exponents, and leaves E + A / N^alpha + B / D^beta as it is. One number more (how fast repeated
-tokens wear out, how much idle experts help) is reported as a profile: the objective of the best fit at each of its values, since
-few ladders determine it.
+tokens or parameters in excess wear out, how much idle experts help) is reported as a profile: the objective of the best fit at each of its
+values, since few ladders determine it.
 """
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,10 +12,11 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from scipy.optimize import minimize_scalar, nnls
 
-from stages.laws.fit import fit_law
+from stages.laws.fit import PARAMETERS, fit_law
 from stages.laws.objective import EXPONENTS, Array
 
 REPETITIONS = tuple(np.geomspace(0.5, 500, 31).tolist())  # R*, tried for the profile
+ROUNDS = 6  # at most, of the two profiles of worn data
 EXPERT_POWERS = tuple(np.linspace(0, 1, 21).tolist())  # g
 
 
@@ -51,18 +52,39 @@ def overtrained_loss(fit: Mapping[str, float], N: ArrayLike, D: ArrayLike) -> Ar
     return fit["E"] + (fit["a"] * M ** fit["eta"] + fit["b"] * M ** -fit["eta"]) * C ** -fit["eta"]
 
 
+def worn(amount: Array, base: Array, decay: float) -> Array:
+    """X + X R* (1 - exp(-R / R*)) for `base` X and R = `amount` / X - 1."""
+    return base * (1 - decay * np.expm1(-np.maximum(amount / base - 1, 0.0) / decay))
+
+
 def effective_tokens(tokens: ArrayLike, unique: ArrayLike, decay: float) -> Array:
     """What D tokens are worth when only U of them differ: U + U R* (1 - exp(-R / R*)), R = D / U - 1 the repetitions, R* `decay`.
 
-    Muennighoff et al. 2023 (arXiv 2305.16264, section 3.1), who found R* = 15.4: 16 epochs are worth 10.6 of new text. As R* grows,
-    repeated tokens are as good as new. Their like term for parameters in excess of what U supports is not here. Raises ValueError where
-    D < U.
+    Muennighoff et al. 2023 (arXiv 2305.16264, equation 5), who found R* = 15.4: 16 epochs are worth 10.6 of new text. As R* grows,
+    repeated tokens are as good as new. Raises ValueError where D < U.
     """
     tokens, unique = np.asarray(tokens, dtype=np.float64), np.asarray(unique, dtype=np.float64)
     if (unique > tokens * (1 + 1e-9)).any() or (unique <= 0).any():
         raise ValueError("unique tokens must be positive and at most the tokens trained on: give the size of the text, not of the run")
-    repetitions = np.maximum(tokens / unique - 1, 0.0)
-    return unique * (1 - decay * np.expm1(-repetitions / decay))
+    return worn(tokens, unique, decay)
+
+
+def supported(law: Mapping[str, float], unique: ArrayLike) -> Array:
+    """U_N of U distinct tokens: the parameters that are compute-optimal for them, (alpha A / beta B)^(1/alpha) U^(beta/alpha).
+
+    Muennighoff et al. 2023, equation 9 with their G put in; .051 U by their constants. `law` has A, B, alpha and beta.
+    """
+    ratio = law["alpha"] * law["A"] / (law["beta"] * law["B"])
+    return ratio ** (1 / law["alpha"]) * np.asarray(unique, dtype=np.float64) ** (law["beta"] / law["alpha"])
+
+
+def without_excess(parameters: ArrayLike, support: ArrayLike, decay: float) -> Array:
+    """What N parameters are worth where the text supports `support` of them: U + U R* (1 - exp(-(N / U - 1) / R*)), U = min(N, support).
+
+    Muennighoff et al. 2023, equation 6, who found R* = 5.3: parameters in excess wear out faster than repeated tokens.
+    """
+    parameters = np.asarray(parameters, dtype=np.float64)
+    return worn(parameters, np.minimum(parameters, support), decay)
 
 
 def effective_parameters(active: ArrayLike, total: ArrayLike, power: float) -> Array:
@@ -90,3 +112,33 @@ def profile(values: Sequence[float], runs_at: Callable[[float], tuple[Array, Arr
     low, high = int(inside[0]) - 1, int(inside[-1]) + 1
     return {"values": [float(value) for value in values], "objective": objectives.tolist(), "best": float(values[best]),
             "interval": [float(values[low]) if low >= 0 else None, float(values[high]) if high < len(values) else None]}
+
+
+def wear(N: Array, D: Array, loss: Array, unique: Array, **settings: Any) -> dict[str, Any]:
+    """Profiles of how fast repeated tokens (`repetition`) and, where a run has more parameters than its text supports, those in excess
+    of it (`excess`, with the `law` by which U_N was found) wear out.
+
+    One at the other's best, in turn until neither moves: each alone would take in what is the other's.
+    """
+    def of_tokens(worth: Array) -> Callable[[float], tuple[Array, Array]]:
+        return lambda decay: (worth, effective_tokens(D, unique, decay))
+
+    def of_parameters(support: Array, tokens: Array) -> Callable[[float], tuple[Array, Array]]:
+        return lambda decay: (without_excess(N, support, decay), tokens)
+
+    found: dict[str, Any] = {}
+    worth = N
+    for _ in range(ROUNDS):
+        before = [part["best"] for part in found.values()]
+        found["repetition"] = profile(REPETITIONS, of_tokens(worth), loss, **settings)
+        tokens = effective_tokens(D, unique, found["repetition"]["best"])
+        law = {name: value for name, value in fit_law(worth, tokens, loss, **settings, num_draws=0).items() if name in PARAMETERS}
+        support = supported(law, unique)
+        if (support >= N).all():
+            break
+        found["excess"] = profile(REPETITIONS, of_parameters(support, tokens), loss, **settings)
+        found["excess"]["law"] = law
+        worth = without_excess(N, support, found["excess"]["best"])
+        if before == [part["best"] for part in found.values()]:
+            break
+    return found

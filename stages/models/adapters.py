@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from reward.folders import trusted
 from stages.data.tokenizer import ASSISTANT, END, EOS, SYSTEM, USER
-from stages.models.norms import speed_up_norms
+from stages.models.attention import speed_up
 from stages.models.training import TrainingConfig
 from stages.run.config import option
 from stages.run.manifest import say
@@ -46,7 +46,7 @@ def load_base(path: Path, config: MethodConfig) -> PreTrainedModel:
         raise ValueError(f"unknown method {config.method!r}: choose full, lora, qlora, or one of peft's: {', '.join(PEFT_METHODS)}")
     if config.method != "qlora":
         whole: Any = AutoModelForCausalLM.from_pretrained(trusted(path), dtype="auto")
-        speed_up_norms(whole)
+        speed_up(whole)
         return whole.to(PartialState().device)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("method qlora needs bitsandbytes (pip install bitsandbytes) and, to be of use, a GPU: set method: lora here")

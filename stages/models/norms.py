@@ -21,6 +21,14 @@ def scale_of(x: Tensor, epsilon: float) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(epsilon).rsqrt_()
 
 
+def norm_gradients(weighted: Tensor, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, learned: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `x` and, where it is learned, of `weight`, from that of the norm; `weighted` is `grad * weight` and is overwritten."""
+    product = (grad * x).reshape(-1, x.size(-1))
+    grad_weight = scale.reshape(-1) @ product if learned else None  # frozen under adapters
+    along = (product @ weight).reshape(scale.shape).mul_(scale.pow(3)).div_(-x.size(-1))  # what the scale's own dependence on x takes
+    return weighted.mul_(scale).addcmul_(x, along), grad_weight
+
+
 class RmsNorm(torch.autograd.Function):
     """`x` (..., d) over its root mean square, times `weight` (d,); all float32. Zhang & Sennrich 2019, equation 4."""
 
@@ -34,10 +42,7 @@ class RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         x, weight, scale = ctx.saved_tensors
-        product = (grad * x).reshape(-1, x.size(-1))
-        grad_weight = scale.reshape(-1) @ product if ctx.needs_input_grad[1] else None  # frozen under adapters
-        along = (product @ weight).reshape(scale.shape).mul_(scale.pow(3)).div_(-x.size(-1))  # what the scale's own dependence on x takes
-        return (grad * weight).mul_(scale).addcmul_(x, along), grad_weight, None
+        return *norm_gradients(grad * weight, grad, x, weight, scale, ctx.needs_input_grad[1]), None
 
 
 class FastNorm(nn.Module):
@@ -47,7 +52,8 @@ class FastNorm(nn.Module):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.device.type != "cpu" or not hidden_states.dtype == self.weight.dtype == torch.float32:
+        if (torch.compiler.is_compiling() or hidden_states.device.type != "cpu"
+                or not hidden_states.dtype == self.weight.dtype == torch.float32):
             return super().forward(hidden_states)
         if torch.is_grad_enabled():
             return RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)

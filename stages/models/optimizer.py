@@ -1,9 +1,12 @@
 """Muon for the matrices of the trunk, AdamW for the rest, as one optimizer that Trainer, Accelerate and a scheduler accept.
 
 Muon orthogonalises the momentum of each matrix by a quintic Newton-Schulz iteration (Jordan et al. 2024,
-kellerjordan.github.io/posts/muon). Matrices of one shape are stacked and orthogonalised in one batched product: at the
-tiny sizes the cost is in the number of calls, not in the arithmetic.
+kellerjordan.github.io/posts/muon). Matrices of one shape are stacked and orthogonalised in batched products: at the
+tiny sizes the cost is in the number of calls, not in the arithmetic. Of experts it is the arithmetic, which goes with all parameters while
+a step's own goes with those visited: there products are of bf16, in which the method was published, where the device is faster at them.
 """
+import functools
+import math
 from collections import defaultdict
 
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
 
+TOGETHER = 1 << 17  # numbers that are orthogonalised at once: with what comes of them they stay in a core's cache
 PAIRED = "experts.gate_up_proj"  # (E, 2 f, h) in transformers: gate above up
 
 
@@ -19,18 +23,30 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 or (parameter.ndim == 3 and ".experts." in name)
 
 
-def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
+@functools.cache
+def of_products(device_type: str) -> torch.dtype:
+    """The type in which experts are orthogonalised: bf16 where the device has instructions for its products, else float32."""
+    has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = device_type != "cpu" or has.get("avx512_bf16") or has.get("amx_bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+def orthogonalize(update: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Nearest semi-orthogonal matrix, approximately: singular values land in about [0.7, 1.2].
 
-    `update` (..., rows, columns), float; same shape and dtype out.
+    `update` (..., rows, columns), float; same shape and dtype out, computed in `dtype` (default: its own).
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan et al. 2024: steepest slope at zero that still converges
     transposed = update.size(-2) > update.size(-1)
-    x = update.mT if transposed else update
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    matrices = update.mT if transposed else update
+    found = []
+    for x in matrices.reshape(-1, *matrices.shape[-2:]).split(max(1, TOGETHER // math.prod(matrices.shape[-2:]))):
+        x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype or x.dtype)
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        found.append(x)
+    x = torch.cat(found).view(matrices.shape).to(update.dtype)
     return x.mT if transposed else x
 
 
@@ -56,7 +72,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _muon(self, group: dict) -> None:
-        by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
                 by_shape[p.shape].append(p)
@@ -64,15 +80,15 @@ class MuonAdamW(torch.optim.Optimizer):
             for p in params:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-            grads = torch.stack([p.grad for p in params if p.grad is not None])
-            momentum = torch.stack([self.state[p]["momentum"] for p in params]).lerp_(grads, 1 - group["momentum"])
-            for p, m in zip(params, momentum, strict=True):
-                self.state[p]["momentum"].copy_(m)
-            update = grads.lerp_(momentum, group["momentum"]).unflatten(-2, (group["parts"], -1))  # Nesterov
+            grads, momenta = [p.grad for p in params if p.grad is not None], [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            update = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # Nesterov
+            update = update.unflatten(-2, (group["parts"], -1))
             scale = group["lr"] * max(1.0, update.size(-2) / shape[-1]) ** 0.5
-            update = orthogonalize(update).flatten(-3, -2)
-            for p, u in zip(params, update, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(u, alpha=-scale)
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            update = orthogonalize(update, dtype=of_products(update.device.type) if len(shape) == 3 else None)
+            torch._foreach_add_(params, list(update.flatten(-3, -2)), alpha=-scale)
 
     def _adamw(self, group: dict) -> None:
         params = [p for p in group["params"] if p.grad is not None]

@@ -184,6 +184,12 @@ class PretrainTrainer(Resumable, Trainer):
         super().rewind(step)
 
 
+def attention_of(config: PretrainConfig) -> str:
+    if config.attn_implementation != "auto":
+        return config.attn_implementation
+    return "sdpa" if torch.cuda.is_available() else DOCUMENTS
+
+
 def select_rows(tokens: Path, wanted: int, easy: int, seed: int) -> datasets.Dataset:
     """`wanted` rows in training order: up to `easy` easy ones first, then the main part, repeated in a new order when it is too short.
 
@@ -229,11 +235,8 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
         raise ValueError(f"tokens {config.tokens} is less than one batch of {config.batch_tokens}: give more tokens or a smaller batch")
 
     decoder = decoder_of(config, tokenizer, row_length)
-    attention: str = config.attn_implementation
-    if attention == "auto":
-        attention = "sdpa" if torch.cuda.is_available() else DOCUMENTS
     model = build_decoder(decoder, seed=config.seed, matrix_std=config.matrix_std, embedding_std=config.embedding_std,
-                          head_std=config.head_std, attn_implementation=attention)
+                          head_std=config.head_std, attn_implementation=attention_of(config))
     if config.upcycle:
         upcycle(model, config.upcycle)
     routers = Routers(model, balance_coef=config.balance_coef, z_coef=config.router_z_coef,

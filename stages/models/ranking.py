@@ -19,8 +19,8 @@ from reward.calibration import accuracy, judged
 from reward.losses import centring_penalty, preferred, reward_loss
 from reward.model import from_language_model, pad_right, score_groups
 from stages.models.adapters import MethodConfig, adapter_config, merged
+from stages.models.attention import speed_up
 from stages.models.engines import divides_weights
-from stages.models.norms import speed_up_norms
 from stages.models.optimizer import build_optimizer
 from stages.models.training import Resumable, fit, gather, rank, share_batch, training_arguments, world_size
 from stages.run.config import option
@@ -215,7 +215,7 @@ def train_model(config: RankingConfig, run: Run, tokenizer: Any, start: Path, *,
     """Train one model from the language model in `start`, the `number`th of an ensemble, in a folder of its own but for the first."""
     model = from_language_model(start, pad_id=tokenizer.pad_token_id, seed=config.seed + number,
                                 heads=config.ensemble if config.ensemble_share == "trunk" else 1, random_head=config.ensemble > 1)
-    speed_up_norms(model)
+    speed_up(model)
     peft_config = adapter_config(peft_settings(config), [], tied=True) if config.method == "lora" else None
     local_batch = share_batch(config.batch_size, world_size(), "batch_size")
     micro = min(config.micro_batch_size or local_batch, local_batch)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from stages.models.norms import speed_up_norms
+from stages.models.attention import speed_up
 from stages.models.optimizer import is_matrix
 
 # Architectures whose MLPs are experts: what their configs call the number of experts and the width of one. `olmoe` and `qwen3_moe`
@@ -68,10 +68,13 @@ def decoder_config(tokenizer: PreTrainedTokenizerBase, *, architecture: str = "q
                    **extra) -> PretrainedConfig:
     """Config of a decoder, dense or with experts (`mixture`). The vocabulary is padded to a multiple of 16.
 
-    Raises ValueError when the width does not divide into heads, and for experts that do not go with the architecture.
+    Raises ValueError when the width does not divide into heads of even size, and for experts that do not go with the architecture.
     """
     if hidden_size % num_heads:
         raise ValueError(f"hidden_size {hidden_size} does not divide into {num_heads} heads: choose a multiple of {num_heads}")
+    if hidden_size // num_heads % 2:
+        raise ValueError(f"hidden_size {hidden_size} over {num_heads} heads makes heads of {hidden_size // num_heads}, and rotary "
+                         f"positions turn pairs: choose a multiple of {2 * num_heads}")
     wide = intermediate_size or -(-8 * hidden_size // 3 // 32) * 32
     mlp: dict[str, Any] = {"intermediate_size": wide} | mixture(
         architecture, num_experts=num_experts, experts_per_token=experts_per_token, expert_size=expert_size,
@@ -111,5 +114,5 @@ def build_decoder(config: PretrainedConfig, *, seed: int, matrix_std: float = 0.
     nn.init.normal_(model.get_input_embeddings().weight, std=embedding_std)
     if not config.tie_word_embeddings:
         nn.init.normal_(model.get_output_embeddings().weight, std=head_std)
-    speed_up_norms(model)
+    speed_up(model)
     return model

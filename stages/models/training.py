@@ -1,5 +1,7 @@
 """What every training stage shares on top of transformers.Trainer: checkpoints to trust that fit the disk, metrics.jsonl, a console
 line, and what happens at a step whose loss or gradient is bad."""
+import contextlib
+import ctypes
 import json
 import math
 import os
@@ -265,6 +267,16 @@ class Resumable:
         return "  ".join(parts)
 
 
+def keep_memory() -> None:
+    """Have glibc keep for the next step what a step frees: handed back, every page is faulted in and zeroed again, 5 to 9 % of a step's
+    processor time at widths 64 and 128 (LOG.md). What the user has set stays."""
+    if not any(name.startswith("MALLOC_") for name in os.environ):
+        with contextlib.suppress(AttributeError):  # other libraries have no such call
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: from this size on, a piece is a mapping of its own, given back at once
+            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: what may lie free at the top
+
+
 class _SaveWhenTold(TrainerCallback):
     """Ends training with a checkpoint at the end of the step in which any process was signalled."""
 
@@ -354,6 +366,7 @@ def fit(trainer: Any, guard: TrainingConfig | None = None) -> None:
     """
     trainer.guard = guard or trainer.guard
     check_engine(trainer)
+    keep_memory()
     trainer.remove_callback(PrinterCallback)  # the console line of `Resumable` says it once
     trainer.add_callback(_SaveWhenTold(trainer.steps_between_saves))
     checkpoints = Path(trainer.args.output_dir)

@@ -53,8 +53,9 @@ def upcycle(model: PreTrainedModel, folder: str) -> None:
         else:
             names, value = [name], source[name]
         if value.shape != target.shape:
-            raise ValueError(f"upcycle: {name} is {tuple(target.shape)} here and {tuple(value.shape)} in {folder}: give both models the "
-                             "same sizes, and expert_size the dense intermediate_size")
+            raise ValueError(f"upcycle: {name} is {tuple(target.shape)} here and {tuple(value.shape)} in {folder}: set hidden_size to "
+                             f"{dense.config.hidden_size}, num_layers to {dense.config.num_hidden_layers}, expert_size to "
+                             f"{dense.config.intermediate_size}, and take its own tokens (a vocabulary of {dense.config.vocab_size})")
         target.copy_(value)
         copied |= set(names)
     assert copied | {"lm_head.weight"} >= set(source), f"left behind: {sorted(set(source) - copied)}"

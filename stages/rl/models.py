@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stages.models.attention import DOCUMENTS
-from stages.models.norms import speed_up_norms
+from stages.models.attention import DOCUMENTS, speed_up
 from stages.rl.logprobs import token_logprobs
 
 # Architectures that tell their attention the position ids, and nothing else that `DOCUMENTS` does not know; tested one by one.
@@ -163,7 +162,7 @@ class PolicyWithCritic(nn.Module):
         super().__init__()
         for model in (policy, critic):
             if model is not None:
-                speed_up_norms(model)
+                speed_up(model)
         self.policy = remove_dropout(policy)
         self.critic = remove_dropout(critic) if critic is not None else None
         self.value_head: nn.Linear | None = None

@@ -26,7 +26,7 @@ from reward.folders import trusted
 from reward.model import COMBINATIONS, ENSEMBLE, load_ensemble, member_folders, normalize, score_ids
 from reward.verifiers import GoldScore, gold_score
 from stages.data.tokenizer import chat_ids
-from stages.models.norms import speed_up_norms
+from stages.models.attention import speed_up
 from stages.rl.models import remove_dropout
 from stages.run.manifest import say
 
@@ -74,7 +74,7 @@ def model_reward(path: str | Path, *, vocab_size: int, device: torch.device | st
     models = [AutoModelForSequenceClassification.from_pretrained(trusted(folder), num_labels=1).to(device).eval()
               for folder in member_folders(path)]
     for model in models:
-        speed_up_norms(remove_dropout(model).requires_grad_(False))
+        speed_up(remove_dropout(model).requires_grad_(False))
         if model.config.vocab_size != vocab_size and not text:
             raise ValueError(f"reward model {path} has {model.config.vocab_size} tokens, the policy {vocab_size}: train both from one "
                              f"tokenizer, or let it read texts with its own: {path}@text")

@@ -5,17 +5,13 @@
 For `make bench-ppo` (stages/evals/bench_ppo.py), which runs the peer in an interpreter with another TRL: each trainer is imported where
 it is made, because no TRL has them all. Prints one JSON line.
 """
-import contextlib
 import itertools
 import json
 import resource
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import datasets
 import torch
@@ -30,6 +26,7 @@ from stages.data.tokenizer import chat_ids, train_tokenizer
 from stages.models.sizes import build_decoder, decoder_config
 from stages.rl.peers import Terms, load_policy, our_ppo, trl_grpo, trl_ppo
 from stages.run.entry import run_program
+from stages.run.phases import Phases
 
 PHASES = ("rollout", "score", "forward", "update")  # forward: log-probabilities of policy and reference, and values, before the update
 LEARNING_RATE = 1e-5
@@ -42,52 +39,6 @@ class Work(Terms):
     response_tokens: int = 40
     vocab_size: int = 1024
     threads: int = 2
-
-
-class Phases:
-    """Seconds in each phase of an iteration, of functions that are timed where they stand; what one calls counts for itself alone."""
-
-    def __init__(self, wait: Callable[[], None] = lambda: None):
-        self.wait, self.open, self.lengths, self.undo = wait, [], set(), contextlib.ExitStack()
-        self.restart()
-
-    open: list[str]
-    lengths: set[int]  # of the responses, in tokens
-
-    def restart(self) -> None:
-        self.seconds, self.since, self.ends = dict.fromkeys(PHASES, 0.0), time.perf_counter(), [time.perf_counter()]
-
-    def turn(self) -> float:
-        self.wait()
-        now = time.perf_counter()
-        if self.open:
-            self.seconds[self.open[-1]] += now - self.since
-        self.since = now
-        return now
-
-    def start(self, phase: str) -> None:
-        self.turn()
-        self.open.append(phase)
-
-    def stop(self) -> None:
-        self.turn()
-        self.open.pop()
-
-    def time(self, owner: Any, name: str, phase: str | Callable[..., str], lengths: Callable[..., Any] | None = None) -> None:
-        """Time `owner.name` as `phase`, or what it says of the arguments. `lengths(result, *arguments)`: those of responses."""
-        function = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self.start(phase if isinstance(phase, str) else phase(*args))
-            try:
-                result = function(*args, **kwargs)
-            finally:
-                self.stop()
-            if lengths:
-                self.lengths.update(lengths(result, *args))
-            return result
-
-        self.undo.enter_context(patch.object(owner, name, timed))
 
 
 def questions(tokenizer: Any, count: int) -> list[dict[str, Any]]:
@@ -204,7 +155,7 @@ def one(variant: str, size: str, work: Work) -> dict[str, Any]:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(work.threads)
     cpu, (width, layers) = device() == "cpu", map(int, size.split("x"))
-    phases = Phases() if cpu else Phases(torch.cuda.synchronize)
+    phases = Phases(PHASES) if cpu else Phases(PHASES, torch.cuda.synchronize)
     steps = 1 if variant == "trl-ppo" else work.steps  # TRL's PPO counts iterations
     tokenizer: Any = train_tokenizer((row["text"] for row in itertools.islice(curriculum.documents(0), 300)), vocab_size=work.vocab_size)
     asked = questions(tokenizer, (work.iterations + 1) * work.batch_size)

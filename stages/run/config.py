@@ -137,7 +137,8 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
                 pass
     elif (hint is type(None) and value is None) or (isinstance(hint, type) and type(value) is hint):
         return value
-    raise ValueError(f"{key}: got {value!r} ({type(value).__name__}), expected {describe(hint)}")
+    kind = "bool, as YAML reads yes, no, on and off" if isinstance(value, bool) else type(value).__name__
+    raise ValueError(f"{key}: got {value!r} ({kind}), expected {describe(hint)}")
 
 
 def unknown(key: str, known: list[str], where: str, what: str = "key") -> ValueError:

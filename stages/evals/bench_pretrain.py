@@ -1,0 +1,263 @@
+"""Benchmark: tokens a second of pretraining, the share of the machine's own matrix-product rate that they come to, and where a step goes.
+
+    python -m stages.evals.bench_pretrain --rounds 3
+
+Every variant trains the same packed rows of the curriculum with the trainer of stages.pretrain, each in a process of its own; rounds go
+over all of them. `transformers` is its plain Trainer on its own decoder, AdamW, rows read as one text each.
+
+Model FLOP utilisation (MFU) is the FLOPs of stages/models/counts.py, 6 a matmul parameter and the whole square of attention, over what the
+machine would do in that time by products of two large square fp32 matrices (on a GPU: bf16). What Muon multiplies does not count. After
+each step the same process multiplies such matrices, and those of the decoder's own linear layers, forward and backward: so the ratio
+holds on a machine that others slow down, too. `ceiling` is the rate of the decoder's own shapes over that of the square ones.
+Wall time says what a user waits; processor time, all threads, is the steadier with one thread on a shared machine.
+"""
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from stages.evals.studies import markdown
+from stages.run.console import clock
+from stages.run.entry import fix_arithmetic, run_program
+from stages.run.manifest import say
+from stages.run.phases import Phases
+
+ADAMW = {"optimizer": "adamw", "learning_rate": 1e-3}
+VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+    "muon": ({}, "the default: Muon and AdamW, attention within documents"),
+    "adamw": (ADAMW, "AdamW for all"),
+    "adamw, sdpa": (ADAMW | {"attn_implementation": "sdpa"}, "the same under a mask"),
+    "adamw, eager": (ADAMW | {"attn_implementation": "eager"}, "the same, written out"),
+    "adamw, compile": (ADAMW | {"torch_compile": True}, "torch.compile"),
+    "adamw, sdpa, compile": (ADAMW | {"attn_implementation": "sdpa", "torch_compile": True}, "torch.compile of all, under a mask"),
+    "adamw, bf16": (ADAMW | {"bf16": True}, "autocast to bf16"),
+    "transformers": (ADAMW | {"attn_implementation": "sdpa"}, "plain Trainer and decoder; documents see one another")}
+PHASES, RATES = ("data", "forward", "backward", "optimizer"), "rates"
+ARGUMENTS = ("torch_compile", "bf16")  # of Trainer; the rest are a PretrainConfig's
+SQUARE = 2048  # rows of the large matrices; on a GPU four times as many
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m stages.evals.bench_pretrain", description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="who trains", metavar="VARIANT")
+    parser.add_argument("--sizes", nargs="+", default=["64x4", "128x4", "256x4"], help="of the decoders: width x layers, heads of 32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="that are timed, in each run, after --warmup")
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--row-length", type=int, default=128)
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens a step")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    given = parser.parse_args(argv)
+    for size in given.sizes:
+        if not all(part.isdigit() for part in size.split("x")) or size.count("x") != 1 or int(size.split("x")[0]) % 32:
+            raise ValueError(f"size {size!r}: expected width x layers, for example 128x4, the width a multiple of 32")
+    for name in ("rounds", "steps", "warmup", "threads"):
+        if getattr(given, name) < 1:
+            raise ValueError(f"{name} is at least 1, got {getattr(given, name)}")
+    if given.batch_tokens % given.row_length:
+        raise ValueError(f"batch_tokens {given.batch_tokens} is not a multiple of row_length {given.row_length}: choose one that is")
+    return given
+
+
+class Clocks:
+    """Wall and processor seconds (the latter of all threads) of pieces of work, summed by name."""
+
+    def __init__(self, wait: Callable[[], None]):
+        self.wait = wait
+        self.wall: dict[Any, float] = defaultdict(float)
+        self.processor: dict[Any, float] = defaultdict(float)
+
+    def time(self, name: Any, work: Callable[[], Any]) -> None:
+        self.wait()
+        wall, processor = time.perf_counter(), time.process_time()
+        work()
+        self.wait()
+        self.wall[name] += time.perf_counter() - wall
+        self.processor[name] += time.process_time() - processor
+
+
+class Rates:
+    """The machine's rate of matrix products: `measure` multiplies once, `square` and `own` are FLOPs a second by the clock asked for."""
+
+    def __init__(self, model: Any, tokens: int, device: Any, wait: Callable[[], None]):
+        import torch
+        from torch import nn
+
+        gpu = device.type == "cuda"
+        make = {"device": device, "dtype": torch.bfloat16 if gpu else torch.float32}
+        self.size, self.tokens, self.clocks, self.times = SQUARE * (4 if gpu else 1), tokens, Clocks(wait), 0
+        self.shapes = Counter(tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
+        self.squares = torch.randn(self.size, self.size, **make), torch.randn(self.size, self.size, **make)
+        self.operands = {(o, i): (torch.randn(tokens, i, **make), torch.randn(o, i, **make), torch.randn(tokens, o, **make))
+                         for o, i in self.shapes}
+
+    def measure(self) -> None:
+        self.times += 1
+        self.clocks.time("square", lambda: self.squares[0] @ self.squares[1])
+        for shape, (x, weight, grad) in self.operands.items():
+            self.clocks.time(shape, lambda x=x, w=weight, g=grad: (x @ w.t(), g @ w, g.t() @ x))  # type: ignore[misc]
+
+    def square(self, clock: str) -> float:
+        return 2 * self.size ** 3 * self.times / getattr(self.clocks, clock)["square"]
+
+    def own(self, clock: str) -> float:
+        flops = sum(count * 6 * self.tokens * o * i for (o, i), count in self.shapes.items())
+        return flops * self.times / sum(count * getattr(self.clocks, clock)[shape] for shape, count in self.shapes.items())
+
+
+def make_trainer(variant: str, size: str, given: argparse.Namespace, folder: str) -> tuple[Any, int]:
+    """A trainer of the variant on a random decoder, and FLOPs a token."""
+    import torch
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from stages.data import curriculum
+    from stages.data.packing import PackedCollator, pack, to_dataset
+    from stages.data.tokenizer import train_tokenizer
+    from stages.models.counts import train_flops_per_token
+    from stages.models.pretraining import PretrainConfig, PretrainTrainer, attention_of
+    from stages.models.sizes import build_decoder, decoder_of
+    from stages.models.training import keep_memory, training_arguments
+    from stages.run.config import build_config
+
+    width, layers = map(int, size.split("x"))
+    settings = dict(VARIANTS[variant][0])
+    more = {name: settings.pop(name) for name in ARGUMENTS if name in settings}
+    config = build_config(PretrainConfig, {"hidden_size": width, "num_layers": layers, "num_heads": width // 32,
+                                           "batch_tokens": given.batch_tokens, **settings}, recipe="tiny")
+    steps, rows_a_step = given.warmup + given.steps, given.batch_tokens // given.row_length
+    texts = [row["text"] for row in itertools.islice(curriculum.documents(0), 300 + steps * given.batch_tokens // 40)]
+    tokenizer = train_tokenizer(texts[:300], vocab_size=1024)
+    ids: dict[str, Any] = {"eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id}
+    packed = itertools.islice(pack(tokenizer(texts)["input_ids"], given.row_length, **ids), steps * rows_a_step)
+    rows = to_dataset(packed, given.row_length, vocab_size=len(tokenizer))
+    if len(rows) != steps * rows_a_step:
+        raise ValueError(f"the curriculum's documents fill {len(rows)} rows of {steps * rows_a_step}: ask for fewer steps")
+    decoder = decoder_of(config, tokenizer, given.row_length)
+    args = TrainingArguments(**training_arguments(
+        SimpleNamespace(directory=Path(folder)), seed=0, logging_steps=10**6, save_steps=10**6, save_strategy="no",  # type: ignore[arg-type]
+        max_steps=steps, per_device_train_batch_size=rows_a_step, learning_rate=config.learning_rate, warmup_steps=1,
+        train_sampling_strategy="sequential", **more))
+    common = {"args": args, "train_dataset": rows}
+    if variant == "transformers":
+        def collate(rows: list[dict]) -> dict[str, Any]:
+            batch = torch.tensor([row["input_ids"] for row in rows])
+            return {"input_ids": batch, "labels": batch}
+
+        trainer: Any = Trainer(model=AutoModelForCausalLM.from_config(decoder, attn_implementation="sdpa"), data_collator=collate, **common)
+    else:
+        keep_memory()
+        trainer = PretrainTrainer(model=build_decoder(decoder, seed=0, attn_implementation=attention_of(config)),
+                                  data_collator=PackedCollator(**ids), config=config, heldout_rows=rows, **common)
+    return trainer, train_flops_per_token(decoder, given.row_length)
+
+
+def one(variant: str, size: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Train with one variant in this process: speeds, MFU by both clocks, shares of the phases in the time of a step."""
+    import torch
+    import transformers
+
+    class Watch(transformers.TrainerCallback):
+        """Restarts the clocks after the warm-up, measures the machine after each step, and times the optimizer."""
+
+        def on_pre_optimizer_step(self, *_, **__):
+            phases.start("optimizer")
+
+        def on_optimizer_step(self, *_, **__):
+            phases.stop()
+
+        def on_step_end(self, args, state, control, **__):
+            if state.global_step <= given.warmup:
+                rates.measure()
+            if state.global_step == given.warmup:
+                rates.clocks, rates.times, began[:] = Clocks(wait), 0, [time.perf_counter(), time.process_time()]
+                phases.restart()
+            elif state.global_step > given.warmup:
+                phases.start(RATES)
+                rates.measure()
+                phases.stop()
+                ended[:] = time.perf_counter(), time.process_time()
+
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(given.threads)
+    began, ended = [0.0, 0.0], [0.0, 0.0]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, flops_a_token = make_trainer(variant, size, given, folder)
+        gpu = trainer.args.device.type == "cuda"
+        wait = torch.cuda.synchronize if gpu else lambda: None
+        phases = Phases((*PHASES, RATES), wait, time.perf_counter if gpu else time.process_time)
+        rates = Rates(trainer.model, given.batch_tokens, trainer.args.device, wait)
+        with phases.undo:
+            phases.time(trainer, "get_batch_samples", "data")
+            phases.time(trainer, "compute_loss", "forward")
+            phases.time(trainer.accelerator, "backward", "backward")
+            phases.time(trainer, "_clip_grad_norm", "optimizer")
+            phases.time(trainer.model, "zero_grad", "optimizer")
+            trainer.add_callback(Watch())
+            trainer.train()
+    tokens = given.steps * given.batch_tokens
+    spent = {name: end - start - sum(getattr(rates.clocks, name).values())
+             for name, start, end in zip(("wall", "processor"), began, ended, strict=True)}
+    of_phases = spent["wall" if gpu else "processor"]
+    split = {name: phases.seconds[name] / of_phases for name in PHASES}
+    return {"variant": variant, "size": size, "shares": split | {"rest": 1 - sum(split.values())},
+            **{f"tokens_per_{name}_s": tokens / seconds for name, seconds in spent.items()},
+            **{f"mfu_{name}": tokens * flops_a_token / seconds / rates.square(name) for name, seconds in spent.items()},
+            **{f"ceiling_{name}": rates.own(name) / rates.square(name) for name in spent},
+            "square_flops_per_processor_s": rates.square("processor"), "flops_per_token": flops_a_token,
+            "loss": trainer.state.log_history[-1]["train_loss"], "threads": torch.get_num_threads(), "device": str(trainer.args.device),
+            "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def summary(runs: Sequence[dict[str, Any]], size: str) -> str:
+    """A table of one size: medians over rounds, with lowest and highest of the MFU."""
+    rows = []
+    for name, (_, text) in VARIANTS.items():
+        of = [run for run in runs if (run["variant"], run["size"]) == (name, size)]
+        if not of:
+            continue
+        def middle(key: str, of: Sequence[dict[str, Any]] = of) -> float:
+            return statistics.median(run[key] for run in of)
+
+        rows.append([name, f"{middle('tokens_per_wall_s'):,.0f}", f"{middle('tokens_per_processor_s'):,.0f}",
+                     *(f"{middle(f'mfu_{by}'):.2f} ({min(run[f'mfu_{by}'] for run in of):.2f} to {max(run[f'mfu_{by}'] for run in of):.2f})"
+                       for by in ("wall", "processor")), f"{middle('ceiling_processor'):.2f}",
+                     *(f"{statistics.median(run['shares'][phase] for run in of):.1%}" for phase in (*PHASES, "rest")), text])
+    return markdown([f"size {size}", "tokens/s", "tokens/processor-s", "MFU", "MFU by processor time", "ceiling", *PHASES, "rest",
+                     "what it is"], rows)
+
+
+def bench(given: argparse.Namespace, argv: Sequence[str]) -> None:
+    if given.one:
+        fix_arithmetic()
+        variant, size = given.one
+        return say(json.dumps(one(variant, size, given)))
+    plan = list(itertools.product(range(given.rounds), given.sizes, given.variants))
+    tokens = (given.warmup + given.steps) * given.batch_tokens
+    seconds = sum(25 + 90 * ("compile" in name) + tokens * int(width) ** 1.5 * int(layers) / 4e7
+                  for _, size, name in plan for width, layers in [size.split("x")])
+    say(f"budget: {given.rounds} rounds of {len(given.variants)} variants at {len(given.sizes)} sizes, about {clock(seconds)}")
+    runs = []
+    for number, size, name in plan:
+        done = subprocess.run([sys.executable, "-m", "stages.evals.bench_pretrain", *argv, "--one", name, size], capture_output=True,
+                              text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": str(given.threads)})
+        if done.returncode:
+            raise ValueError(f"{name} at size {size} stopped: {done.stderr[-1000:]}")
+        runs.append({"round": number + 1, **json.loads(done.stdout.splitlines()[-1])})
+        say(json.dumps(runs[-1]))
+    for size in given.sizes:
+        say("\n" + summary(runs, size))
+
+
+if __name__ == "__main__":
+    run_program(lambda argv: bench(arguments(argv), argv))

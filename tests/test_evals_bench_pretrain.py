@@ -1,0 +1,101 @@
+"""The benchmark of pretraining times what it says it times, and its ratios are of the same work."""
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from stages.evals import bench_pretrain
+from stages.evals.bench_pretrain import PHASES, VARIANTS, Clocks, Rates, arguments, bench, make_trainer, one, summary
+from stages.models.attention import FastAttention
+from stages.models.counts import train_flops_per_token
+
+TINY = ["--threads", "1", "--steps", "2", "--warmup", "1", "--row-length", "32", "--batch-tokens", "128"]
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    monkeypatch.setattr(bench_pretrain, "SQUARE", 64)
+
+
+@pytest.mark.parametrize("variant", ["muon", "adamw", "adamw, sdpa", "adamw, eager", "adamw, bf16", "transformers"])
+def test_the_parts_of_a_step_are_the_whole(variant, tmp_path):
+    given = arguments(TINY)
+    found = one(variant, "32x1", given)
+    assert tuple(found["shares"]) == (*PHASES, "rest") and min(found["shares"].values()) > 0
+    assert sum(found["shares"].values()) == pytest.approx(1)
+    assert found["shares"]["backward"] > found["shares"]["data"]
+    trainer, flops = make_trainer(variant, "32x1", given, str(tmp_path))
+    assert found["flops_per_token"] == flops == train_flops_per_token(trainer.model.config, 32)
+    rate = found["tokens_per_processor_s"] * flops / found["mfu_processor"]
+    assert rate == pytest.approx(found["square_flops_per_processor_s"])
+    assert 2 < found["loss"] < 7 and found["threads"] == 1
+
+
+def test_variants_are_what_they_say(tmp_path):
+    given = arguments(TINY)
+    made = {name: make_trainer(name, "32x1", given, str(tmp_path))[0] for name in VARIANTS}
+    attention = {name: trainer.model.config._attn_implementation for name, trainer in made.items()}
+    assert attention == dict.fromkeys(VARIANTS, "documents") | dict.fromkeys(
+        ("adamw, sdpa", "adamw, sdpa, compile", "transformers"), "sdpa") | {"adamw, eager": "eager"}
+    fast = {name: any(isinstance(m, FastAttention) for m in trainer.model.modules()) for name, trainer in made.items()}
+    assert fast == dict.fromkeys(VARIANTS, True) | {"transformers": False}
+    assert {name for name, trainer in made.items() if trainer.args.torch_compile} == {"adamw, compile", "adamw, sdpa, compile"}
+    assert {name for name, trainer in made.items() if trainer.args.bf16} == {"adamw, bf16"}
+    assert {name for name, trainer in made.items() if type(trainer.create_optimizer()).__name__ == "MuonAdamW"} == {"muon"}
+    first = {name: next(iter(trainer.get_train_dataloader()))["input_ids"] for name, trainer in made.items()}
+    assert all(torch.equal(rows, first["muon"]) for rows in first.values())  # the same rows for all
+
+
+def test_rates_by_hand(monkeypatch):
+    """Each product takes a second of either clock: 2 n^3 FLOPs a second of the square, and of the shapes what their layers hold."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 6))
+    rates = Rates(model, 10, torch.device("cpu"), lambda: None)
+    monkeypatch.setattr(rates.clocks, "time", lambda name, work: (work(), rates.clocks.wall.update({name: rates.clocks.wall[name] + 1})))
+    rates.measure()
+    rates.measure()
+    assert rates.square("wall") == 2 * 64**3
+    assert rates.own("wall") == 3 * 6 * 10 * 24 / 3  # three layers of 24 weights, 6 FLOPs a weight and token, in three seconds
+
+
+def test_clocks_tell_waiting_from_work():
+    clocks = Clocks(lambda: None)
+    clocks.time("nap", lambda: time.sleep(0.2))
+    assert clocks.wall["nap"] > 0.19 and clocks.processor["nap"] < 0.1
+
+
+def test_measuring_the_machine_is_not_part_of_a_step(monkeypatch):
+    measure, given = Rates.measure, arguments(TINY)
+    plain = one("adamw", "32x1", given)
+    monkeypatch.setattr(Rates, "measure", lambda self: (measure(self), self.clocks.time("square", lambda: time.sleep(1.0))))
+    slowed = one("adamw", "32x1", given)
+    assert slowed["tokens_per_wall_s"] > 128 / 0.5 and slowed["tokens_per_wall_s"] > plain["tokens_per_wall_s"] / 20
+
+
+def test_each_run_is_a_line_and_each_size_a_table(monkeypatch, capsys):
+    calls = []
+
+    def run(command, **_):
+        variant, size = command[command.index("--one") + 1:][:2]
+        calls.append((variant, size))
+        result = {"variant": variant, "size": size, "shares": dict.fromkeys((*PHASES, "rest"), 0.2), "ceiling_processor": 0.9,
+                  "tokens_per_wall_s": 10.0 * len(calls), "tokens_per_processor_s": 20.0, "mfu_wall": 0.5, "mfu_processor": len(calls) / 10}
+        return type("Done", (), {"returncode": 0, "stdout": json.dumps(result) + "\n", "stderr": ""})
+
+    monkeypatch.setattr(bench_pretrain.subprocess, "run", run)
+    argv = ["--rounds", "3", "--sizes", "32x1", "64x1", "--variants", "adamw"]
+    bench(arguments(argv), argv)
+    assert calls == [("adamw", "32x1"), ("adamw", "64x1")] * 3
+    out = capsys.readouterr().out
+    assert "| adamw | 30 | 20 | 0.50 (0.50 to 0.50) | 0.30 (0.10 to 0.50) | 0.90 | 20.0% |" in out and "| size 64x1 |" in out
+    assert summary([], "32x1").count("\n") == 1
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--sizes", "100x4"], "the width a multiple of 32"), (["--sizes", "d128"], "expected width x layers"),
+    (["--steps", "0"], "steps is at least 1"),
+    (["--row-length", "100"], "batch_tokens 4096 is not a multiple of row_length 100")])
+def test_bad_arguments(argv, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(argv)
