@@ -22,7 +22,17 @@ def test_the_rule_is_in_the_middle_of_the_grid(tmp_path, monkeypatch):
     # Muon's rate at width 64 is matrix_lr itself, at 128 half of it: the factors span the same on both.
     assert [line["rate"] for line in lines if (line["width"], line["seed"]) == (64, 0)] == pytest.approx([0.005, 0.01, 0.02, 0.04, 0.08])
     assert [line["rate"] for line in lines if (line["width"], line["seed"]) == (128, 1)] == pytest.approx([0.0025, 0.005, 0.01, 0.02, 0.04])
-    assert calls[0][1] == "d64-lr0.005-300000-s0" and calls[0][2]["parents.prepare"] == "P" and calls[5][2]["num_heads"] == 4
+    assert calls[0][1] == "tiny-d64-lr0.005-300000-s0" and calls[0][2]["parents.prepare"] == "P" and calls[5][2]["num_heads"] == 4
+
+
+def test_another_recipe_brings_its_schedule_and_its_rule(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(study_lr, "stage", lambda name, folder, **settings: calls.append(settings) or SimpleNamespace(
+        metrics={"heldout_loss": {"value": 1.0}}, counts={"tokens": 1}))
+    study_lr.study(study_lr.arguments(["--runs", str(tmp_path), "--recipe", "branches", "--seeds", "0", "--factors", "2"]))
+    assert {call["schedule"] for call in calls} == {"wsd"} and [call["matrix_lr"] for call in calls] == pytest.approx([0.01, 0.02] * 2)
+    rates = [json.loads(line)["rate"] for line in (tmp_path / "study_lr.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([0.01, 0.02] * 2)  # it holds up to width 128
 
 
 def test_the_table_says_how_far_the_rule_is_from_the_best():

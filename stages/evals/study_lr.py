@@ -2,9 +2,9 @@
 
     python -m stages.evals.study_lr --widths 64 128 --seeds 0
 
-The rule of the tiny recipe: Muon's rate holds up to `matrix_lr_width` and falls as 1 / width beyond it. Its base rate, `matrix_lr`, is
-varied by factors of two with the rule in force, so that at each width the middle column is the rule's rate and its neighbours are what the
-rule might have missed. Every run is a folder of stages.pretrain, not run again once finished, and one JSON line in `--out`.
+The rule: Muon's rate holds up to a recipe's `matrix_lr_width` and falls as 1 / width beyond it. Its base rate, `matrix_lr`, is varied by
+factors of two with the rule in force, so that at each width the middle column is the rule's rate and its neighbours are what the rule might
+have missed. Every run is a folder of stages.pretrain, not run again once finished, and one JSON line in `--out`.
 """
 import argparse
 import os
@@ -14,8 +14,9 @@ from typing import Any
 
 from stages.evals.scoring import write_records
 from stages.evals.studies import markdown, stage
+from stages.models.pretraining import PretrainConfig
 from stages.run import figures
-from stages.run.config import read_yaml
+from stages.run.config import build_config, read_yaml
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.figures import Series
@@ -31,6 +32,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 128], help="multiples of 32, the width of a head")
     parser.add_argument("--factors", nargs="+", type=float, default=list(FACTORS), help="of the recipe's rate; 1 is always among them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--recipe", default="tiny", help="whose pretrain.yaml has the rule, and all other settings")
     parser.add_argument("--tokens", type=int, default=300_000)
     parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run")
     parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_lr", help="a folder a run in here, and the figure")
@@ -43,8 +45,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def study(given: argparse.Namespace) -> None:
-    recipe = read_yaml("recipes/tiny/pretrain.yaml")
-    base, limit = recipe.get("matrix_lr", 0.02), recipe["matrix_lr_width"]
+    recipe = read_yaml(f"recipes/{given.recipe}/pretrain.yaml")
+    config = build_config(PretrainConfig, recipe)
+    base, limit = config.matrix_lr, config.matrix_lr_width or max(given.widths)
     total = given.tokens * len(given.widths) * len(given.factors) * len(given.seeds)
     say(f"budget: {len(given.widths) * len(given.factors) * len(given.seeds)} runs, {total:,} tokens, about "
         f"{clock(total / ASSUMED_TOKENS_PER_S)}")
@@ -52,9 +55,10 @@ def study(given: argparse.Namespace) -> None:
     for seed in given.seeds:
         for width in given.widths:
             for factor in given.factors:
-                folder = given.runs / f"d{width}-lr{base * factor:g}-{given.tokens}-s{seed}"
-                run = stage("pretrain", folder, seed=seed, tokens=given.tokens, hidden_size=width, num_heads=width // 32,
-                            matrix_lr=base * factor, evaluations=1, checkpoints=1, logs=10, **{"parents.prepare": given.prepare})
+                folder = given.runs / f"{given.recipe}-d{width}-lr{base * factor:g}-{given.tokens}-s{seed}"
+                run = stage("pretrain", folder, **recipe | {
+                    "seed": seed, "tokens": given.tokens, "hidden_size": width, "num_heads": width // 32, "matrix_lr": base * factor,
+                    "evaluations": 1, "checkpoints": 1, "logs": 10, "parents.prepare": given.prepare})
                 lines.append({"width": width, "factor": factor, "seed": seed, "tokens": run.counts["tokens"], "run": str(folder),
                               "rate": base * factor * min(1.0, limit / width), "loss": run.metrics["heldout_loss"]["value"]})
                 write_records(given.out or given.runs / "study_lr.jsonl", lines)
