@@ -6,7 +6,9 @@
 """
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from stages.data.corpora import read_rows
 from stages.evals import scoring
@@ -19,7 +21,7 @@ from stages.models.training import barrier
 from stages.run.config import option
 from stages.run.console import table
 from stages.run.entry import launch, run_program
-from stages.run.manifest import Manifest, Run, hash_data, is_main, metric, say, write_json
+from stages.run.manifest import MANIFEST, Manifest, Run, hash_data, is_main, metric, say, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ def main(config: EvaluationConfig) -> Manifest:
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError(f"two tasks are called {[task.name for task in tasks]}: name them apart, as in train=gsm8k:train.jsonl")
     needed |= {"reward_model"} if needs_judge(config, tasks) else set()
+    all_parents = config.parents
     config = replace(config, parents={name: path for name, path in config.parents.items() if name in needed})
     run = Run(config, inputs={"prompts": hash_data(first_prompts(config, tasks)),
                               **{f"task {task.name}": hash_data([task.rows, task.pool]) for task in tasks}})
@@ -70,13 +73,27 @@ def main(config: EvaluationConfig) -> Manifest:
     for key in [key for key, rows in records.items() if unasked(key, rows)]:
         del records[key]  # its figures stay missing
     results = summarize(records)
-    results["compute"] = computed(results["frontier"], {name: parent.data.get("counts", {}) for name, parent in run.parents.items()})
+    results["compute"] = computed(results["frontier"], {name: made.data.get("counts", {})
+                                                        for name, made in ancestry(run.parents, all_parents).items()})
     write_json(run.directory / "results.json", results)
     report(results)
     return run.finish(
         metrics=metrics_of(results), products={"results": "results.json", "items": "results"},
         counts={"problems": sum(len(task.rows) for task in tasks), "cells": len(records),
                 "tokens": sum(r["cost"]["generated_tokens"] for cell in records.values() for r in cell)})
+
+
+def ancestry(runs: Mapping[str, Manifest], paths: Mapping[str, str]) -> dict[str, Manifest]:
+    """The runs, and those at `paths` that they were made from: what an evaluation of PPO alone has to know to price its training."""
+    found, last = dict(runs), list(runs.values())
+    while last:
+        for name, fingerprint in last.pop().data.get("parents", {}).items():
+            if name not in found and name in paths and (Path(paths[name]) / MANIFEST).is_file():
+                made = Manifest(paths[name])
+                if made.fingerprint == fingerprint:  # what is there now may be another run
+                    found[name] = made
+                    last.append(made)
+    return found
 
 
 def unasked(key: tuple[str, str, str], rows: list[dict]) -> bool:

@@ -166,6 +166,15 @@ def test_an_endpoint_is_a_model_of_the_stage(server, stage):
             evaluation.main(stage(engine="vllm"))
 
 
+def test_answers_of_an_endpoint_are_on_disk_before_all_are_there(server, stage, tmp_path):
+    server.answers = lambda path, body, number: said("The answer is 5.", chat=True) if number < 6 else (401, {"error": "no"})
+    config = stage(models={"endpoint": ["direct"]}, endpoint={"url": server.url, "model": "m", "connections": 1}, tasks=["word_problems"])
+    with pytest.raises(ValueError, match="401"):
+        evaluation.main(config)
+    kept = [line for path in tmp_path.rglob("asked/**/*.jsonl") for line in path.read_text().splitlines()]
+    assert len(kept) == 4
+
+
 def test_endpoint_says_what_no_retry_can_mend(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     for answer, message in (((401, b"no"), "401 .*set OPENAI_API_KEY in the environment"), ((404, b"no model m"), "404 .*no model m"),

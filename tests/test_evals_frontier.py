@@ -2,16 +2,20 @@
 import itertools
 import json
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from prompts.intervals import wilson
+from stages import evaluation
 from stages.evals import commands
 from stages.evals import frontier as f
 from stages.evals.pairs import pairs
 from stages.evals.scoring import clusters_of, shares
 from stages.evals.statistics import compare, holm, mcnemar
+from stages.run.manifest import Manifest
 
 
 def row(i, answers, *, tokens=10, cost=None, template=None, gold="1"):
@@ -241,3 +245,32 @@ def test_command_puts_evaluations_together(tmp_path, capsys):
     (tmp_path / "sft" / "manifest.json").write_text(json.dumps({"stage": "sft", "products": {"model": {"path": "model"}}}))
     with pytest.raises(ValueError, match="is a sft run: give finished evaluations"):
         commands.frontier([str(tmp_path / "sft"), "--out", str(tmp_path / "out")])
+
+
+def test_command_is_reached_by_its_name(tmp_path):
+    """Through the command line of the stage, as the documents give it."""
+    run = evaluation_of(tmp_path / "small", SMALL)
+    done = subprocess.run([sys.executable, "-m", "stages.evaluation", "frontier", run, "--out", str(tmp_path / "out")],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "out" / "frontier.md").is_file(), done.stderr
+
+
+def finished(folder, counts, **parents):
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"stage": folder.name, "fingerprint": f"f {folder.name}", "parents": parents,
+                                                      "counts": counts, "products": {}}))
+    return Manifest(folder)
+
+
+def test_ppo_alone_is_priced_by_the_runs_it_came_from(tmp_path):
+    paths = {name: str(tmp_path / name) for name in ("pretrain", "sft", "ppo", "reward_model")}
+    finished(tmp_path / "pretrain", {"flops": 1e13, "matmul_parameters": 1000})
+    finished(tmp_path / "sft", {"flops": 2e12}, pretrain="f pretrain")
+    ppo = finished(tmp_path / "ppo", {"flops": 3e12}, sft="f sft", reward_model="not there")
+    found = evaluation.ancestry({"ppo": ppo}, paths)
+    assert list(found) == ["ppo", "sft", "pretrain"]
+    cells = {("ppo", "maths", strategy): [row("a", "1", cost=(1, 30, 10))] for strategy in ("direct", "few_shot")}
+    assert [p["training_flops"] for p in f.computed(f.frontiers(cells), {name: run.data["counts"] for name, run in found.items()})] == \
+        [1.5e13] * 2
+    (tmp_path / "pretrain" / "manifest.json").write_text(json.dumps({"stage": "pretrain", "fingerprint": "another"}))
+    assert list(evaluation.ancestry({"ppo": ppo}, paths)) == ["ppo", "sft"]  # what is there now is not what SFT was made from

@@ -274,7 +274,9 @@ def _answer(config: AskingConfig, directory: Path, by_name: Mapping[str, Task], 
                     place += 1
                     yield make(row)
 
-    for place, returned in run(jobs(), backend, batch_size=4 * config.batch_size, judge=judge, advance=bar.update):
+    # A batch is on disk when all of it is answered: of a server, which need not be filled with rows, no more than it works on at a time.
+    together = 4 * (backend.connections if isinstance(backend, Endpoint) else config.batch_size)
+    for place, returned in run(jobs(), backend, batch_size=together, judge=judge, advance=bar.update):
         cell, rows = owners.pop(place)
         for row, solution in zip(rows, returned if isinstance(returned, list) else [returned], strict=True):
             if row["id"] not in done[cell]:
