@@ -344,6 +344,7 @@ def plant_earlier(lab: Lab, stage: str, whole: Path) -> str:
 def terminate(lab: Lab, stage: str, rng: random.Random, number: int, processes: int = 1) -> dict[str, Any]:
     """SIGTERM at a random time of the run, to one of its processes."""
     _, undisturbed = lab.reference(stage, processes)
+    lab.clear()
     partial, delay = lab.trial / f"{stage}.partial", rng.uniform(0.05, 0.9) * undisturbed.seconds
     running = lab.start(stage, lab.flags(stage), processes=processes)
     running.until(partial.is_dir)
