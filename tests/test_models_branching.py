@@ -134,6 +134,7 @@ def test_what_begins_otherwise_does_not_branch_off(prepared, trunk, tmp_path, ch
 def test_other_tokens_do_not_branch_off(prepared, trunk, tmp_path):
     shutil.copytree(prepared, tmp_path / "prepare")
     manifest = json.loads((prepared / "manifest.json").read_text()) | {"fingerprint": "sha256:other"}
+    manifest.pop("checksum")
     (tmp_path / "prepare" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="trained on other tokens"):
         pretrain(config_for(tmp_path / "prepare", tmp_path / "branch", tokens=10 * 256, branch_from=str(trunk.path)))

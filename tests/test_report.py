@@ -20,7 +20,7 @@ from stages.run import figures, page, story, story_pipeline
 from stages.run.cited import GAIN, SCORE, Stage, verdict
 from stages.run.config import build_config
 from stages.run.manifest import MANIFEST, Manifest, hash_data
-from tests.report_runs import STAGES, make_runs
+from tests.report_runs import STAGES, make_runs, rehash
 
 
 def small_figure(path: Path, *content, **options) -> None:
@@ -375,6 +375,7 @@ def test_a_product_is_written_as_one(tmp_path, undrawn):
     law_file = home / "scaling" / "fit.json"
     fit = json.loads(law_file.read_text())
     law_file.write_text(json.dumps(fit | {"form": "product", "product": {"C": 50.0, "a": 0.3, "b": 0.25, "intervals": {}}}))
+    rehash(home / "scaling")
     section = tell(home, tmp_path).sections[1]
     assert "50 / (N^0.3 D^0.25)" in page.plain(section.paragraphs[0])
     by_the_law = fit["E"] + 50 / (60_000**0.3 * 150_000**0.25)
@@ -476,6 +477,7 @@ def test_samples_need_two_models_and_files(tmp_path, undrawn):
     home = make_runs(tmp_path / "tiny")
     for model in ("base", "ppo"):
         shutil.rmtree(home / "evaluation" / "results" / model)
+    rehash(home / "evaluation")
     assert not [s for s in tell(home, tmp_path).sections if s.key == "samples"]
 
 

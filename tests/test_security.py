@@ -278,7 +278,7 @@ def test_markdown_of_a_report_has_no_tags_of_a_model():
     hostile = "<script>alert(1)</script> <img src=x> 1 < 2 <|user|>"
     table = page.Table([hostile, "n"], [[hostile, "1"]], hostile, [hostile])
     text = page.to_markdown(page.Page("t", hostile, [hostile], [], table, [page.Section("k", hostile, [hostile], [], [table])]))
-    assert "<script" not in text and "<img" not in text and "1 < 2 <|user|>" in text
+    assert "<script" not in text and "<img" not in text and "1 &lt; 2 &lt;|user|>" in text
 
 
 def test_the_annotation_page_limits_sizes_and_rates():
