@@ -76,14 +76,17 @@ def test_the_jump_of_schaeffer_is_explained_by_the_smooth_score():
     assert jump["logprob"]["r2_smooth"] == pytest.approx(1) and jump["logprob"]["r2_accuracy"] < 0.75
     assert jump["logprob"]["r2_predicted"] > 0.999 and jump["all_tokens_right"]["r2_predicted"] == pytest.approx(1)
     row = emergence.report({"t, worked": jump}).splitlines()[-1]
-    assert row.startswith("| t, worked | 12.0 | 0.001 to 0.887 | ") and row.endswith("| 1.00 | 1.00 | 1.00 | 1.00 | 1.00 |")
+    assert row.startswith("| t, worked | 12.0 | 0.001 to 0.887 | ") and row.endswith("| 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 |")
     real = emergence.curves(lines_of(np.repeat([0.0, 1.0], 8), logprob))["t, worked"]  # learned at once, whatever the tokens' chances
     assert real["all_tokens_right"]["r2_predicted"] < 0.8
+    noisy = np.random.default_rng(0).permutation(logprob)  # compute explains nothing, the score everything
+    apart = emergence.curves(lines_of(exact_match(noisy, 12), noisy))["t, worked"]
+    assert apart["r2_own"] > 0.99 > 0.5 > apart["logprob"]["r2_accuracy"]
 
 
 def test_a_task_that_no_model_can_do_has_nothing_to_explain():
     cell = emergence.curves(lines_of(np.zeros(6), np.linspace(-2, -1, 6)))["t, worked"]
-    assert "logprob" not in cell and emergence.report({"t, worked": cell}).endswith("| t, worked | 12.0 | 0.000 to 0.000 |" + " - |" * 6)
+    assert "logprob" not in cell and emergence.report({"t, worked": cell}).endswith("| t, worked | 12.0 | 0.000 to 0.000 |" + " - |" * 7)
 
 
 def test_models_that_cannot_be_compared_are_refused(ladder, tmp_path):

@@ -26,7 +26,7 @@ from stages.evals.scheduler import solve
 from stages.evals.scoring import record, write_records
 from stages.evals.studies import markdown
 from stages.evals.tasks import Task, load_task
-from stages.laws.emergence import emergence, exact_match, line, r_squared
+from stages.laws.emergence import emergence, exact_match, line, monotone, r_squared
 from stages.run import figures
 from stages.run.console import progress
 from stages.run.figures import Series, short
@@ -127,23 +127,26 @@ def curves(lines: Sequence[Line]) -> dict[str, Any]:
             continue  # nothing to explain
         for name in SMOOTH:
             cell[name] = emergence(flops, accuracy, np.array([row[name] for row in own]))
+        cell["r2_own"] = r_squared(accuracy, monotone(logprob, accuracy, logprob))
         chance = exact_match(np.minimum(line(np.log10(flops), logprob)[0], 0.0), tokens)
         cell["all_tokens_right"] = {"predicted_accuracy": chance.tolist(), "r2_predicted": r_squared(accuracy, chance)}
     return found
 
 
 def report(told: Mapping[str, Any]) -> str:
-    """Markdown: R2 of lines over log FLOPs, and of the accuracy that the smooth scores alone predict."""
+    """Markdown: R2 of lines over log FLOPs, of the accuracy that the smooth scores' lines alone predict, and of the monotone map without a
+    line: what compute does not explain and the score does."""
     header = ["task, asked for", "tokens of an answer", "accuracy, cheapest to dearest model", "R2 of a line: accuracy",
               *(f"{text}" for text in SMOOTH.values()), *(f"accuracy by the {text}'s line" for text in SMOOTH.values()),
-              "accuracy by exp(L x mean log-probability)"]
+              "accuracy by exp(L x mean log-probability)", "accuracy by each model's own mean log-probability"]
     rows = []
     for name, cell in told.items():
         ends = [next(f"{m['accuracy']:.3f}" for m in sorted(cell["models"], key=lambda m: sign * m["flops"])) for sign in (1, -1)]
         row = [name, f"{cell['tokens']:.1f}", " to ".join(ends)]
         if "logprob" in cell:
             row += [f"{cell['logprob']['r2_accuracy']:.2f}", *(f"{cell[s]['r2_smooth']:.2f}" for s in SMOOTH),
-                    *(f"{cell[s]['r2_predicted']:.2f}" for s in SMOOTH), f"{cell['all_tokens_right']['r2_predicted']:.2f}"]
+                    *(f"{cell[s]['r2_predicted']:.2f}" for s in SMOOTH), f"{cell['all_tokens_right']['r2_predicted']:.2f}",
+                    f"{cell['r2_own']:.2f}"]
         rows.append(row + ["-"] * (len(header) - len(row)))
     return markdown(header, rows)
 
