@@ -142,3 +142,13 @@ def test_an_adapter_goes_on_training(monkeypatch, tmp_path, tokenizer):
                               train=dialogues(16), watch=watch, evaluations=1, peft_config=None)
     assert trainer.model is model and trainer.frozen is None
     assert all(p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(("name", "value"), [("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")])
+def test_adapters_where_the_launch_divides_the_weights_are_refused(name, value, monkeypatch, tmp_path):
+    from stages.models.adapters import MethodConfig, check_undivided, load_base
+
+    monkeypatch.setenv(name, value)
+    check_undivided(MethodConfig(method="full"))
+    with pytest.raises(ValueError, match=r"method lora trains adapters, .*: launch with ddp.yaml or zero2.yaml, or set method: full"):
+        load_base(tmp_path, MethodConfig(method="lora"))

@@ -4,6 +4,7 @@ An untied head rests but for the rows of the chat tokens, which pretraining neve
 """
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,17 @@ class MethodConfig(TrainingConfig):
     peft: dict[str, Any] = option({}, "more of the method's settings under peft's own names, such as {use_dora: true}")
 
 
+def check_undivided(config: MethodConfig) -> None:
+    """Raises ValueError for adapters where the launch config divides the weights: peft cannot save parts, or asks for whole ones."""
+    divided = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    if config.method != "full" and divided:
+        raise ValueError(f"method {config.method} trains adapters, which peft does not make or save where FSDP or ZeRO-3 divides the "
+                         "weights: launch with ddp.yaml or zero2.yaml, or set method: full")
+
+
 def load_base(path: Path, config: MethodConfig) -> PreTrainedModel:
     """The model to tune. Raises ValueError for a method that is not known, or that this machine cannot run."""
+    check_undivided(config)
     if config.method not in METHODS and config.method not in PEFT_METHODS:
         raise ValueError(f"unknown method {config.method!r}: choose full, lora, qlora, or one of peft's: {', '.join(PEFT_METHODS)}")
     if config.method != "qlora":

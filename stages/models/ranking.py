@@ -18,7 +18,7 @@ from trl import RewardConfig, RewardTrainer
 from reward.calibration import accuracy, judged
 from reward.losses import centring_penalty, preferred, reward_loss
 from reward.model import from_language_model, pad_right, score_groups
-from stages.models.adapters import MethodConfig, adapter_config, merged
+from stages.models.adapters import MethodConfig, adapter_config, check_undivided, merged
 from stages.models.attention import speed_up
 from stages.models.engines import divides_weights
 from stages.models.optimizer import build_optimizer
@@ -213,6 +213,7 @@ def peft_settings(config: RankingConfig) -> RankingConfig:
 def train_model(config: RankingConfig, run: Run, tokenizer: Any, start: Path, *, train: list[dict], heldout: list[dict], number: int,
                 ) -> RankedRewardTrainer:
     """Train one model from the language model in `start`, the `number`th of an ensemble, in a folder of its own but for the first."""
+    check_undivided(config)
     model = from_language_model(start, pad_id=tokenizer.pad_token_id, seed=config.seed + number,
                                 heads=config.ensemble if config.ensemble_share == "trunk" else 1, random_head=config.ensemble > 1)
     speed_up(model)
