@@ -125,7 +125,7 @@ def test_a_kill_while_a_new_run_takes_the_old_ones_place(smoke, tmp_path):
     ("pretrain", ["--parents.prepare", "nowhere/prepare"], "run `make prepare RECIPE=nowhere` first"),
     ("pretrain", ["--batch-tokens", "1000"], "is not a multiple of the row length 256: set it to 1024"),
     ("pretrain", ["--tokens", "10"], "less than one batch"),
-    ("pretrain", ["--learning-rate", "1e30", "--matrix-lr", "1e30"], "the loss is nan"),
+    ("pretrain", ["--learning-rate", "1e30", "--matrix-lr", "1e30"], "the gradient's norm is nan"),
     ("prepare", ["--sources", "[missing.txt]"], "no such file"),
 ])
 def test_bad_input_is_one_clear_line_and_harms_nothing(smoke, stage, flags, message, tmp_path):

@@ -43,9 +43,9 @@ def study(model_folder, tmp_path, monkeypatch):
     def manifest(folder, product):
         folder.mkdir(parents=True, exist_ok=True)
         if product == "model":
-            shutil.copytree(model_folder, folder / product)
+            shutil.copytree(model_folder, folder / product, dirs_exist_ok=True)
         (folder / "manifest.json").write_text(json.dumps({"stage": folder.name, "fingerprint": f"sha256:{folder.name}",
-                                                          "products": {product: {"path": product}}}))
+                                                          "products": {product: {"path": product}}, "config": {"sources": ["curriculum"]}}))
 
     manifest(tmp_path / "prepare", "problems")
     manifest(tmp_path / "sft", "model")

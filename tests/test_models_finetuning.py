@@ -64,7 +64,7 @@ def laid_out(monkeypatch, tmp_path, tokenizer, config, *, tied=False, change=lam
     """(trainer's loss, gradients, batches), and those of separate dialogues, of a model that is no longer its base."""
     rows, found = dialogues(24, seed=3), {}
 
-    def instead_of_training(trainer):
+    def instead_of_training(trainer, guard):
         shake(trainer.model, 0.05)
         found["batched"] = in_batches(trainer, change)
         trainer.evaluate()

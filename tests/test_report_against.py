@@ -12,7 +12,7 @@ from stages.run import figures, page
 from stages.run.config import build_config
 from stages.run.manifest import MANIFEST, Manifest
 from stages.run.story_compare import difference
-from tests.report_runs import make_runs
+from tests.report_runs import make_runs, rehash
 from tests.test_evals_statistics import compare
 from tests.test_report import Reader, small_figure
 
@@ -46,6 +46,7 @@ def two(tmp_path_factory):
         row["correct"] = False
     random.Random(0).shuffle(rows)  # the order of a file means nothing
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rehash(root / "second" / "evaluation")
     return root
 
 
