@@ -115,7 +115,7 @@ def test_make_tells_a_preempted_stage_from_a_failed_one(ends, told, tmp_path):
     for folder in ("recipes/accelerate", "runs/tiny/sft.partial", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(ROOT / "recipes/accelerate/cpu.yaml", tmp_path / "recipes/accelerate")
-    for name in ("requirements.lock", "pyproject.toml", ".venv/.installed"):
+    for name in ("requirements.lock", "requirements-hashes.lock", "pyproject.toml", ".venv/.installed"):
         (tmp_path / name).touch()
     (tmp_path / ".venv/bin/accelerate").write_text(f"#!/bin/sh\n{ends}\n")
     (tmp_path / ".venv/bin/accelerate").chmod(0o755)

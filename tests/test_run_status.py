@@ -15,8 +15,8 @@ from stages.run.manifest import Run, write_json
 from stages.run.status import ORDER, UNKNOWN, as_table, declared, look
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCK = ("import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('process 7 on host'); f.flush(); "
-        "print(1, flush=True); input()")
+LOCK = ("import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); f.truncate(0); "
+        "f.write('process 7 on host'); f.flush(); print(1, flush=True); input()")
 
 
 def config_class(stage: str) -> type[StageConfig]:
