@@ -21,7 +21,7 @@ LAUNCH = .venv/bin/accelerate launch --config_file recipes/accelerate/$(ACCELERA
 # A stage that was told to go (SIGTERM) ends with 143 here; accelerate launch itself makes a 1 of any failure.
 # ARGS goes to the stages named on the command line (rlhf names three), not to those that run because others need them.
 STAGE = $(if $(wildcard recipes/accelerate/$(ACCELERATE).yaml),,$(error ACCELERATE=$(ACCELERATE): choose from \
-	$(basename $(notdir $(wildcard recipes/accelerate/*.yaml)))))$(LAUNCH) -m stages.$(1) --config recipes/$(RECIPE)/$(1).yaml $(if $(filter $(1) $(GROUP_$(1)),$(MAKECMDGOALS)),$(ARGS)) \
+	$(basename $(notdir $(wildcard recipes/accelerate/*.yaml)))))$(LAUNCH) -m stages.$(1) --config recipes/$(RECIPE)/$(1).yaml $(if $(filter $(1) $(GROUP_$(1)),$(MAKECMDGOALS)),$(ARGS)) $(2) \
 	|| (test -e $(RUNS)/$(RECIPE)/$(1).partial/PREEMPTED && exit 143)
 GROUP_preferences := rlhf
 GROUP_reward_model := rlhf
@@ -86,7 +86,7 @@ evaluation: setup ## the same as evaluate
 evaluate: evaluation ## base, SFT and PPO model under every prompting strategy
 
 report: setup ## runs/RECIPE/report/index.html and report.md; AGAINST=recipe or folder: two runs beside one another
-	$(call STAGE,report) $(if $(AGAINST),--against $(AGAINST))
+	$(call STAGE,report,$(if $(AGAINST),--against $(AGAINST)))
 	@$(PY) -m stages.run.status $(RECIPE)
 
 status: setup ## what of RECIPE is finished, running, interrupted, out of date and why, or missing; time, memory, disk

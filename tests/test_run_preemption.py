@@ -1,6 +1,7 @@
 """SIGTERM: what is left, how the end is told from others, and that it comes in bounded time."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -122,3 +123,8 @@ def test_make_tells_a_preempted_stage_from_a_failed_one(ends, told, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "PLUMBLINE_RUNS")}
     done = subprocess.run(["make", "sft", "ACCELERATE=cpu"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == (2 if told else 0) and told in done.stderr, done.stderr
+
+
+def test_make_gives_a_comparison_to_the_stage_and_not_to_what_follows_it():
+    shown = subprocess.run(["make", "-n", "report", "AGAINST=b"], cwd=ROOT, capture_output=True, text=True)
+    assert re.search(r"-m stages\.report --config recipes/tiny/report\.yaml +--against b *\\?\s*\|\| \(test", shown.stdout), shown

@@ -11,7 +11,7 @@ import pytest
 
 from stages.run import status
 from stages.run.config import StageConfig, build_config
-from stages.run.manifest import Run, write_json
+from stages.run.manifest import Run, unlock, write_json
 from stages.run.status import ORDER, UNKNOWN, as_table, declared, look
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,3 +155,23 @@ def test_the_command_is_quick_and_imports_no_torch(home):
            "import time; print(time.process_time())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "prepare   finished" in done.stdout and float(done.stdout.splitlines()[-1]) < 1.0  # processor seconds: others may be busy
+
+
+def test_an_unfinished_run_of_other_settings_is_not_said_to_go_on_by_the_recipe(home, capsys):
+    """What the recipe's own command would do to it is begin anew."""
+    finish("prepare")
+    begin("pretrain", tokens=600_000)
+    unlock(home / "runs/r/pretrain")
+    assert why("pretrain") == ("the command that began it continues it; `make pretrain RECIPE=r` alone would begin anew "
+                               "(tokens: 600000 -> '1e5')")
+    begin("pretrain")
+    assert "was begun with other settings or data, and is removed" in capsys.readouterr().out
+
+
+def test_an_adopted_run_is_not_held_against_the_settings_of_its_stage(home):
+    finish("prepare")
+    run = begin("pretrain")
+    run.identity["config"] = {"model": "elsewhere"}
+    (run.directory / "product").write_text("x")
+    run.finish(metrics={}, products={"product": "product"}, notes={"adopted": True})
+    assert states()["pretrain"] == "finished" and why("pretrain") == "adopted"

@@ -86,7 +86,7 @@ def data_lines(runs: list[Json]) -> list[str]:
             lines.append(f"- corpus: {sources or 'unknown'}; {counts.get('train_tokens', 0):,} tokens to train on, the rest held out")
         elif run["stage"] == "pretrain":
             lines.append(f"- pretraining: {counts.get('tokens', 0):,} tokens")
-        elif run["stage"] == "sft":
+        elif run["stage"] == "sft" and not notes.get("adopted"):
             lines.append(f"- dialogues: {counts.get('dialogues', 0):,} of " + ", ".join(map(plain, notes.get("sources", {}))))
         elif run["stage"] == "preferences":
             who = "a **simulated** annotator (a program)" if notes.get("simulated") else "annotators"
@@ -113,6 +113,8 @@ def limits(runs: list[Json], metrics: Mapping[str, Json], ensemble: bool) -> lis
         lines.append("- It judges what resembles its training data. A policy trained against it long enough will find what it overrates.")
     if ensemble:
         lines.append("- The run has an ensemble; this is its plain model alone (the mean of its heads, or its first member).")
+    if last.get("notes", {}).get("adopted"):
+        lines.append("- It was trained elsewhere and adopted: what it learned from is not known, whatever the recipe's data are.")
     if not metrics:
         lines.append("- No measure of it is recorded.")
     return lines
@@ -120,11 +122,13 @@ def limits(runs: list[Json], metrics: Mapping[str, Json], ensemble: bool) -> lis
 
 def usage(stage: str, name: str) -> list[str]:
     if stage == "reward_model":
-        return [f'    model = AutoModelForSequenceClassification.from_pretrained("{name}")',
+        return ["    from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+                f'    model = AutoModelForSequenceClassification.from_pretrained("{name}")',
                 f'    tokenizer = AutoTokenizer.from_pretrained("{name}", padding_side="right")',
                 "    # score = (logit - config.score_mean) / config.score_std: standard deviations of samples of the SFT model"]
     ask = "plain text, which it continues" if stage == "pretrain" else "tokenizer.apply_chat_template(messages, add_generation_prompt=True)"
-    return [f'    model = AutoModelForCausalLM.from_pretrained("{name}")', f'    tokenizer = AutoTokenizer.from_pretrained("{name}")',
+    return ["    from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f'    model = AutoModelForCausalLM.from_pretrained("{name}")', f'    tokenizer = AutoTokenizer.from_pretrained("{name}")',
             f"    # prompt: {ask}"]
 
 

@@ -282,6 +282,8 @@ class Run:
         state_file = self.directory / "run.json"
         state = read_state(state_file, f"delete {self.directory} to start this run over") if state_file.is_file() else {}
         if self.directory.exists() and state.get("fingerprint") != self.fingerprint:
+            if state:
+                say(f"{self.config.STAGE}: the unfinished run in {self.directory} was begun with other settings or data, and is removed")
             shutil.rmtree(self.directory)
             state = {}
         self.directory.mkdir(parents=True, exist_ok=True)

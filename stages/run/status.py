@@ -115,9 +115,8 @@ def same(recorded: Any, asked: Any) -> bool:
     return recorded == asked or (recorded == "off" and asked is False)
 
 
-def changes(run: Manifest, stage: str, recipe: Mapping[str, Any]) -> list[str]:
-    """Settings in which a finished run is not what its recipe (with the defaults of today) would make."""
-    recorded = run.data.get("identity", {}).get("config", run.config)
+def changes(recorded: Mapping[str, Any], stage: str, recipe: Mapping[str, Any]) -> list[str]:
+    """Settings in which a run is not what its recipe (with the defaults of today) would make."""
     found = []
     for name, (default, recorded_only, added) in declared(stage).settings.items():
         asked = recipe.get(name, default)
@@ -207,20 +206,31 @@ def stand(stage: str, folder: Path, settings: Mapping[str, Any] | None, before: 
     if partial.exists():
         mark = partial / PREEMPTED
         said = json.loads(mark.read_text(encoding="utf-8")).get("saved", "") if mark.is_file() else ""
+        begun = partial / "run.json"
+        other = [] if settings is None or not begun.is_file() else changes(json.loads(begun.read_text(encoding="utf-8"))["config"], stage,
+                                                                           settings)
+        goes_on = f"the command that began it continues it; `make {stage} RECIPE={recipe}` alone would begin anew ({'; '.join(other)})" \
+            if other else f"`make {stage} RECIPE={recipe}` continues"
         return Row(stage, "preempted" if mark.is_file() else "interrupted", "; ".join(filter(None, (
-            progress(partial, now).partition(", ETA")[0], said, f"`make {stage} RECIPE={recipe}` continues"))) + kept, disk=disk)
+            progress(partial, now).partition(", ETA")[0], said, goes_on))) + kept, disk=disk)
     if finished:
-        again = f"the last of {made['attempts']} attempts" if made.get("attempts", 1) > 1 else ""
+        again = "adopted" if adopted(run) else f"the last of {made['attempts']} attempts" if made.get("attempts", 1) > 1 else ""
         return Row(stage, "stale" if old else "finished", "; ".join(old) or again, made["wall_s"], made["peak_rss_bytes"], disk)
     needed = ("pretrain",) if stage == "report" else parents
     waits = [name for name in needed if name in ours and not (parents[name] / MANIFEST).is_file()]
     return Row(stage, "missing", f"waits for {', '.join(waits)}" if waits else f"`make {stage} RECIPE={recipe}` makes it", disk=disk)
 
 
+def adopted(run: Manifest) -> bool:
+    """Whether the model was trained elsewhere, so that the recipe's settings of this stage say nothing of it."""
+    return bool(run.data.get("notes", {}).get("adopted"))
+
+
 def outdated(run: Manifest, stage: str, settings: Mapping[str, Any] | None, parents: Mapping[str, Path],
              before: Mapping[str, Row]) -> list[str]:
     """Why a finished run is not what the same command would make now."""
-    old = changes(run, stage, settings) if settings is not None else []
+    old = changes(run.data.get("identity", {}).get("config", run.config), stage, settings) if settings is not None and not adopted(run) \
+        else []
     for name, fingerprint in run.data.get("parents", {}).items():
         there = name in parents and (parents[name] / MANIFEST).is_file()
         if there and Manifest(parents[name]).fingerprint != fingerprint:
