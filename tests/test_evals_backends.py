@@ -76,7 +76,10 @@ def server():
         def log_message(self, *args):
             pass
 
-    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 64  # of 5, a busy machine loses one of 16 connections
+
+    web = Server(("127.0.0.1", 0), Handler)
     web.calls, web.lock, web.headers = [], threading.Lock(), {}
     web.url = f"http://127.0.0.1:{web.server_port}/v1"
     threading.Thread(target=web.serve_forever, daemon=True).start()
