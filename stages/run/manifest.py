@@ -175,13 +175,17 @@ def hardware() -> str:
 _LOCKS: dict[Path, TextIO] = {}
 
 
+def lock_file(run_dir: Path) -> Path:
+    return run_dir.with_name(f".{run_dir.name}.lock")
+
+
 def lock(run_dir: Path) -> None:
     """Let no other process work on this run folder until this one ends, however it ends.
 
     POSIX locks, which NFS knows, go with their process. Raises ValueError when another one works there, and OSError where nothing can be
     written.
     """
-    path = run_dir.with_name(f".{run_dir.name}.lock").resolve()
+    path = lock_file(run_dir).resolve()
     while path not in _LOCKS:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
@@ -206,7 +210,7 @@ def lock(run_dir: Path) -> None:
 
 
 def unlock(run_dir: Path) -> None:
-    path = run_dir.with_name(f".{run_dir.name}.lock").resolve()
+    path = lock_file(run_dir).resolve()
     if path in _LOCKS:
         path.unlink(missing_ok=True)
         _LOCKS.pop(path).close()

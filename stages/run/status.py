@@ -17,15 +17,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stages.run import preemption
 from stages.run.checkpoint import PROGRESS, read_metrics
 from stages.run.config import parent_folders, read_yaml, runs_of
 from stages.run.console import clock, table
-from stages.run.manifest import MANIFEST, Manifest
+from stages.run.manifest import MANIFEST, Manifest, lock_file
 
 ORDER = ("prepare", "scaling", "pretrain", "sft", "preferences", "reward_model", "ppo", "rejection_sampling", "evaluation", "report")
 STAGES = Path(__file__).resolve().parent.parent
 UNKNOWN = object()  # a default that is no literal
-PREEMPTED = "PREEMPTED"  # the mark of a run that was told to go
 
 
 class Setting(NamedTuple):
@@ -131,7 +131,7 @@ def changes(recorded: Mapping[str, Any], stage: str, recipe: Mapping[str, Any]) 
 
 def holder(run_dir: Path) -> str | None:
     """The process that works on a run folder, None if there is none. A look takes no lock, so that no stage is turned away by it."""
-    path = run_dir.with_name(f".{run_dir.name}.lock")
+    path = lock_file(run_dir)
     try:
         with path.open("r+", encoding="utf-8") as file:
             asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
@@ -204,7 +204,7 @@ def stand(stage: str, folder: Path, settings: Mapping[str, Any] | None, before: 
         return Row(stage, "running", "; ".join(filter(None, (progress(partial, now), worker))) + kept,
                    now - began.stat().st_mtime if began.is_file() else None, disk=disk)
     if partial.exists():
-        mark = partial / PREEMPTED
+        mark = partial / preemption.MARK
         said = json.loads(mark.read_text(encoding="utf-8")).get("saved", "") if mark.is_file() else ""
         begun = partial / "run.json"
         other = [] if settings is None or not begun.is_file() else changes(json.loads(begun.read_text(encoding="utf-8"))["config"], stage,
