@@ -56,7 +56,7 @@ class ScalingConfig(StageConfig):
     loss: str = option("heldout_loss", "metric of the runs that the law is fitted to")
     floor: Literal["fitted", "text"] = option(
         "fitted", "E of the law: fitted, or text: the entropy a token that prepare computed for text it generated")
-    form: Form = option("sum", "E + A / N^alpha + B / D^beta, or E + C / (N^a D^b), which needs a known floor")
+    form: Form = option("sum", "E + A / N^alpha + B / D^beta; or with a known floor E + C / (N^a D^b), or the geometric mean of both")
     holdout_fraction: float = option(0.25, "share of the runs, the dearest, that a second fit has to predict (0: no such check)")
     bootstrap_draws: int = option(300, "draws of the residual bootstrap")
 
@@ -67,8 +67,8 @@ def main(config: ScalingConfig) -> Manifest:
     from stages.models.pretraining import identity, pretrain  # which the subcommands do without
     from stages.models.training import barrier
 
-    if config.form == "product" and config.floor == "fitted":
-        raise ValueError("form: product needs a known floor: set floor to text, or form to sum")
+    if config.form != "sum" and config.floor == "fitted":
+        raise ValueError(f"form: {config.form} needs a known floor: set floor to text, or form to sum")
     base = main_config(config.recipe, config.pretrain_config)
     ladder = ladder_configs(base, config.sizes, config.tokens, seed=config.seed, parents=config.parents, evaluations=config.evaluations,
                             logs=min(10, base.logs), report_to=config.report_to)
@@ -183,7 +183,7 @@ def check(config: ScalingConfig, N, D, loss, floor, flops) -> dict[str, dict]:
             "": {"fraction": config.holdout_fraction}, "_4x": {"below": flops.max() / REACH * 1.0001, "reach": REACH}}.items()):
         try:
             report = holdout(N, D, loss, flops=flops, floor=floor, form=form, seed=config.seed,
-                             num_draws=config.bootstrap_draws if form == "sum" else 0, **how)
+                             num_draws=0 if form == "product" else config.bootstrap_draws, **how)
         except ValueError as error:
             say(f"no hold-out check of the law{f' at {REACH:g} times the compute' if which else ''}: {error}")
             continue

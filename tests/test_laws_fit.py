@@ -9,6 +9,7 @@ from scipy.optimize import approx_fprime
 
 from stages.laws import objective as objective_module
 from stages.laws.fit import (
+    FORMS,
     PARAMETERS,
     cross_check,
     expected,
@@ -90,12 +91,27 @@ def test_a_product_is_found_exactly_and_predicts():
         plan(fit, 1e13)
 
 
+def test_the_mean_of_both_forms_lies_between_them_and_its_interval_holds_theirs():
+    loss = 0.4 + 5000 / (SIZES**0.3 * BUDGETS**0.25) * np.exp(0.05 * np.random.default_rng(3).standard_normal(len(SIZES)))
+    (total, ends), (product, others), (mean, interval) = (
+        predict(fit_law(SIZES, BUDGETS, loss, floor=0.4, form=form, num_draws=50), 1e6, 5e6) for form in FORMS)
+    assert total != pytest.approx(product, rel=1e-2) and mean == pytest.approx(math.sqrt(total * product), rel=1e-12)
+    assert interval == (min(ends[0], others[0]), max(ends[1], others[1]))
+    fit = fit_law(SIZES, BUDGETS, loss, floor=0.4, form="mean", num_draws=50)
+    assert expected(fit, [1e6, 1e5], 5e6).shape == (2,) and formula(fit).startswith("geometric mean of 0.400 + ")
+    assert holdout(SIZES, BUDGETS, loss, floor=0.4, num_draws=50, form="mean")["fit"]["form"] == "mean"
+    with pytest.raises(ValueError, match="form mean: a product of powers needs a known floor"):
+        fit_law(SIZES, BUDGETS, loss, form="mean", num_draws=0)
+    with pytest.raises(ValueError, match="none in closed form"):
+        plan(fit, 1e13)
+
+
 def test_intervals_of_a_product_hold_the_share_they_name():
     rng, inside = np.random.default_rng(0), 0
     for _ in range(300):
         noisy, new = (0.4 + 50 / (N**0.3 * D**0.25) * np.exp(0.15 * rng.standard_normal(np.shape(N)))
                       for N, D in ((SIZES, BUDGETS), (1e6, 2e6)))
-        low, high = predict({"E": 0.4, "product": fit_product(SIZES, BUDGETS, noisy, floor=0.4)}, 1e6, 2e6)[1]
+        low, high = predict({"E": 0.4, "form": "product", "product": fit_product(SIZES, BUDGETS, noisy, floor=0.4)}, 1e6, 2e6)[1]
         inside += low < new < high
     assert 0.92 < inside / 300 < 0.98
 

@@ -217,7 +217,7 @@ def test_budgets_that_cannot_begin_alike_are_refused(prepared, tmp_path, lines, 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"sizes": [{"hidden_size": 16}]}, "1 sizes and 3 budgets"), ({"tokens": [512, 1024]}, "3 sizes and 2 budgets"),
-    ({"form": "product"}, "form: product needs a known floor"),
+    *(({"form": form}, f"form: {form} needs a known floor") for form in ("product", "mean")),
     ({"sizes": [{"hiden_size": 16}] * 3}, "unknown key 'hiden_size'"), ({"pretrain_config": "nowhere.yaml"}, "does not exist")])
 def test_a_ladder_that_cannot_work_fails_before_training(prepared, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):

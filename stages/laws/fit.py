@@ -1,6 +1,7 @@
 """Scaling laws of the form L(N, D) = E + A / N^alpha + B / D^beta: fitted, bounded by a bootstrap, asked for predictions.
 
-Above a known floor also as a product of powers (product.py). The rest is about the sum, whose optimiser is in objective.py.
+Above a known floor also as a product of powers (product.py), and as the geometric mean of both: forms that err to either side err less
+together (Bates and Granger 1969 on combined forecasts). The rest is about the sum, whose optimiser is in objective.py.
 
 Letters: n measurements, G training runs they come from, S bootstrap draws, p parameters.
 """
@@ -16,7 +17,7 @@ from stages.laws.objective import DELTA, EXPONENTS, TERMS, Array, bounds_of, des
 from stages.laws.product import fit_product, plane
 
 PARAMETERS = ("E", "A", "B", "alpha", "beta")
-Form = Literal["sum", "product"]  # of the law: two powers added, or multiplied
+Form = Literal["sum", "product", "mean"]  # of the law: two powers added, multiplied, or the geometric mean of what both predict
 FORMS: tuple[Form, ...] = get_args(Form)
 SPAN = 10.0  # D/N must span this much for A and B to be told apart: below, runs lie along one ray
 
@@ -28,8 +29,8 @@ def fit_law(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, floor: float | None 
 
     `N` parameters, `D` training tokens and `loss` (nats) per measurement, (n,) each; taken after the learning rate has decayed, one
     convention of counting throughout, which `conventions` records. `floor` is E where it is known, as the entropy of generated
-    text is; otherwise E is fitted. `form` is the one to predict by; a product needs a floor, and "product" then holds what
-    `fit_product` finds, beside the sum. `weights` (n,) multiply the terms of the objective. `drop_worst` leaves out the measurements
+    text is; otherwise E is fitted. `form` is the one to predict by; all but the sum need a floor, and "product" then holds
+    what `fit_product` finds, beside the sum. `weights` (n,) multiply the terms of the objective. `drop_worst` leaves out the measurements
     farthest from a first fit, as Hoffmann et al. 2022 left out five of 245, and "dropped" names their places.
 
     Intervals are 95 % percentiles of a residual bootstrap, warm-started. `runs` (n,) names the training run of each measurement
@@ -37,14 +38,14 @@ def fit_law(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, floor: float | None 
     is left of them: the random-effect bootstrap of Field and Welsh 2007 (JRSS B 69:369). Residuals are centred and widened by
     sqrt(n / (n - p)) before. `draws` and `residuals` are kept for `predict` and `plan`, `warnings` for people.
 
-    Raises ValueError when the runs cannot determine the parameters, a loss lies below the floor, or a product has none.
+    Raises ValueError when the runs cannot determine the parameters, a loss lies below the floor, or a form that needs one has none.
     """
     N, D, loss, weights = checked(N, D, loss, weights, floor, drop_worst)
     names = np.arange(len(N)) if runs is None else np.asarray(runs).ravel()
     if len(names) != len(N):
         raise ValueError(f"{len(names)} names of runs for {len(N)} measurements: name the run of each")
-    if form == "product" and floor is None:
-        raise ValueError("a product of powers needs a known floor: give one, or fit a sum")
+    if form != "sum" and floor is None:
+        raise ValueError(f"form {form}: a product of powers needs a known floor: give one, or fit a sum")
     kept = np.arange(len(N))
     if drop_worst:
         x, y, _ = centred(N, D)
@@ -52,7 +53,7 @@ def fit_law(N: ArrayLike, D: ArrayLike, loss: ArrayLike, *, floor: float | None 
         kept = np.sort(np.argsort(np.abs(log_loss(theta[None], x, y)[0][0] - np.log(loss)), kind="stable")[:-drop_worst])
     dropped = sorted(set(range(len(N))) - set(kept.tolist()))
     N, D, loss, weights, names = N[kept], D[kept], loss[kept], weights[kept], names[kept]
-    product = fit_product(N, D, loss, floor=floor, weights=weights) if form == "product" and floor is not None else None
+    product = fit_product(N, D, loss, floor=floor, weights=weights) if form != "sum" and floor is not None else None
     x, y, origin = centred(N, D)
     theta, value = minimise(x, y, loss, weights, delta, floor)
     num_parameters = 5 if floor is None else 4
@@ -119,8 +120,10 @@ def resampled(residuals: Array, names: np.ndarray, num_draws: int, rng: np.rando
 
 def warnings(fit: Mapping[str, Any], N: Array, D: Array, theta: Array) -> list[str]:
     """What a reader of this fit has to know: minima at a boundary, runs along one line, exponents that cannot be told apart."""
-    if product := fit.get("product"):
-        return [f"{name} is not determined: its interval holds 0" for name in ("a", "b") if product["intervals"][name][0] <= 0]
+    if fit["form"] == "mean":
+        return [text for one in both(fit) for text in warnings(one, N, D, theta)]
+    if fit["form"] == "product":
+        return [f"{name} is not determined: its interval holds 0" for name in ("a", "b") if fit["product"]["intervals"][name][0] <= 0]
     found = [f"{name} = {fit[name]:.3g} lies at the bound of what is tried, {EXPONENTS[0]} to {EXPONENTS[1]}: the runs do not determine it"
              for name in fit["at_bound"]]
     found += [f"the term of {name} has vanished: the runs do not determine it"
@@ -160,14 +163,25 @@ def law(constants: ArrayLike, N: ArrayLike, D: ArrayLike) -> Array:
 
 def expected(fit: Mapping[str, Any], N: ArrayLike, D: ArrayLike) -> Array:
     """Loss (nats) by the fitted law, in the form of the fit; N and D broadcast."""
-    if product := fit.get("product"):
+    if fit.get("form") == "mean":
+        return np.exp(np.mean([np.log(expected(one, N, D)) for one in both(fit)], axis=0))
+    if fit.get("form") == "product":
+        product = fit["product"]
         return fit["E"] + np.exp(plane(N, D) @ (math.log(product["C"]), product["a"], product["b"]))
     return law([fit[name] for name in PARAMETERS], N, D)
 
 
+def both(fit: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sum and the product of a fit that has both, each as a fit of its own."""
+    return [{**fit, "form": form} for form in ("sum", "product")]
+
+
 def formula(fit: Mapping[str, Any]) -> str:
     """The fitted law as people write it."""
-    if product := fit.get("product"):
+    if fit.get("form") == "mean":
+        return "geometric mean of " + " and ".join(map(formula, both(fit)))
+    if fit.get("form") == "product":
+        product = fit["product"]
         return f"{fit['E']:.3f} + {product['C']:.3g} / (N^{product['a']:.3f} D^{product['b']:.3f})"
     return f"{fit['E']:.3f} + {fit['A']:.3g} / N^{fit['alpha']:.3f} + {fit['B']:.3g} / D^{fit['beta']:.3f}"
 
@@ -178,11 +192,15 @@ def predict(fit: Mapping[str, Any], N: float, D: float, *, level: float = 0.95) 
     The interval holds both the uncertainty of the parameters and one run's residual: without the residual a nominal 95 %
     covered 13 % of held-out runs in one study, with it 61 %. Percentiles of few residuals are too near: they are moved outwards in log
     loss by Student's quantile over the normal one, n - p degrees of freedom. Extrapolation error of the form itself is in none of it:
-    measure it with `rolling`. That of the product is Student's, of a new observation of a linear model in log(L - E).
+    measure it with `rolling`. That of the product is Student's, of a new observation of a linear model in log(L - E); that of
+    the mean reaches from the lower of both lower ends to the higher of both higher ones.
     """
     value = float(expected(fit, N, D))
-    if product := fit.get("product"):
-        row = plane(N, D)
+    if fit.get("form") == "mean":
+        lows, highs = zip(*(predict(one, N, D, level=level)[1] for one in both(fit)), strict=True)
+        return value, (min(lows), max(highs))
+    if fit.get("form") == "product":
+        product, row = fit["product"], plane(N, D)
         error = product["sigma"] * math.sqrt(1 + row @ np.asarray(product["covariance"]) @ row)
         reach = float(stats.t.ppf((1 + level) / 2, product["num_points"] - 3)) * error
         return value, (fit["E"] + (value - fit["E"]) * math.exp(-reach), fit["E"] + (value - fit["E"]) * math.exp(reach))

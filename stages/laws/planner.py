@@ -99,10 +99,10 @@ def plan(fit: Mapping[str, Any], flops: float | None = None, *, loss: float | No
     With `inference_tokens` the budget is that of training and serving, as `serving` counts it, and for a loss what it saves over the
     model that is cheapest to train is given. A budget counts `flops_per_unit` N D (default: the fit's own, else 6), with N in the fit's own
     convention. An interval ends in null where some draw never reaches the loss, and is null where the fit has no draws. Raises
-    ValueError for a budget that is not positive, a loss at or below E, and a product.
+    ValueError for a budget that is not positive, a loss at or below E, and any form but the sum.
     """
-    if fit.get("form") == "product":
-        raise ValueError("a product of powers has no optimal split of a budget: its best is all parameters or all tokens; fit a sum")
+    if fit.get("form", "sum") != "sum":
+        raise ValueError("a product of powers has no optimal split of a budget, and a mean with one none in closed form: fit a sum")
     if (flops is None) == (loss is None):
         raise ValueError("plan needs one of flops, for example 1e21, and loss, for example 2.5")
     if flops is not None and not flops > 0:

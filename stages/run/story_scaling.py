@@ -16,6 +16,7 @@ from stages.run.page import Section, Table, number
 Law = Callable[..., Any]  # law(fit, N, D): the loss by the fitted law (stages.laws.fit)
 Point = Mapping[str, Any]  # a run of the ladder, or the prediction: N, D, flops and loss
 CONSTANTS = {"sum": ("E", "A", "B", "alpha", "beta"), "product": ("E", "C", "a", "b")}
+CONSTANTS["mean"] = (*CONSTANTS["sum"], *CONSTANTS["product"][1:])
 
 
 class Drawing(NamedTuple):
@@ -44,10 +45,12 @@ def scaling(stages: Stages, folder: Path, law: Law) -> Told:
     def fitted(p: Mapping[str, Any]) -> float:
         return float(law(fit, p["N"], p["D"]))
 
-    terms = (f"{constant('A')} / N^{constant('alpha')} + {constant('B')} / D^{constant('beta')}" if form == "sum" else
-             f"{constant('C')} / (N^{constant('a')} D^{constant('b')})")
+    terms = {"sum": "{A} / N^{alpha} + {B} / D^{beta}", "product": "{C} / (N^{a} D^{b})"}
+    told = ("the geometric mean of two laws, L = " if form == "mean" else "the law L = ") + " and L = ".join(
+        ("{E} + " + terms[part]).format(**{name: constant(name) for name in CONSTANTS[part]})
+        for part in (terms if form == "mean" else [form]))
     text = (f"{s.count('runs')} runs of {len(sizes)} sizes and {len(budgets)} token budgets "
-            f"(learning rate: {fit['conventions'].get('schedule', MISSING)}) determine the law L = {constant('E')} + {terms} "
+            f"(learning rate: {fit['conventions'].get('schedule', MISSING)}) determine {told} "
             f"(N: {fit['conventions'].get('N', MISSING)}; D: training tokens). For the main model it predicts "
             f"{s.short_form('predicted_loss', LOSS)}.")
     if s.get("holdout_error"):
@@ -71,7 +74,7 @@ def scaling(stages: Stages, folder: Path, law: Law) -> Told:
     letters = Table(MEASURED, [[name, constant(name), number("[{:.3g}, {:.3g}]".format(*ends[name]),
                                                              f"{s.manifest.product('fit')}#{inside[name][1]}intervals/{name}")
                                 if name in ends else "no interval", s.n(name)] for name in CONSTANTS[form]],
-                    f"The law's constants; intervals are those of {'least squares' if product else 'a residual bootstrap'}.",
+                    "The law's constants; intervals are those of a residual bootstrap, of a product's C, a and b those of least squares.",
                     [s.cite("fit.json")])
     if "flops_unshared" in s.counts and s.counts["flops_unshared"] > s.counts["flops"]:
         paragraphs.append(f"Budgets of one size share their beginning: the ladder took {s.count('flops')} FLOPs; with every budget trained "
