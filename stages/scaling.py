@@ -27,9 +27,9 @@ from stages.laws.holdout import holdout, rolling
 from stages.laws.isoflop import grid_curves
 from stages.run import figures
 from stages.run.config import StageConfig, option
-from stages.run.console import clock, table
-from stages.run.entry import launch
-from stages.run.manifest import MANIFEST, Manifest, Run, hash_data, is_main, metric, say, write_json
+from stages.run.console import table
+from stages.run.entry import cores, launch
+from stages.run.manifest import Manifest, Run, hash_data, is_main, metric, say, write_json
 from stages.run.story_scaling import compute_drawings, law_drawings
 
 REACH = 4.0  # how many times the dearest fitted run's FLOPs count as far, and what the main model should cost at least
@@ -51,6 +51,8 @@ class ScalingConfig(StageConfig):
     tokens: list[int] = option(
         [100_000, 200_000, 400_000, 800_000], "training tokens, three budgets at least; by the main model's schedule each run has a whole "
         "one (linear), or a size's budgets branch off one run (wsd)")
+    jobs: int = option(1, "runs that train at once, each in a process with its share of the cores (0: one a core); on GPUs and in several "
+                       "processes one", recorded_only=True)
     evaluations: int = option(2, "held-out evaluations over each run, for its curve; the law takes the last measurement")
     parameters: Literal["matmul", "non_embedding", "total"] = option("matmul", "the convention by which N counts parameters")
     loss: str = option("heldout_loss", "metric of the runs that the law is fitted to")
@@ -62,10 +64,12 @@ class ScalingConfig(StageConfig):
 
 
 def main(config: ScalingConfig) -> Manifest:
+    import torch  # takes seconds to import, which the subcommands do without
+
     from stages.models.counts import CONVENTIONS, FLOPS, count_parameters, planned_decoder, train_flops_per_token
-    from stages.models.ladder import ladder_configs, main_config, nested, schedule_of, shared_tokens  # torch takes seconds to import,
-    from stages.models.pretraining import identity, pretrain  # which the subcommands do without
-    from stages.models.training import barrier
+    from stages.models.ladder import ladder_configs, main_config, schedule_of, shared_tokens, train_ladder
+    from stages.models.pretraining import identity
+    from stages.models.training import barrier, world_size
 
     if config.form != "sum" and config.floor == "fitted":
         raise ValueError(f"form: {config.form} needs a known floor: set floor to text, or form to sum")
@@ -88,20 +92,9 @@ def main(config: ScalingConfig) -> Manifest:
     own = {name: costs[name][0] * (1 - shared_tokens(c) / costs[name][1]) for name, c in ladder.items()}  # FLOPs spent in no other run
     order = sorted(ladder, key=lambda name: (costs[ladder[name].branch_from or name][0], bool(ladder[name].branch_from), costs[name][0]))
     total = sum(own.values())
-    points, done, trained, spent = [], 0.0, 0.0, 0.0
-    for number, name in enumerate(order, start=1):
-        rate = f", ETA of the ladder {clock((total - done) / (trained / spent))}" if trained else ""
-        say(f"ladder {number}/{len(order)}: {name}, {done / total:.0%} of {total:.2g} FLOPs done{rate}")
-        settings = nested(ladder[name], name, run)
-        barrier()
-        began, known = time.time(), (run.directory / name / MANIFEST).is_file()
-        manifest = pretrain(settings)
-        barrier()
-        done += own[name]
-        if not known:
-            trained, spent = trained + own[name], spent + time.time() - began
-        if not ladder[name].keep_at:
-            points.append(point(name, manifest, config))
+    alone = world_size() > 1 or torch.cuda.is_available()
+    manifests = train_ladder(ladder, own, order, run, 1 if alone else min(config.jobs or cores(), len(order)))
+    points = [point(name, manifests[name], config) for name in order if not ladder[name].keep_at]
 
     N, D, loss = (np.array([p[key] for p in points], dtype=float) for key in ("N", "D", "loss"))
     path_flops = np.array([costs[p["run"]][0] for p in points], dtype=float)

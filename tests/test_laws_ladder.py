@@ -1,6 +1,7 @@
 """The scaling stage on a real, very small ladder: what it writes, resuming, reuse, bad input."""
 import dataclasses
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from stages import pretrain, scaling
 from stages.laws.fit import fit_law, predict
 from stages.laws.points import read_columns
+from stages.models import ladder as ladder_module
 from stages.models import pretraining
 from stages.models.counts import build_meta, planned_decoder
 from stages.run.config import build_config
@@ -81,7 +83,7 @@ def test_ladder_writes_runs_fit_and_prediction(ladder):
 
 
 def test_finished_ladder_does_nothing(ladder, prepared, monkeypatch, capsys):
-    monkeypatch.setattr(pretraining, "pretrain", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(ladder_module, "pretrain", lambda *_: pytest.fail("trained again"))
     again = scaling.main(config_for(prepared, ladder.path))
     assert again.fingerprint == ladder.fingerprint
     assert "is finished" in capsys.readouterr().out
@@ -97,14 +99,14 @@ def test_interrupted_ladder_keeps_finished_runs_and_ends_equal(ladder, prepared,
         return original(config, **kwargs)
 
     original = pretraining.pretrain
-    monkeypatch.setattr(pretraining, "pretrain", stop_at_fourth)
+    monkeypatch.setattr(ladder_module, "pretrain", stop_at_fourth)
     config = config_for(prepared, tmp_path / "scaling")
     with pytest.raises(KeyboardInterrupt):
         scaling.main(config)
     assert not (tmp_path / "scaling").exists()
     kept = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "scaling.partial").glob("*/manifest.json")}
     assert len(kept) == 3
-    monkeypatch.setattr(pretraining, "pretrain", original)
+    monkeypatch.setattr(ladder_module, "pretrain", original)
     resumed = scaling.main(config)
     for name, modified in kept.items():
         assert (resumed.path / name / "manifest.json").stat().st_mtime_ns == modified
@@ -122,7 +124,7 @@ def test_longer_ladder_reuses_the_shorter_one(ladder, prepared, tmp_path, monkey
         trained.append((config.hidden_size, config.tokens, original(config, **kwargs).data["provenance"]["started"]))
         return Manifest(config.run_dir)
 
-    monkeypatch.setattr(pretraining, "pretrain", watched)
+    monkeypatch.setattr(ladder_module, "pretrain", watched)
     before = {path.parent.name: Manifest(path.parent).data["provenance"]["started"] for path in ladder.path.glob("*/manifest.json")}
     scaling.main(config_for(prepared, tmp_path / "scaling", tokens=[1024, 2048, 4096, 512]))
     assert len(trained) == 12
@@ -223,6 +225,30 @@ def test_a_ladder_that_cannot_work_fails_before_training(prepared, tmp_path, cha
     with pytest.raises(ValueError, match=message):
         scaling.main(config_for(prepared, tmp_path / "scaling", **changes))
     assert not (tmp_path / "scaling.partial").exists()
+
+
+@pytest.mark.slow
+def test_runs_that_train_at_once_are_those_that_train_in_turn(ladder, prepared, tmp_path, capsys, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *d24-2048*) echo "error: no such luck"; exit 2;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    with monkeypatch.context() as patched:
+        patched.setattr(ladder_module.sys, "executable", str(python))
+        with pytest.raises(ValueError, match="the ladder's run d24-2048 stopped: error: no such luck"):
+            scaling.main(config_for(prepared, tmp_path / "scaling", jobs=2))
+    told = capsys.readouterr().out
+    assert told.index("ladder 1/9: d32-4096") < told.index("ladder 2/9: d24-4096") < told.index("FLOPs done, ETA of the ladder")
+    partial = tmp_path / "scaling.partial"
+    done = {path.parent.name: path.stat().st_mtime_ns for path in partial.glob("d*/manifest.json")}
+    assert "d32-4096" in done and "step 16/16" in (partial / "logs" / "d32-4096.txt").read_text()
+
+    together = scaling.main(config_for(prepared, tmp_path / "scaling", jobs=2))
+    assert {name: (together.path / name / "manifest.json").stat().st_mtime_ns for name in done} == done
+    mine, theirs = ([json.loads(line) for line in one.product("points").read_text().splitlines()] for one in (together, ladder))
+    assert [p["run"] for p in mine] == [p["run"] for p in theirs] and together.fingerprint == ladder.fingerprint
+    assert [p["loss"] for p in mine] == pytest.approx([p["loss"] for p in theirs], rel=1e-4)  # one thread and two do not sum alike
+    monkeypatch.setattr(ladder_module, "subprocess", None)
+    scaling.main(config_for(prepared, tmp_path / "scaling", jobs=2, holdout_fraction=0.3))  # another check: none trained again
 
 
 def test_the_floor_of_generated_text_is_known(ladder, prepared, tmp_path):

@@ -1,14 +1,23 @@
-"""The runs of a scaling ladder: which there are, what each shares with others, where each goes on from."""
+"""The runs of a scaling ladder: which there are, what each shares with others, where each goes on from, and several at once."""
+import os
 import shutil
-from collections.abc import Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from stages.models.branching import cooldown_start, tied_to_budget, usable_checkpoints
-from stages.models.pretraining import PretrainConfig
+from stages.models.pretraining import PretrainConfig, pretrain
+from stages.models.training import barrier
 from stages.run.config import build_config, read_yaml
-from stages.run.manifest import MANIFEST, Manifest, Run, is_main
+from stages.run.console import clock
+from stages.run.entry import cores
+from stages.run.manifest import MANIFEST, Manifest, Run, is_main, say
 
 LETTERS = {"hidden_size": "d", "num_layers": "l", "num_heads": "h", "num_kv_heads": "k", "intermediate_size": "f"}  # of a run's name
 
@@ -79,3 +88,87 @@ def nested(config: PretrainConfig, name: str, run: Run) -> PretrainConfig:
             return config
         return replace(config, branch_from=str(earlier))
     return config
+
+
+class Pace:
+    """How far a ladder is. `flops`: of each run, what no other run has spent for it."""
+
+    def __init__(self, flops: Mapping[str, float]):
+        self.left, self.runs, self.total = dict(flops), len(flops), sum(flops.values())
+        self.trained, self.since = 0.0, time.time()
+
+    def begins(self, name: str, beside: Collection[str] = ()) -> None:
+        left = sum(self.left.values())
+        eta = f", ETA of the ladder {clock(left / self.trained * (time.time() - self.since))}" if self.trained else ""
+        say(f"ladder {self.runs - len(self.left) + len(beside) + 1}/{self.runs}: {name}, {1 - left / self.total:.0%} of {self.total:.2g} "
+            f"FLOPs done{eta}")
+
+    def ends(self, name: str, *, trained: bool) -> None:
+        flops = self.left.pop(name, 0.0)
+        self.trained += flops if trained else 0.0
+
+
+def train_ladder(ladder: dict[str, PretrainConfig], flops: Mapping[str, float], order: Sequence[str], run: Run, jobs: int,
+                 ) -> dict[str, Manifest]:
+    """Train the runs of a ladder in `order`, or `jobs` at once, and return the manifest of each. For every process."""
+    pace, manifests = Pace(flops), {}
+    if jobs > 1:
+        at_once(ladder, order, run, jobs, pace)
+    for name in order:
+        settings = nested(ladder[name], name, run)
+        barrier()
+        trained = not known(settings, run)
+        if trained:
+            pace.begins(name)
+        manifests[name] = pretrain(settings)
+        barrier()
+        pace.ends(name, trained=trained)
+    return manifests
+
+
+def known(config: PretrainConfig, run: Run) -> bool:
+    """Whether a run of the ladder is there, finished, with these settings."""
+    if not (Path(config.run_dir) / MANIFEST).is_file():
+        return False
+    identity = Manifest(config.run_dir).data["identity"]
+    return (identity["config"], identity["parents"]) == (config.fingerprinted(), run.identity["parents"])
+
+
+def at_once(ladder: dict[str, PretrainConfig], order: Sequence[str], run: Run, jobs: int, pace: Pace) -> None:
+    """Train the runs of a ladder `jobs` at a time, each as a stages.pretrain of its own with its share of the cores.
+
+    The dear ones begin, so that none is left to train alone; a branch waits for the run it goes on from. What a run prints goes to
+    <ladder>/logs/<name>.txt. Raises ValueError when one stops, after the others have saved what they had.
+    """
+    logs = run.directory / "logs"
+    logs.mkdir(exist_ok=True)
+    waiting, finished = list(reversed(order)), set()
+    at_work: dict[str, subprocess.Popen] = {}
+    environment = {"ACCELERATE_MIXED_PRECISION": "no", **os.environ, "OMP_NUM_THREADS": str(max(1, cores() // jobs))}  # dies with this one
+    try:
+        while waiting or at_work:
+            ready = [name for name in waiting if ladder[name].branch_from in (None, *finished)]
+            for name in ready[:jobs - len(at_work)]:
+                waiting.remove(name)
+                config = nested(ladder[name], name, run)
+                if known(config, run):
+                    pace.ends(name, trained=False)
+                    finished.add(name)
+                    continue
+                pace.begins(name, at_work)
+                (logs / f"{name}.yaml").write_text(yaml.safe_dump(vars(config)), encoding="utf-8")
+                with (logs / f"{name}.txt").open("a", encoding="utf-8") as log:
+                    at_work[name] = subprocess.Popen([sys.executable, "-m", "stages.pretrain", "--config", str(logs / f"{name}.yaml")],
+                                                     stdout=log, stderr=subprocess.STDOUT, env=environment)
+            time.sleep(0.2)
+            for name in [name for name, process in at_work.items() if process.poll() is not None]:
+                if at_work.pop(name).returncode:
+                    lines = (logs / f"{name}.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+                    raise ValueError(f"the ladder's run {name} stopped: {next(filter(None, reversed(lines)), 'it said nothing')}")
+                pace.ends(name, trained=True)
+                finished.add(name)
+    finally:
+        for process in at_work.values():
+            process.terminate()
+        for process in at_work.values():
+            process.wait()
