@@ -1,9 +1,10 @@
-"""A cooldown that branches off another run is the run that trained on by itself; what may not branch off says why."""
+"""A cooldown that branches off another run is the run that trained on by itself; what may not branch off says why. So is a compiled run."""
 import dataclasses
 import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file
 
 from stages.models import branching, pretraining
 from stages.models.pretraining import PretrainConfig, PretrainTrainer, pretrain
@@ -138,3 +139,21 @@ def test_other_tokens_do_not_branch_off(prepared, trunk, tmp_path):
     (tmp_path / "prepare" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="trained on other tokens"):
         pretrain(config_for(tmp_path / "prepare", tmp_path / "branch", tokens=10 * 256, branch_from=str(trunk.path)))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run_and_resumes(prepared, trunk, tmp_path, monkeypatch):
+    settings = {"tokens": 16 * 256, "cooldown_share": 0.0, "checkpoints": 3, "torch_compile": True}
+    with monkeypatch.context() as patched:
+        watched(patched, dies_at=10)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(config_for(prepared, tmp_path / "compiled", **settings))
+    steps = watched(monkeypatch)
+    compiled = pretrain(config_for(prepared, tmp_path / "compiled", **settings))
+    assert steps[0] == 8
+    for key, value in trunk.metrics.items():
+        assert compiled.metrics[key]["value"] == pytest.approx(value["value"], rel=1e-4)
+    names = [set(load_file(run.product("model") / "model.safetensors")) for run in (compiled, trunk)]
+    assert names[0] == names[1]  # not those of the compiled module
+    with pytest.raises(ValueError, match="torch_compile with experts"):
+        pretrain(config_for(prepared, tmp_path / "experts", **settings, architecture="olmoe", num_experts=4))

@@ -84,6 +84,8 @@ class PretrainConfig(TrainingConfig):
     attn_implementation: Literal["auto", "documents", "sdpa", "eager"] = option(
         "auto", "the same sums by other ways; auto: documents on CPU, which computes nothing between documents, else sdpa",
         recorded_only=True)
+    torch_compile: bool = option(False, "compile the model: the same sums, a minute before the first step, and on a GPU more than twice as "
+                                 "fast after it (docs/gpus.md)", recorded_only=True)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
 
 
@@ -230,6 +232,8 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
     micro = min(config.micro_batch_rows or local_rows, local_rows)
     if local_rows % micro:
         raise ValueError(f"{local_rows} rows a process do not divide into micro batches of {micro}: set micro_batch_rows to a divisor")
+    if config.torch_compile and config.num_experts:
+        raise ValueError("torch_compile with experts has not been tried: set it to false, or num_experts to null")
     steps = config.tokens // config.batch_tokens
     if steps < 1:
         raise ValueError(f"tokens {config.tokens} is less than one batch of {config.batch_tokens}: give more tokens or a smaller batch")
@@ -257,7 +261,7 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
         gradient_accumulation_steps=local_rows // micro, learning_rate=config.learning_rate, **schedule,
         max_grad_norm=config.max_grad_norm, weight_decay=config.weight_decay,
         adam_beta2=0.95, eval_strategy="steps", eval_steps=every, train_sampling_strategy="sequential",
-        gradient_checkpointing=config.gradient_checkpointing))
+        gradient_checkpointing=config.gradient_checkpointing, torch_compile=config.torch_compile))
     trainer = PretrainTrainer(
         model=model, args=arguments, train_dataset=rows, eval_dataset=held,
         data_collator=PackedCollator(eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id),

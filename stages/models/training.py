@@ -419,5 +419,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path:
 def export(trainer: Any, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Save the trained model whatever engine holds its weights. Call on every process: sharded engines gather here."""
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    save_model(trainer.accelerator.unwrap_model(trainer.model_wrapped), tokenizer, path, state_dict=state)
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+    plain = state and {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}  # a compiled model's names have it
+    save_model(model, tokenizer, path, state_dict=plain)
     barrier()
