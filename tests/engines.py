@@ -131,6 +131,8 @@ def cell(bench: Bench, case: str, engine: str) -> dict[str, Any]:
     if any(ended.codes) and len(ended.errors) == 1:
         return {"refused": ended.errors[0].removeprefix("error: ")}
     finished(ended)
+    if (counts := [Manifest(folder).data["counts"] for folder in (one, trial / "two")])[0] != counts[1]:
+        raise Wrong(f"counts are others than of one process: {counts}")
     found: dict[str, Any] = {"loss": farthest(one, trial / "two"), "weights": loads(stage, one, trial / "two")}
     bench.killed(case, engine, "again")
     shutil.copytree(trial / "again.partial", trial / "fewer.partial")
@@ -146,11 +148,6 @@ def cell(bench: Bench, case: str, engine: str) -> dict[str, Any]:
     else:
         found["elastic"] = farthest(one, trial / "fewer")
     return found
-
-
-NOTES = {
-    ("ppo, full", "zero"): "one norm over policy and critic is clipped (compared without clipping)",
-    ("sft", "fsdp2"): "no exam after training", ("sft", "zero3"): "no exam after training"}
 
 
 def page(lines: dict[tuple[str, str], dict[str, Any]], versions: str) -> str:

@@ -1,4 +1,6 @@
+import contextlib
 import random
+from functools import partial
 
 import datasets
 import pytest
@@ -8,6 +10,7 @@ from trl import RewardConfig, RewardTrainer
 from reward.calibration import accuracy, judged
 from reward.losses import ranked_loss
 from reward.model import from_language_model, score_groups
+from stages.models import ranking
 from stages.models.adapters import adapter_config
 from stages.models.ranking import (
     RankedCollator,
@@ -17,6 +20,7 @@ from stages.models.ranking import (
     check,
     pad_scores,
     peft_settings,
+    shared_out,
     trunk_of,
     without_adapters,
 )
@@ -126,6 +130,25 @@ def test_accumulation_does_not_change_the_step(model, tmp_path):
         trained.append([p.detach().clone() for p in model.parameters()])
     for a, b in zip(*trained, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_every_process_passes_as_often_and_scores_are_those_of_one(model, monkeypatch):
+    """Engines that divide the weights hang otherwise. Of 65 responses two processes have 33 and 32, in batches of 8 five and four."""
+    torch.nn.init.normal_(model.score.weight)
+    groups = [([5, 6], [[7] * n + [1] for n in range(1, k + 1)]) for k in (3, 30, 2, 30)]
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    parts, counts = [], []
+    monkeypatch.setattr(ranking, "world_size", lambda: 2)
+    for number in (0, 1):
+        monkeypatch.setattr(ranking, "rank", lambda number=number: number)
+        monkeypatch.setattr(ranking, "gather", lambda rows: parts.append(rows) or [row for part in parts for row in part])
+        passes.clear()
+        with contextlib.suppress(KeyError):  # the first has not all
+            together = shared_out(model, groups, partial(score_groups, batch_size=8))
+        counts.append(len(passes))
+    assert counts == [5, 5] and [len(part) for part in parts] == [33, 32]
+    torch.testing.assert_close(pad_scores(together), pad_scores(score_groups(model, groups)))
 
 
 def test_ragged_scores_are_padded():
