@@ -82,7 +82,7 @@ def told() -> bool:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Within, a signal only counts, and whoever asks `signalled()` has to raise Preempted; one that nobody asked for any more counts after."""
+    """Within, a signal only counts, and whoever asks `signalled()` has to raise Preempted; one nobody asked for ends the process after."""
     _state["deferred"] += 1
     try:
         yield
