@@ -3,7 +3,7 @@
     python -m tests.engines --runs DIR [--engines ddp fsdp2 zero2 zero3] [--cases ...]        (make engines)
 
 The smoke recipe, AdamW, fp32, gloo. Each cell of the matrix is one JSON line in `--out`; cells that are there are not run again.
-Processes are forked as in tests/faults.py, and reach the engines as in tests/rl_engines.py: what no product may do. DeepSpeed's cells
+Processes are forked as in tests/lab.py, and reach the engines as in tests/rl_engines.py: what no product may do. DeepSpeed's cells
 need deepspeed.
 """
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 from stages.run.checkpoint import read_metrics
 from stages.run.manifest import Manifest
 from tests.conftest import PARENTS, ROOT
-from tests.faults import PRELOADED, Ended, Lab, Running, Wrong, differs
+from tests.lab import PRELOADED, Ended, Lab, Running, Wrong, differs
 from tests.rl_engines import ENGINES as LAUNCHED
 
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
