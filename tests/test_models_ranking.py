@@ -1,6 +1,7 @@
 import contextlib
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -149,6 +150,16 @@ def test_every_process_passes_as_often_and_scores_are_those_of_one(model, monkey
         counts.append(len(passes))
     assert counts == [5, 5] and [len(part) for part in parts] == [33, 32]
     torch.testing.assert_close(pad_scores(together), pad_scores(score_groups(model, groups)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"share_prompts": False, "ensemble": 2, "ensemble_share": "trunk"}])
+def test_what_is_not_written_for_weights_in_parts_is_refused_before_training(tmp_path, monkeypatch, changes):
+    policy().save_pretrained(tmp_path / "lm")
+    monkeypatch.setattr(ranking, "divides_weights", lambda trainer: True)
+    monkeypatch.setattr(ranking, "fit", lambda *_: pytest.fail("it trains"))
+    rows, run = make_rows(8, seed=1), SimpleNamespace(directory=tmp_path / "run")
+    with pytest.raises(ValueError, match="share_prompts to false, or launch with ddp"):
+        ranking.train_model(RankingConfig(batch_size=2, **changes), run, tokenizer(), tmp_path / "lm", train=rows, heldout=rows, number=0)
 
 
 def test_ragged_scores_are_padded():

@@ -238,9 +238,10 @@ def train_model(config: RankingConfig, run: Run, tokenizer: Any, start: Path, *,
             warmup_steps=max(1, int(steps * config.warmup_share)), max_grad_norm=config.max_grad_norm,
             weight_decay=config.weight_decay, center_rewards_coefficient=config.centring, eval_strategy="steps",
             eval_steps=max(1, steps // config.evaluations), gradient_checkpointing=config.gradient_checkpointing)))
-    if (config.method != "full" or config.ensemble > 1) and divides_weights(trainer):
-        raise ValueError("this engine holds the weights in parts, which neither method lora nor an ensemble is written for: set method to "
-                         "full and ensemble to 1, or launch with ddp or zero2")
+    if (config.method != "full" or config.ensemble > 1 or config.share_prompts) and divides_weights(trainer):
+        raise ValueError("this engine holds the weights in parts, for which method lora, an ensemble and share_prompts (which calls the "
+                         "trunk alone) are not written: set method to full, ensemble to 1 and share_prompts to false, or launch with "
+                         "ddp or zero2")
     fit(trainer, config)
     return trainer
 
