@@ -31,7 +31,7 @@ GROUP_evaluation := evaluate
 .PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report status test \
 	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
 	study-critique bench-pretrain bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare \
-	study-moe study-lr study-exemplars export adopt chat test-clients audit lock faults engines clean
+	bench-gpu test-gpu study-moe study-lr study-exemplars export adopt chat test-clients audit lock faults engines clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -153,6 +153,15 @@ bench-sft: setup ## tokens/s and memory of fine-tuning: padded, flat, packed, an
 
 bench-reward: setup ## comparisons/s and memory of reward training on rankings of 8, beside TRL's RewardTrainer
 	$(PY) -m stages.evals.bench_reward $(ARGS)
+
+bench-gpu: setup ## on GPUs: MFU and memory at the shapes of recipes, compiled and under FSDP2; samples/s of PPO, by vLLM where it is (docs/gpus.md)
+	$(PY) -m stages.evals.bench_pretrain --launch gpu --sizes 100m --variants muon adamw "adamw, compile"
+	$(PY) -m stages.evals.bench_pretrain --launch gpu --sizes 1b --variants adamw "adamw, compile"
+	$(PY) -m stages.evals.bench_pretrain --launch fsdp2 --sizes 100m 1b --variants adamw
+	$(PY) -m stages.evals.bench_ppo --gpu --sizes 100m --batch-size 256 --variants critic lora $$($(call HAS,vllm) && echo vllm)
+
+test-gpu: setup ## what needs a CUDA device; each test says why where it is left out
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -rs -m gpu
 
 # The peer of bench-ppo: all packages of requirements.lock but trl.
 .venv-trl112/.installed: requirements.lock requirements-trl112.lock

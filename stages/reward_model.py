@@ -31,6 +31,7 @@ from stages.data.curriculum import WORKED, user_turn
 from stages.data.problems import read_problems
 from stages.data.tokenizer import chat_ids
 from stages.models.adapters import save_adapter
+from stages.models.engines import load_whole_models, shape_of
 from stages.models.quality import measure_fresh, quality, shortcuts
 from stages.models.ranking import RankingConfig, check, shared_out, train_model, without_adapters
 from stages.models.responses import draw_responses, stop_ids
@@ -81,7 +82,7 @@ def main(config: RewardModelConfig) -> Manifest:
         steps, skipped = trainer.state.global_step, skipped + trainer.num_skipped
         if config.ensemble > 1:
             del trainer  # and with it the optimizer's state, twice the size of the model
-    parameters = sum(p.numel() for model in models for p in model.parameters())
+    parameters = sum(shape_of(p).numel() for model in models for p in model.parameters())
 
     lm, problems, groups = fresh_samples(config, run, tokenizer, heldout, models[0].device)
     ensemble: Ensemble | None = None
@@ -172,6 +173,7 @@ def fresh_samples(config: RewardModelConfig, run: Run, tokenizer, heldout: list[
     normalisation alone.
     """
     source = run.parents["preferences"].config
+    load_whole_models()
     lm = AutoModelForCausalLM.from_pretrained(trusted(run.parents["sft"].product("model")), dtype=torch.float32).to(device)
     problems: list[dict[str, Any]] = []
     if source["source"] is None:

@@ -3,7 +3,7 @@
     python -m tests.engines --runs DIR [--engines ddp fsdp2 zero2 zero3] [--cases ...]        (make engines)
 
 The smoke recipe, AdamW, fp32, gloo. Each cell of the matrix is one JSON line in `--out`; cells that are there are not run again.
-Processes are forked as in tests/faults.py, and reach the engines as in tests/rl_engines.py: what no product may do. DeepSpeed's cells
+Processes are forked as in tests/lab.py, and reach the engines as in tests/rl_engines.py: what no product may do. DeepSpeed's cells
 need deepspeed.
 """
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 from stages.run.checkpoint import read_metrics
 from stages.run.manifest import Manifest
 from tests.conftest import PARENTS, ROOT
-from tests.faults import PRELOADED, Ended, Lab, Running, Wrong, differs
+from tests.lab import PRELOADED, Ended, Lab, Running, Wrong, differs
 from tests.rl_engines import ENGINES as LAUNCHED
 
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
@@ -131,6 +131,8 @@ def cell(bench: Bench, case: str, engine: str) -> dict[str, Any]:
     if any(ended.codes) and len(ended.errors) == 1:
         return {"refused": ended.errors[0].removeprefix("error: ")}
     finished(ended)
+    if (counts := [Manifest(folder).data["counts"] for folder in (one, trial / "two")])[0] != counts[1]:
+        raise Wrong(f"counts are others than of one process: {counts}")
     found: dict[str, Any] = {"loss": farthest(one, trial / "two"), "weights": loads(stage, one, trial / "two")}
     bench.killed(case, engine, "again")
     shutil.copytree(trial / "again.partial", trial / "fewer.partial")
@@ -146,11 +148,6 @@ def cell(bench: Bench, case: str, engine: str) -> dict[str, Any]:
     else:
         found["elastic"] = farthest(one, trial / "fewer")
     return found
-
-
-NOTES = {
-    ("ppo, full", "zero"): "one norm over policy and critic is clipped (compared without clipping)",
-    ("sft", "fsdp2"): "no exam after training", ("sft", "zero3"): "no exam after training"}
 
 
 def page(lines: dict[tuple[str, str], dict[str, Any]], versions: str) -> str:

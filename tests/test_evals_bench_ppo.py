@@ -38,6 +38,30 @@ def test_the_time_of_an_iteration_is_the_sum_of_its_phases(variant):
     assert (module.sample, module.token_numbers) == before, "the functions of the module are timed during the run alone"
 
 
+class Engine:
+    """In vLLM's place: as many tokens as are asked for, whatever the end token."""
+
+    def __init__(self, *_, max_completion_length, **__):
+        self.length, self.generation_kwargs = max_completion_length, {"stop_token_ids": [-1]}
+
+    def sync_weights(self):
+        pass
+
+    def generate(self, prompts, images, num_generations):
+        assert self.generation_kwargs == {"ignore_eos": True}
+        ids = [[5] * self.length for _ in prompts]
+        return prompts, ids, [[[-1.0]] * self.length for _ in prompts], None
+
+
+def test_rollouts_by_vllm_are_timed(monkeypatch):
+    from stages.rl import _trl
+
+    monkeypatch.setattr(_trl, "is_vllm_available", lambda: True)
+    monkeypatch.setattr(_trl, "VLLMGeneration", Engine)
+    found = one("vllm", "32x1", TINY)
+    assert found["samples_per_s"] > 0 and 0 < found["seconds_an_iteration"]["rollout"] < found["seconds_an_iteration"]["update"]
+
+
 @pytest.mark.skipif(not PEER.exists(), reason=".venv-trl112 is missing: `make bench-ppo` makes it")
 def test_the_last_ppo_of_trl_does_the_same_work():
     done = subprocess.run([str(PEER), "-m", "stages.rl.timed", "trl-ppo", "32x1", json.dumps(asdict(TINY))], cwd=ROOT,
@@ -132,7 +156,8 @@ def test_ratios_are_within_rounds():
 @pytest.mark.parametrize(("given", "message"), [
     (["--batch-size", "9", "--generations", "3"], "batch_size 9 is not a multiple of minibatches 4"),
     (["--generations", "5"], "batch_size 64 is not a multiple of generations 5"),
-    (["--sizes", "128"], "size '128': expected width x layers")])
+    (["--sizes", "128"], "size '128': expected width x layers"), (["--gpu"], "bf16, which trl-ppo is not set up for"),
+    (["--sizes", "100x2"], "the width a multiple of 32")])
 def test_settings_that_cannot_be_compared(given, message):
     with pytest.raises(ValueError, match=message):
         arguments(given)
@@ -152,7 +177,8 @@ def test_each_variant_runs_in_each_round_in_its_own_interpreter(monkeypatch, tmp
     monkeypatch.setattr(bench_ppo, "PEER", peer)
     monkeypatch.setattr(subprocess, "run", run)
     bench(arguments(["--rounds", "2", "--sizes", "32x1", "64x2", "--epochs", "3"]))
-    assert [command[3:5] for command in started] == [[name, size] for _ in range(2) for size in ("32x1", "64x2") for name in VARIANTS]
+    assert [command[3:5] for command in started] == [[name, size] for _ in range(2) for size in ("32x1", "64x2") for name in VARIANTS
+                                                   if name != "vllm"]
     assert all(command[0] == (str(peer) if command[3] == "trl-ppo" else sys.executable) for command in started)
     assert Work(**json.loads(started[0][5])) == Work(epochs=3)
     shown = capsys.readouterr().out
@@ -162,6 +188,15 @@ def test_each_variant_runs_in_each_round_in_its_own_interpreter(monkeypatch, tmp
 
 def test_both_halves_agree():
     assert (*timed.PHASES, "rest") == PHASES and Work(**work(arguments([]))) == Work()
+
+
+def test_on_a_gpu_or_not_at_all(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a run was started"))
+    with pytest.raises(ValueError, match="needs a GPU, and torch sees none here"):
+        bench(arguments(["--gpu", "--variants", "critic"]))
+    given = arguments(["--gpu", "--variants", "critic", "lora", "vllm", "--sizes", "100m"])
+    assert Work(**work(given)).gpu and not Work().gpu
 
 
 def test_without_the_peers_environment_nothing_is_begun(monkeypatch, tmp_path):

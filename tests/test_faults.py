@@ -8,7 +8,7 @@ import pytest
 
 from stages.run.manifest import MANIFEST
 from tests.conftest import ROOT
-from tests.faults import Wrong, differs, kind_of, refused
+from tests.lab import Wrong, differs, kind_of, refused
 
 
 @pytest.mark.slow

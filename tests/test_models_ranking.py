@@ -1,4 +1,7 @@
+import contextlib
 import random
+from functools import partial
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -8,6 +11,7 @@ from trl import RewardConfig, RewardTrainer
 from reward.calibration import accuracy, judged
 from reward.losses import ranked_loss
 from reward.model import from_language_model, score_groups
+from stages.models import ranking
 from stages.models.adapters import adapter_config
 from stages.models.ranking import (
     RankedCollator,
@@ -17,6 +21,7 @@ from stages.models.ranking import (
     check,
     pad_scores,
     peft_settings,
+    shared_out,
     trunk_of,
     without_adapters,
 )
@@ -126,6 +131,35 @@ def test_accumulation_does_not_change_the_step(model, tmp_path):
         trained.append([p.detach().clone() for p in model.parameters()])
     for a, b in zip(*trained, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_every_process_passes_as_often_and_scores_are_those_of_one(model, monkeypatch):
+    """Engines that divide the weights hang otherwise. Of 65 responses two processes have 33 and 32, in batches of 8 five and four."""
+    torch.nn.init.normal_(model.score.weight)
+    groups = [([5, 6], [[7] * n + [1] for n in range(1, k + 1)]) for k in (3, 30, 2, 30)]
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    parts, counts = [], []
+    monkeypatch.setattr(ranking, "world_size", lambda: 2)
+    for number in (0, 1):
+        monkeypatch.setattr(ranking, "rank", lambda number=number: number)
+        monkeypatch.setattr(ranking, "gather", lambda rows: parts.append(rows) or [row for part in parts for row in part])
+        passes.clear()
+        with contextlib.suppress(KeyError):  # the first has not all
+            together = shared_out(model, groups, partial(score_groups, batch_size=8))
+        counts.append(len(passes))
+    assert counts == [5, 5] and [len(part) for part in parts] == [33, 32]
+    torch.testing.assert_close(pad_scores(together), pad_scores(score_groups(model, groups)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"share_prompts": False, "ensemble": 2, "ensemble_share": "trunk"}])
+def test_what_is_not_written_for_weights_in_parts_is_refused_before_training(tmp_path, monkeypatch, changes):
+    policy().save_pretrained(tmp_path / "lm")
+    monkeypatch.setattr(ranking, "divides_weights", lambda trainer: True)
+    monkeypatch.setattr(ranking, "fit", lambda *_: pytest.fail("it trains"))
+    rows, run = make_rows(8, seed=1), SimpleNamespace(directory=tmp_path / "run")
+    with pytest.raises(ValueError, match="share_prompts to false, or launch with ddp"):
+        ranking.train_model(RankingConfig(batch_size=2, **changes), run, tokenizer(), tmp_path / "lm", train=rows, heldout=rows, number=0)
 
 
 def test_ragged_scores_are_padded():

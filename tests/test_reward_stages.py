@@ -1,10 +1,12 @@
 """The stages preferences and reward_model on a random tiny model with hand-made parents, in this process."""
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.integrations import deepspeed
 
 from reward import agreement, preferences
 from reward.gate import judge
@@ -20,7 +22,7 @@ from stages.rl.adapters import REWARD, adapt, add_classifier, reward_adapter
 from stages.rl.costs import ranking_flops, sampling_flops
 from stages.rl.rewards import Response, build_reward, scorers
 from stages.run.config import build_config
-from stages.run.manifest import write_json
+from stages.run.manifest import Manifest, write_json
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,21 @@ def rank(parents, tmp_path, **values):
 def train(parents, tmp_path, **values):
     settings = {"epochs": 1, "batch_size": 4, "evaluations": 1, "fresh_problems": 12, "fresh_samples": 3, "heldout_share": 0.25}
     return reward_model_stage.main(configured("reward_model", reward_model_stage.RewardModelConfig, parents, tmp_path, **settings | values))
+
+
+def test_the_model_that_is_sampled_is_whole_where_zero3_divides_what_is_loaded(parents):
+    """transformers divides every model that is loaded once there are TrainingArguments for ZeRO-3, and nothing would gather this one."""
+    engine = type("Zero3", (), {"is_zero3": lambda self: True})()  # held here: transformers keeps a weak reference
+    deepspeed.set_hf_deepspeed_config(engine)
+    made = {name: Manifest(parents / name) for name in ("prepare", "sft")}
+    made["preferences"] = SimpleNamespace(config={"source": None, "tasks": [], "difficulties": [], "max_new_tokens": 4})
+    config = SimpleNamespace(fresh_problems=2, fresh_samples=3, fresh_temperature=1.0, seed=0)
+    try:
+        lm, _, groups = reward_model_stage.fresh_samples(
+            config, SimpleNamespace(parents=made), AutoTokenizer.from_pretrained(parents / "sft" / "model"), [], "cpu")
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+    assert [len(responses) for _, responses in groups] == [3, 3] and lm.get_input_embeddings().weight.ndim == 2
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -75,6 +76,52 @@ def test_a_process_whose_peer_was_told_to_go_is_no_failure(tmp_path):
     process = start("error", tmp_path)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 143 and "Traceback" not in error and error.count("preempted") == 1
+
+
+TWO = """
+import os, time
+import torch.distributed as dist
+from stages.run import manifest
+from stages.run.config import StageConfig
+from stages.run.entry import launch
+
+def slow(path):
+    print("working", flush=True)
+    time.sleep(3)
+    return "sha256:slow"
+
+def main(config):
+    run = manifest.Run(config)
+    if manifest.is_main():
+        (run.directory / "product").touch()
+    dist.barrier()  # the last one of a stage
+    if MODE == "draws" and manifest.is_main():
+        print("working", flush=True)
+        time.sleep(30)
+    manifest.hash_path = slow
+    run.finish(metrics={}, products={"product": "product"})
+
+launch(main, StageConfig)
+"""
+
+
+@pytest.mark.parametrize(("mode", "ends"), [("draws", [143, 143]), ("finishes", [0, 0])])
+def test_two_processes_of_which_one_has_nothing_more_to_do_end_alike(mode, ends, tmp_path):
+    """What ends the one at work ends the one that waits for the run to finish; while it is being finished, a signal ends neither."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    line = [sys.executable, "-c", f"MODE = {mode!r}\n{TWO}", "--run-dir", str(tmp_path / "run")]
+    both = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={
+        **os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in range(2)]
+    assert both[0].stdout is not None and both[0].stdout.readline() == "working\n"
+    time.sleep(1)  # the other has come to where it waits, or would have gone
+    both[0].send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=60)[1] for process in both]
+    assert [process.returncode for process in both] == ends, errors
+    assert (tmp_path / "run.partial" / "PREEMPTED").exists() == (tmp_path / "run.partial").exists() == (mode == "draws")
+    assert not any("Traceback" in error for error in errors)
 
 
 def test_a_signal_before_the_run_has_begun_leaves_nothing(tmp_path):

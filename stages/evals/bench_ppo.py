@@ -22,7 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stages.evals.bench_pretrain import launcher
 from stages.evals.studies import markdown
+from stages.models.sizes import of_size
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.manifest import say
@@ -30,6 +32,7 @@ from stages.run.manifest import say
 VARIANTS = {"critic": "this project's PPOTrainer with a critic of its own",
             "trunk": "the same, the values from a head on the policy's trunk",
             "lora": "the same, policy and critic as adapters of rank 16 on one frozen base, which is the reference, too",
+            "vllm": "the first, with rollouts by vLLM in the same process (left out unless named: it needs a GPU)",
             "trl-ppo": "trl.experimental.ppo.PPOTrainer of TRL 1.12",
             "trl-grpo": "GRPOTrainer of the TRL installed here: no critic"}
 BASELINE = "trl-ppo"
@@ -39,8 +42,10 @@ PEER = Path(__file__).resolve().parents[2] / ".venv-trl112" / "bin" / "python"
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m stages.evals.bench_ppo", description=__doc__.splitlines()[0])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="who trains", metavar="VARIANT")
-    parser.add_argument("--sizes", nargs="+", default=["128x4", "256x6"], help="of the decoders and classifiers: width x layers")
+    usual = [name for name in VARIANTS if name != "vllm"]
+    parser.add_argument("--variants", nargs="+", default=usual, choices=list(VARIANTS), help="who trains", metavar="VARIANT")
+    parser.add_argument("--sizes", nargs="+", default=["128x4", "256x6"], help="of the decoders and classifiers: width x layers, or "
+                        "a recipe's name")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=3, help="that are timed, in each run")
     parser.add_argument("--batch-size", type=int, default=64, help="responses an iteration")
@@ -50,13 +55,15 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--generations", type=int, default=8, help="responses to a question, of GRPO")
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--gpu", action="store_true", help="on a GPU, in bf16, or not at all")
     given = parser.parse_args(argv)
     for name in ("minibatches", "generations"):
         if given.batch_size % getattr(given, name):
             raise ValueError(f"batch_size {given.batch_size} is not a multiple of {name} {getattr(given, name)}: choose one that is")
     for size in given.sizes:
-        if not all(part.isdigit() for part in size.split("x")) or size.count("x") != 1:
-            raise ValueError(f"size {size!r}: expected width x layers, for example 128x4")
+        of_size(size)
+    if given.gpu and (peers := [name for name in given.variants if name.startswith("trl-")]):
+        raise ValueError(f"--gpu trains in bf16, which {peers[0]} is not set up for here: leave it out of --variants")
     return given
 
 
@@ -83,10 +90,12 @@ def summary(runs: Sequence[dict[str, Any]], size: str) -> str:
 def bench(given: argparse.Namespace) -> None:
     if BASELINE in given.variants and not PEER.exists():
         raise ValueError(f"{PEER} is not there: run `make bench-ppo`, which makes it, or leave {BASELINE} out of --variants")
+    if given.gpu:
+        launcher("gpu")
     plan = list(itertools.product(range(given.rounds), given.sizes, given.variants))
     samples = (given.iterations + 1) * given.batch_size
-    costs = [int(width) ** 1.5 * int(layers) for _, size, _ in plan for width, layers in [size.split("x")]]
-    seconds = sum(15 + samples * (1 + given.epochs) * cost / 580_000 for cost in costs)
+    costs = [of["hidden_size"] ** 1.5 * of["num_layers"] for _, size, _ in plan for of in [of_size(size)]]
+    seconds = sum(15 + samples * (1 + given.epochs) * cost / (2e8 if given.gpu else 580_000) for cost in costs)
     say(f"budget: {given.rounds} rounds of {len(given.variants)} variants at {len(given.sizes)} sizes, about {clock(seconds)}")
     runs = []
     for number, size, name in plan:

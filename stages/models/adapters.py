@@ -52,9 +52,6 @@ def check_undivided(config: MethodConfig) -> None:
 def load_base(path: Path, config: MethodConfig) -> PreTrainedModel:
     """The model to tune. Raises ValueError for a method that is not known, or that this machine cannot run."""
     check_undivided(config)
-    if config.method != "full" and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "2":
-        raise ValueError(f"method {config.method} on ZeRO-2 gave other losses than one process (docs/engines.md): launch with ddp.yaml, or "
-                         "set method: full")
     if config.method not in METHODS and config.method not in PEFT_METHODS:
         raise ValueError(f"unknown method {config.method!r}: choose full, lora, qlora, or one of peft's: {', '.join(PEFT_METHODS)}")
     if config.method != "qlora":

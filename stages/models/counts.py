@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from stages.models.engines import shape_of
 from stages.models.sizes import decoder_of
 
 CONVENTIONS = {
@@ -43,13 +44,13 @@ def count_parameters(model: PretrainedConfig | PreTrainedModel) -> dict[str, int
     head_weight = head_module.weight if head_module is not None else None
     kinds = dict.fromkeys(("embedding", "head", "attention", "mlp", "experts", "router", "norm"), 0)
     for name, parameter in model.named_parameters():  # a tied weight is listed once, as the embedding
-        kinds[_kind(name, parameter, parameter is head_weight, id(parameter) in embeddings)] += parameter.numel()
+        kinds[_kind(name, parameter, parameter is head_weight, id(parameter) in embeddings)] += shape_of(parameter).numel()
     total = sum(kinds.values())
     idle = 0
     if kinds["experts"]:
         num_experts = _first(config, "num_experts", "num_local_experts", "n_routed_experts")
         idle = kinds["experts"] * (num_experts - _first(config, "num_experts_per_tok", "top_k")) // num_experts
-    head = head_weight.numel() if head_weight is not None else 0
+    head = shape_of(head_weight).numel() if head_weight is not None else 0
     matmul = sum(kinds[kind] for kind in ("attention", "mlp", "experts", "router")) - idle + head
     non_embedding = total - kinds["embedding"] - kinds["head"]
     return {"total": total, "non_embedding": non_embedding, "matmul": matmul, "active": total - idle, **kinds}
@@ -60,7 +61,7 @@ def _kind(name: str, parameter: nn.Parameter, is_head: bool, is_embedding: bool)
         return "embedding"
     if is_head:
         return "head"
-    if parameter.ndim < 2:
+    if len(shape_of(parameter)) < 2:
         return "norm"
     if re.search(r"\bexperts\b", name):
         return "experts"

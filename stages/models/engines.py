@@ -27,6 +27,11 @@ def divides_weights(trainer: Trainer) -> bool:
     return trainer.is_fsdp_enabled or zero_stage(trainer) == 3
 
 
+def shape_of(parameter: Tensor) -> torch.Size:
+    """The shape of the whole, which FSDP2's parts have and ZeRO-3's keep by another name."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def load_whole_models() -> None:
     """Models loaded or built from here until a Trainer is made stay whole.
 

@@ -26,6 +26,7 @@ from trl import SFTTrainer
 
 from stages.models.adapters import MethodConfig, head_rows, hold_other_rows
 from stages.models.attention import DOCUMENTS
+from stages.models.engines import shape_of
 from stages.models.forgetting import Watch
 from stages.models.training import Resumable, fit, is_main, share_batch, training_arguments, world_size
 from stages.run.checkpoint import step_of
@@ -90,15 +91,13 @@ class FineTuner(Resumable, SFTTrainer):
             head.bias = None  # TRL's fused head asks for one; peft's wrapper of trained rows, at a tied head, has none
         if looks:
             self.add_callback(_LookAt(looks))
-        if head_rows and (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # they put parameters of their own in its place
-            say("the whole head trains, not only the rows of the new tokens: this engine divides the parameters")
-        elif head_rows:
+        if head_rows:
             hold_other_rows(head.weight, head_rows)
 
     @property
     def num_trainable(self) -> int:
         model: Any = self.model
-        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return sum(shape_of(p).numel() for p in model.parameters() if p.requires_grad)
 
     def rewind(self, step: int) -> None:
         super().rewind(step)

@@ -17,7 +17,7 @@ from trl import RewardConfig, RewardTrainer
 
 from reward.calibration import accuracy, judged
 from reward.losses import centring_penalty, preferred, reward_loss
-from reward.model import from_language_model, pad_right, score_groups
+from reward.model import Group, from_language_model, grouped, pad_right, score_groups
 from stages.models.adapters import MethodConfig, adapter_config, check_undivided, merged
 from stages.models.attention import speed_up
 from stages.models.engines import divides_weights
@@ -168,11 +168,13 @@ def pad_scores(scores: Sequence[Sequence[float]]) -> Tensor:
     return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in scores])
 
 
-def shared_out(model: Any, groups: Sequence[Any], function: Callable[..., list[Any]] = score_groups) -> list[Any]:
-    """`function(model, groups)` with every process doing its share; all of the result on every process."""
-    mine = range(rank(), len(groups), world_size())
-    together = dict(gather(list(zip(mine, function(model, [groups[i] for i in mine]), strict=True))))
-    return [together[i] for i in range(len(groups))]
+def shared_out(model: Any, groups: Sequence[Group], function: Callable[..., list[Any]] = score_groups) -> list[Any]:
+    """`function(model, groups)` with every process doing its share of the responses; all of the result on every process."""
+    rows = [(prompt, [response]) for prompt, responses in groups for response in responses]
+    mine = range(rank(), len(rows), world_size())
+    padded = [*mine, *[0] * (-(-len(rows) // world_size()) - len(mine))]  # as many forward passes everywhere, as in heldout.measured
+    together = dict(gather(list(zip(mine, function(model, [rows[i] for i in padded]), strict=False))))
+    return grouped([together[i][0] for i in range(len(rows))], groups)
 
 
 def check(config: RankingConfig, train: list[dict], heldout: list[dict], model: PretrainedConfig, pad_id: int) -> None:
@@ -236,9 +238,10 @@ def train_model(config: RankingConfig, run: Run, tokenizer: Any, start: Path, *,
             warmup_steps=max(1, int(steps * config.warmup_share)), max_grad_norm=config.max_grad_norm,
             weight_decay=config.weight_decay, center_rewards_coefficient=config.centring, eval_strategy="steps",
             eval_steps=max(1, steps // config.evaluations), gradient_checkpointing=config.gradient_checkpointing)))
-    if (config.method != "full" or config.ensemble > 1) and divides_weights(trainer):
-        raise ValueError("this engine holds the weights in parts, which neither method lora nor an ensemble is written for: set method to "
-                         "full and ensemble to 1, or launch with ddp or zero2")
+    if (config.method != "full" or config.ensemble > 1 or config.share_prompts) and divides_weights(trainer):
+        raise ValueError("this engine holds the weights in parts, for which method lora, an ensemble and share_prompts (which calls the "
+                         "trunk alone) are not written: set method to full, ensemble to 1 and share_prompts to false, or launch with "
+                         "ddp or zero2")
     fit(trainer, config)
     return trainer
 

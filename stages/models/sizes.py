@@ -3,6 +3,8 @@
 `WIDTH x depth` says a size: `d128` is 128 wide and four layers deep. Larger ones give `hidden_size` and the rest in the recipe.
 Mixtures of experts (docs/mixture-of-experts.md) are those of transformers, too: what they save, plain transformers loads.
 """
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from stages.models.attention import speed_up
 from stages.models.optimizer import is_matrix
+from stages.run.config import read_yaml
 
 # Architectures whose MLPs are experts: what their configs call the number of experts and the width of one. `olmoe` and `qwen3_moe`
 # differ in the attention's norms alone; `qwen2_moe` and `dots1` have an expert that every token visits, and `dots1` a bias on the choice.
@@ -85,6 +88,20 @@ def decoder_config(tokenizer: PreTrainedTokenizerBase, *, architecture: str = "q
         max_position_embeddings=context_length,
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta}, tie_word_embeddings=tie_embeddings, use_cache=False,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **mlp, **extra)
+
+
+def of_size(size: str) -> dict[str, Any]:
+    """Settings of the decoder that `WIDTHxLAYERS` names, with heads of 32; or all of a recipe's pretraining, by the recipe's name, with
+    `row_length` and `vocab_size` of its text. Raises ValueError for what is neither."""
+    if found := re.fullmatch(r"(\d+)x(\d+)", size):
+        width, layers = map(int, found.groups())
+        if width and layers and not width % 32:
+            return {"hidden_size": width, "num_layers": layers, "num_heads": width // 32}
+    recipe = Path("recipes", size)
+    if found or not (recipe / "pretrain.yaml").is_file():
+        raise ValueError(f"size {size!r}: expected width x layers, for example 128x4, the width a multiple of 32, or the name of a recipe")
+    text = read_yaml(recipe / "prepare.yaml")
+    return read_yaml(recipe / "pretrain.yaml") | {"row_length": text.get("row_length", 512), "vocab_size": text.get("vocab_size", 1024)}
 
 
 def decoder_of(config: Any, tokenizer: PreTrainedTokenizerBase, row_length: int) -> PretrainedConfig:

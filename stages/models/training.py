@@ -18,7 +18,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
-from stages.models.engines import whole
+from stages.models.engines import shape_of, whole
 from stages.models.optimizer import MuonAdamW, is_matrix
 from stages.models.trackers import keep_steps
 from stages.run import preemption
@@ -284,17 +284,8 @@ class _SaveWhenTold(TrainerCallback):
         self.steps = steps  # a checkpoint can only follow a multiple of these
 
     def on_step_end(self, args, state, control, **kwargs):
-        if anywhere(preemption.signalled()) and state.global_step % self.steps == 0:
+        if preemption.anywhere(preemption.signalled()) and state.global_step % self.steps == 0:
             control.should_save = control.should_training_stop = True
-
-
-def anywhere(here: bool) -> bool:
-    """Whether it is so on any process. A collective."""
-    if world_size() == 1:
-        return here
-    flag = torch.tensor(int(here), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
 
 
 def _read(path: Path, default: Any) -> Any:
@@ -329,7 +320,7 @@ def disk_needed(trainer: Any) -> tuple[int, int, int]:
     tokenizer and states. The product of adapters holds their base, too.
     """
     def size(chosen: list[Any], each: int = 0) -> int:
-        return sum(getattr(p, "ds_numel", p.numel()) * (each or p.element_size()) for p in chosen)  # whole under ZeRO-3
+        return sum(shape_of(p).numel() * (each or p.element_size()) for p in chosen)
 
     parameters, args, spare = list(trainer.model.parameters()), trainer.args, 1 << 20
     trained = [p for p in parameters if p.requires_grad]
@@ -384,12 +375,11 @@ def fit(trainer: Any, guard: TrainingConfig | None = None) -> None:
         try:
             with preemption.deferred():
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-                told = anywhere(preemption.signalled())
+                if preemption.anywhere(preemption.signalled()):
+                    raise preemption.Preempted(f"checkpoint-{trainer.state.global_step} is saved")
             break
         except _Rewind as bad:
             _leave_out_until(bad.args[0], trainer, checkpoints)
-    if told:
-        raise preemption.Preempted(f"checkpoint-{trainer.state.global_step} is saved")
 
 
 def _leave_out_until(step: int, trainer: Any, checkpoints: Path) -> None:

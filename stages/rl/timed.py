@@ -23,7 +23,7 @@ from reward.folders import trusted
 from reward.model import from_language_model
 from stages.data import curriculum
 from stages.data.tokenizer import chat_ids, train_tokenizer
-from stages.models.sizes import build_decoder, decoder_config
+from stages.models.sizes import build_decoder, decoder_config, of_size
 from stages.rl.peers import Terms, load_policy, our_ppo, trl_grpo, trl_ppo
 from stages.run.entry import run_program
 from stages.run.phases import Phases
@@ -39,6 +39,7 @@ class Work(Terms):
     response_tokens: int = 40
     vocab_size: int = 1024
     threads: int = 2
+    gpu: bool = False  # in bf16
 
 
 def questions(tokenizer: Any, count: int) -> list[dict[str, Any]]:
@@ -77,13 +78,19 @@ def our_trainer(bench: Bench, critic: Any) -> Any:
     from stages.rl.adapters import CRITIC, adapt, add_classifier
     from stages.rl.rewards import model_reward
 
-    policy = bench.policy()
+    policy, vllm = bench.policy(), critic == "vllm"
     if critic == "lora":
         critic = add_classifier(adapt(policy, rank=16, alpha=32, seed=0), CRITIC, rank=16, alpha=32, seed=1)
+    elif vllm:
+        critic = bench.classifier()
+        bench.tokenizer.save_pretrained(f"{bench.folder}/lm")  # where the engine starts from
     trainer = our_ppo(bench.terms, policy, critic, prompts=[(row, row["ids"]) for row in bench.asked], tokenizer=bench.tokenizer,
                       reward=model_reward(f"{bench.folder}/reward", vocab_size=policy.config.vocab_size, device=device()),
-                      common=bench.common, max_new_tokens=bench.work.response_tokens, eos_ids=(-1,))
-    bench.phases.time(module, "sample", "rollout", lambda ids, *_: map(len, ids))
+                      common=bench.common | {"bf16": bench.work.gpu}, max_new_tokens=bench.work.response_tokens, eos_ids=(-1,),
+                      rollout_engine="vllm" if vllm else "transformers")
+    if vllm:
+        trainer.engine.generation_kwargs = {"ignore_eos": True}
+    bench.phases.time(module, "generate" if vllm else "sample", "rollout", lambda found, *_: map(len, found[0] if vllm else found))
     bench.phases.time(module, "token_numbers", "forward")
     bench.phases.time(trainer, "reward", "score")
     return trainer
@@ -127,7 +134,7 @@ def device() -> str:
 def make_trainer(variant: str, bench: Bench) -> Any:
     if variant == "trl-ppo":
         return trl_ppo_trainer(bench)
-    critics = {"critic": bench.classifier, "trunk": lambda: None, "lora": lambda: "lora"}
+    critics = {"critic": bench.classifier, "trunk": lambda: None, "lora": lambda: "lora", "vllm": lambda: "vllm"}
     trainer = trl_grpo_trainer(bench) if variant == "trl-grpo" else our_trainer(bench, critics[variant]())
     bench.phases.time(trainer, "training_step", "update")
     bench.phases.time(trainer, "_clip_grad_norm", "update")
@@ -154,14 +161,14 @@ def one(variant: str, size: str, work: Work) -> dict[str, Any]:
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(work.threads)
-    cpu, (width, layers) = device() == "cpu", map(int, size.split("x"))
+    cpu, of = device() == "cpu", of_size(size)
     phases = Phases(PHASES) if cpu else Phases(PHASES, torch.cuda.synchronize)
     steps = 1 if variant == "trl-ppo" else work.steps  # TRL's PPO counts iterations
     tokenizer: Any = train_tokenizer((row["text"] for row in itertools.islice(curriculum.documents(0), 300)), vocab_size=work.vocab_size)
     asked = questions(tokenizer, (work.iterations + 1) * work.batch_size)
     with tempfile.TemporaryDirectory() as folder, phases.undo:
-        build_decoder(decoder_config(tokenizer, hidden_size=width, num_layers=layers, num_heads=max(1, width // 32)),
-                      seed=0).save_pretrained(f"{folder}/lm")
+        names = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
+        build_decoder(decoder_config(tokenizer, **{name: of[name] for name in names if name in of}), seed=0).save_pretrained(f"{folder}/lm")
         from_language_model(f"{folder}/lm", pad_id=tokenizer.pad_token_id, seed=0, random_head=True).save_pretrained(f"{folder}/reward")
         trainer = make_trainer(variant, Bench(work, folder, tokenizer, asked, phases, {
             "output_dir": f"{folder}/checkpoints", "learning_rate": LEARNING_RATE, "use_cpu": cpu, "report_to": "none",

@@ -48,11 +48,11 @@ def launch(main: Callable[[C], Any], config_class: type[C], *, distributed: bool
         say("interrupted: the same command continues from the last checkpoint")
         code = 130
     except preemption.Preempted as stopped:
-        preemption.leave(str(stopped) or "what was finished is on disk")
+        preemption.leave(str(stopped) or preemption.KEPT)
         code = preemption.EXIT_CODE
     except Exception as error:
         if preemption.told():  # the peer that was signalled first has left a collective behind
-            preemption.leave("what was finished is on disk")
+            preemption.leave(preemption.KEPT)
             code = preemption.EXIT_CODE
         elif full := disk_full(error, config):
             fail(full, config)

@@ -24,6 +24,7 @@ from typing import Any, TextIO
 
 from reward.folders import inside
 from stages.run.config import StageConfig
+from stages.run.preemption import settle
 from stages.run.redaction import redacted, without_secrets
 
 MANIFEST = "manifest.json"
@@ -314,8 +315,10 @@ class Run:
                products: Mapping[str, str] | None = None, notes: Mapping[str, Any] | None = None) -> Manifest:
         """Write the manifest, swap the folder in, and return what a later stage will read.
 
-        `products` maps names to paths inside the run folder. Call on every process; only the main one writes.
+        `products` maps names to paths inside the run folder. Call on every process; only the main one writes. Raises Preempted where a
+        process was told to go before all had come here (stages/run/preemption.py).
         """
+        settle(self.directory)
         if is_main():
             hashed = {name: {"path": path, "sha256": hash_path(self.directory / path)} for name, path in (products or {}).items()}
             data = {

@@ -8,6 +8,7 @@ errors, a destructor say, swallows it.)
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 MARK, EXIT_CODE = "PREEMPTED", 143  # 128 + SIGTERM, as shells count
+KEPT = "what was finished is on disk"
 GRACE_S = 120.0  # what a step and its checkpoint may take; schedulers have to grant it between SIGTERM and SIGKILL
 
-_state: dict = {"folder": None, "since": None, "deferred": 0, "left": False}
+_state: dict = {"folder": None, "since": None, "deferred": 0, "left": False, "settled": False}
 
 
 class Preempted(BaseException):
@@ -26,7 +28,7 @@ class Preempted(BaseException):
 
 def listen(run_dir: str) -> None:
     """Take both signals from here on; the mark of an earlier attempt goes, so that what is found afterwards is this one's."""
-    _state.update(folder=Path(run_dir + ".partial"), since=None, deferred=0, left=False)
+    _state.update(folder=Path(run_dir + ".partial"), since=None, deferred=0, left=False, settled=False)
     if os.environ.get("RANK", "0") == "0":
         (_state["folder"] / MARK).unlink(missing_ok=True)
     for number in (signal.SIGTERM, signal.SIGUSR1):  # the latter for clusters: torch's launcher takes no notice of it, if told to ignore it
@@ -34,14 +36,14 @@ def listen(run_dir: str) -> None:
 
 
 def _received(signum: int, frame: object) -> None:
-    if _state["since"] is not None:
+    if _state["since"] is not None or _state["settled"]:
         return  # launchers and schedulers send it more than once
     _state.update(since=time.monotonic(), left=_left_behind())
     timer = threading.Timer(GRACE_S, _give_up)
     timer.daemon = True
     timer.start()
     if not _state["deferred"]:
-        _end("what was finished is on disk")
+        _end(KEPT)
 
 
 def _left_behind() -> bool:
@@ -80,12 +82,41 @@ def told() -> bool:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Within, a signal only counts, and whoever asks `signalled()` has to raise Preempted."""
+    """Within, a signal only counts, and whoever asks `signalled()` has to raise Preempted; one nobody asked for ends the process after."""
     _state["deferred"] += 1
     try:
         yield
     finally:
         _state["deferred"] -= 1
+    if signalled() and not _state["deferred"]:
+        _end(KEPT)
+
+
+def anywhere(here: bool) -> bool:
+    """Whether it is so on any process. A collective."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        return here
+    import torch
+
+    flag = torch.tensor(int(here), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def settle(folder: Path) -> None:
+    """The end of the run in `folder`, for which processes wait for one another: whatever ends one up to here ends all, and after it no
+    signal ends any. Nothing for a run that is a part of the stage's. A collective. Raises OSError where a process does not come."""
+    if folder != _state["folder"]:
+        return
+    try:
+        anywhere(False)
+    except RuntimeError as error:
+        raise OSError(f"another process ended, or took too long, before this run was finished: {error}") from None
+    _state["deferred"] += 1
+    if anywhere(signalled()):
+        raise Preempted
+    _state["settled"] = True
 
 
 def marked() -> bool:
