@@ -1,8 +1,6 @@
 """The report and the comparison in a real browser: narrow, printed, without colour, nothing fetched and nothing of a model's text run."""
 import json
 import os
-import shutil
-from importlib.util import find_spec
 
 import pytest
 
@@ -11,8 +9,6 @@ from stages.run.config import build_config
 from stages.run.manifest import MANIFEST
 from tests.report_runs import make_runs
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-MISSING = ["playwright"] * (find_spec("playwright") is None) + ["a Chromium (or CHROMIUM=path)"] * (CHROMIUM is None)
 pytestmark = pytest.mark.browser
 SCHEMES = ("light", "dark")
 
@@ -29,17 +25,6 @@ CONTRAST = """() => {
                 return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), e.className || e.tagName, e.innerText.slice(0, 40)]; })
     .filter(found => found[0] < 4.5);
 }"""
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if MISSING:
-        pytest.skip(f"missing: {', '.join(MISSING)} (make test-browser installs what pip can)")
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
