@@ -12,17 +12,14 @@ TRL's PPO is that of its last release to have one, in an environment of its own 
 `--generations` responses to each question, whose scores it compares: less work, shown for orientation.
 """
 import argparse
-import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stages.evals.studies import markdown
+from stages.evals.studies import in_rounds, markdown, measured
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.manifest import say
@@ -83,22 +80,13 @@ def summary(runs: Sequence[dict[str, Any]], size: str) -> str:
 def bench(given: argparse.Namespace) -> None:
     if BASELINE in given.variants and not PEER.exists():
         raise ValueError(f"{PEER} is not there: run `make bench-ppo`, which makes it, or leave {BASELINE} out of --variants")
-    plan = list(itertools.product(range(given.rounds), given.sizes, given.variants))
     samples = (given.iterations + 1) * given.batch_size
-    costs = [int(width) ** 1.5 * int(layers) for _, size, _ in plan for width, layers in [size.split("x")]]
-    seconds = sum(15 + samples * (1 + given.epochs) * cost / 580_000 for cost in costs)
+    costs = [int(width) ** 1.5 * int(layers) for width, layers in (size.split("x") for size in given.sizes)]
+    seconds = given.rounds * len(given.variants) * sum(15 + samples * (1 + given.epochs) * cost / 580_000 for cost in costs)
     say(f"budget: {given.rounds} rounds of {len(given.variants)} variants at {len(given.sizes)} sizes, about {clock(seconds)}")
-    runs = []
-    for number, size, name in plan:
-        done = subprocess.run([str(PEER) if name == BASELINE else sys.executable, "-m", "stages.rl.timed", name, size,
-                               json.dumps(work(given))], capture_output=True, text=True, check=False,
-                              env={**os.environ, "OMP_NUM_THREADS": str(given.threads)})
-        if done.returncode:
-            raise ValueError(f"{name} at size {size} stopped: {done.stderr[-1000:]}")
-        runs.append({"round": number + 1, **json.loads(done.stdout.splitlines()[-1])})
-        say(json.dumps(runs[-1]))
-    for size in given.sizes:
-        say("\n" + summary(runs, size))
+    in_rounds(given, given.sizes, lambda name, size: measured(
+        f"{name} at size {size}", "stages.rl.timed", name, size, json.dumps(work(given)),
+        python=str(PEER) if name == BASELINE else sys.executable, OMP_NUM_THREADS=str(given.threads)), summary)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,7 @@ Wall time says what a user waits; processor time, all threads, is the steadier w
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -26,7 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from stages.evals.studies import markdown
+from stages.evals.studies import in_rounds, markdown, measured
 from stages.run.console import clock
 from stages.run.entry import fix_arithmetic, run_program
 from stages.run.manifest import say
@@ -242,21 +239,12 @@ def bench(given: argparse.Namespace, argv: Sequence[str]) -> None:
         fix_arithmetic()
         variant, size = given.one
         return say(json.dumps(one(variant, size, given)))
-    plan = list(itertools.product(range(given.rounds), given.sizes, given.variants))
     tokens = (given.warmup + given.steps) * given.batch_tokens
-    seconds = sum(25 + 90 * ("compile" in name) + tokens * int(width) ** 1.5 * int(layers) / 4e7
-                  for _, size, name in plan for width, layers in [size.split("x")])
+    seconds = given.rounds * sum(25 + 90 * ("compile" in name) + tokens * int(width) ** 1.5 * int(layers) / 4e7
+                                 for size in given.sizes for width, layers in [size.split("x")] for name in given.variants)
     say(f"budget: {given.rounds} rounds of {len(given.variants)} variants at {len(given.sizes)} sizes, about {clock(seconds)}")
-    runs = []
-    for number, size, name in plan:
-        done = subprocess.run([sys.executable, "-m", "stages.evals.bench_pretrain", *argv, "--one", name, size], capture_output=True,
-                              text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": str(given.threads)})
-        if done.returncode:
-            raise ValueError(f"{name} at size {size} stopped: {done.stderr[-1000:]}")
-        runs.append({"round": number + 1, **json.loads(done.stdout.splitlines()[-1])})
-        say(json.dumps(runs[-1]))
-    for size in given.sizes:
-        say("\n" + summary(runs, size))
+    in_rounds(given, given.sizes, lambda name, size: measured(
+        f"{name} at size {size}", "stages.evals.bench_pretrain", *argv, "--one", name, size, OMP_NUM_THREADS=str(given.threads)), summary)
 
 
 if __name__ == "__main__":
