@@ -27,6 +27,10 @@ CONTRAST = """() => {
 }"""
 
 
+# Tables that the paper is too narrow for.
+CUT = "[...document.querySelectorAll('table')].filter(t => t.getBoundingClientRect().right > 719).map(t => t.innerText.slice(0, 60))"
+
+
 @pytest.fixture(scope="module")
 def pages(chromium, tmp_path_factory):
     """A report with a stage missing and one that fails, and a comparison; texts of the made-up runs are hostile."""
@@ -113,5 +117,27 @@ def test_it_prints_with_what_is_folded(opened, kind):
     assert page.evaluate(folded) == "visible"
     assert page.evaluate("[...document.querySelectorAll('figure, tr, .pipeline li')].every(e => "
                          "getComputedStyle(e).breakInside === 'avoid')")
+    page.set_viewport_size({"width": 718, "height": 1000})  # what margins leave of A4
+    assert page.evaluate(CUT) == []
     paper = page.pdf(format="A4")
     assert paper.startswith(b"%PDF") and paper.count(b"/Type /Page\n") + paper.count(b"/Type /Page ") > 3
+
+
+@pytest.mark.slow
+def test_the_page_of_a_real_pipeline_is_whole(opened, pages, smoke):
+    pages["smoke"] = smoke.path("report") / "index.html"
+    page = opened("smoke")
+    road = [stage for stage in ReportConfig.PARENTS if stage not in ReportConfig.OPTIONAL]
+    assert page.evaluate("[...document.querySelectorAll('section')].map(s => s.id)") == [*road, "samples", "costs", "records"]
+    boxes = page.evaluate("""[...document.querySelectorAll('.pipeline li')].map(
+        e => [e.querySelector('.verdict').innerText, e.querySelector('.key').innerText])""")
+    assert len(boxes) == len(road) and all(verdict and key for verdict, key in boxes), boxes
+    figures = page.evaluate("[...document.querySelectorAll('figure')].map(f => [f.innerText, f.querySelector('img').naturalWidth])")
+    assert all(width > 0 for _, width in figures)
+    for what in ("of every run of the ladder", "Loss against compute", "the prediction for the main model", "a gap that widens",
+                 "Forgetting", "at each confidence", "Reward and gold score", "Distance from the SFT model", "Both scores against the distance",
+                 "what accuracy costs in tokens"):
+        assert any(what in text for text, _ in figures), what
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 718, "height": 1000})
+    assert page.evaluate(CUT) == []
