@@ -5,6 +5,7 @@
 """
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -56,6 +57,11 @@ class Talk:
 def harmless(text: str) -> str:
     """The text with what a terminal would obey, or not show, written out: escapes, other controls, and marks that turn text around."""
     return HIDDEN.sub(lambda found: f"<U+{ord(found[1]):04X}>" * (len(found[0]) if len(found[0]) < 4 else 1), text)
+
+
+def marks(backend: LocalModel, ends: Sequence[int]) -> list[int]:
+    """Special tokens but `ends`: padding and marks of turns are no words of a reply."""
+    return [id for id, token in backend.tokenizer.added_tokens_decoder.items() if token.special and id not in ends]
 
 
 def main(config: ChatConfig) -> None:
@@ -160,7 +166,7 @@ def answer(talk: Talk, line: str, out: TextIO) -> None:
     began, stopped = time.perf_counter(), False
     try:
         sample(backend.model, [ids], keys=[(prompt_key(repr(prompt)), 0)], seed=settings["seed"], temperature=settings["temperature"],
-               max_new_tokens=room, eos_ids=ends, pad_id=backend.pad_id, heard=heard)
+               max_new_tokens=room, eos_ids=ends, pad_id=backend.pad_id, heard=heard, never=marks(backend, ends))
     except KeyboardInterrupt:
         stopped = True
     seconds = time.perf_counter() - began

@@ -13,6 +13,7 @@ from stages.laws.fit import expected
 from stages.run import (
     cited,
     figures,
+    names,
     page,
     story,
     story_alignment,
@@ -26,7 +27,7 @@ from stages.run.config import StageConfig, option, runs_of
 from stages.run.entry import launch
 from stages.run.manifest import MANIFEST, Manifest, Run, hash_path, say
 
-CODE = (cited, figures, page, story, story_alignment, story_compare, story_frontier, story_hacking, story_pipeline, story_samples)
+CODE = (cited, figures, names, page, story, story_alignment, story_compare, story_frontier, story_hacking, story_pipeline, story_samples)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,50 @@ def stage(model_folder, tmp_path):
                 "num_samples": 3, "max_tokens_worked": 12, "max_tokens_direct": 6, "batch_size": 16, "seed": 5,
                 "parents": {name: str(tmp_path / name) for name in evaluation.EvaluationConfig.PARENTS}}
     return lambda name="evaluation", **more: evaluation.EvaluationConfig(run_dir=str(tmp_path / name), **settings | more)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> Path:
+    """A recipe with made-up runs of all stages, and its report. Not to be changed."""
+    from stages.report import ReportConfig
+    from tests.report_runs import make_runs, report
+
+    home = make_runs(tmp_path_factory.mktemp("whole") / "tiny", ReportConfig.PARENTS)
+    report(home)
+    return home
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What a report would draw, by the name of the file: series and options of `plot`. Drawing takes a second in all."""
+    from stages.run import figures
+    from tests.report_runs import small_figure
+
+    found: dict = {}
+    monkeypatch.setattr(figures, "bars", small_figure)
+    monkeypatch.setattr(figures, "plot", lambda path, lines, **options: (found.update({path.stem: (lines, options)}), small_figure(path)))
+    return found
+
+
+@pytest.fixture
+def told(whole, tmp_path, shown):
+    """The report of `whole` as records."""
+    from tests.report_runs import tell
+
+    return tell(whole, tmp_path)
+
+
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless browser. `make test-browser` installs what pip can."""
+    missing = ["playwright"] * (find_spec("playwright") is None) + ["a Chromium (or CHROMIUM=path)"] * (CHROMIUM is None)
+    if missing:
+        pytest.skip(f"missing: {', '.join(missing)} (make test-browser installs what pip can)")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()

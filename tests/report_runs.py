@@ -1,7 +1,8 @@
-"""Made-up finished runs of every stage, for the report's tests."""
+"""Made-up finished runs of every stage, for the report's tests, and the report of them."""
 import json
 import math
 import random
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,14 @@ from stages.evals import scoring
 from stages.evals.frontier import computed, frontiers
 from stages.evals.pairs import pairs
 from stages.evaluation import metrics_of
-from stages.laws.fit import fit_law, law, predict
+from stages.laws.fit import expected, fit_law, law, predict
 from stages.laws.isoflop import grid_curves
+from stages.report import ReportConfig, main
 from stages.rl.curves import compare
-from stages.run.manifest import MANIFEST, hash_path, metric
+from stages.run import page, story
+from stages.run.cited import Stage
+from stages.run.config import build_config
+from stages.run.manifest import MANIFEST, Manifest, hash_path, metric
 
 STAGES = ("prepare", "scaling", "pretrain", "sft", "preferences", "reward_model", "ppo", "evaluation")
 LAW = (0.3, 40.0, 400.0, 0.5, 0.55)
@@ -202,3 +207,37 @@ def make_runs(home: Path, stages=STAGES) -> Path:
     for stage in stages:
         write_run(home, stage, **content[stage])
     return home
+
+
+def report(home: Path) -> Manifest:
+    parents = {s: str(home / s) for s in ReportConfig.PARENTS}
+    return main(build_config(ReportConfig, {"run_dir": str(home / "report"), "parents": parents}, recipe="tiny"))
+
+
+def tell(home: Path, folder: Path) -> page.Page:
+    stages = {s: Stage(Manifest(home / s)) for s in ReportConfig.PARENTS if (home / s / MANIFEST).is_file()}
+    return story.tell(stages, {s: f"{s} has not been run" for s in STAGES if s not in stages}, folder, recipe="tiny", law=expected)
+
+
+def small_figure(path: Path, *content, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("<svg/>")
+
+
+class Reader(HTMLParser):
+    """Collects what a browser would fetch or open, the tags left open, and the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.links, self.open, self.text = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)

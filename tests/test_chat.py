@@ -36,13 +36,28 @@ def test_a_reply_is_the_samplers_with_its_score_and_settings(talk, tmp_path):
     backend = LocalModel(tmp_path / "sft" / "model", seed=3, batch_size=1)
     prompt = [{"role": "user", "content": WORDS}]
     ids = chat.sample(backend.model, [backend.encode(prompt)], keys=[(chat.prompt_key(repr(prompt)), 0)], seed=3, temperature=0.5,
-                      max_new_tokens=12, eos_ids=backend.end_of_turn, pad_id=backend.pad_id)[0]
+                      max_new_tokens=12, eos_ids=backend.end_of_turn, pad_id=backend.pad_id,
+                      never=chat.marks(backend, backend.end_of_turn))[0]
     reply = backend.read(ids, backend.end_of_turn, ())
     assert f"> {WORDS}\n{chat.harmless(reply.text)}\n[12 tokens | " in text
     assert re.search(r"\| \d+ tok/s \| cut at 12 tokens \| temperature 0.5, max_new_tokens 12, seed 3 \|", text)
     (judged,) = reward_judge(tmp_path / "reward_model" / "model")([chat.Score(prompt=prompt, response=reply.text, ended=False, question="")]
     )
     assert f"| score {judged.score:+.2f}]" in text
+
+
+@pytest.mark.parametrize("name", ["sft", "pretrain"])
+def test_padding_and_marks_of_turns_are_not_drawn(talk, name):
+    session = talk(name, temperature=0)
+    tokenizer, ends = session.backend.tokenizer, session.backend.end_of_text if name == "pretrain" else session.backend.end_of_turn
+    special = [id for id in tokenizer.all_special_ids if id not in ends]
+    assert tokenizer.pad_token_id in special and len(special) > 2
+
+    def fond(module, given, logits):  # would say nothing else
+        logits[..., special] += 1e3
+
+    session.backend.model.lm_head.register_forward_hook(fond)
+    assert "<|" not in said(session, WORDS)
 
 
 def test_the_reply_streams(talk):

@@ -1,5 +1,6 @@
 """The benchmark of pretraining times what it says it times, and its ratios are of the same work."""
 import json
+import subprocess
 import time
 
 import pytest
@@ -87,7 +88,7 @@ def test_each_run_is_a_line_and_each_size_a_table(monkeypatch, capsys):
                   "mfu_wall": 0.5, "mfu_processor": len(calls) / 10}
         return type("Done", (), {"returncode": 0, "stdout": json.dumps(result) + "\nlater\n", "stderr": ""})
 
-    monkeypatch.setattr(bench_pretrain.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     argv = ["--rounds", "3", "--sizes", "32x1", "64x1", "--variants", "adamw"]
     bench(arguments(argv), argv)
     assert calls == [("adamw", "32x1"), ("adamw", "64x1")] * 3

@@ -143,6 +143,17 @@ def test_empirical_distribution_of_a_model():
     assert stats.chisquare(observed.numpy(), wanted.numpy(), sum_check=False).pvalue > 1e-4
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_never_to_be_drawn_is_not(temperature):
+    model, prompts = tiny("qwen3"), make_prompts(12)
+    free = run(model, prompts, temperature=temperature)
+    never = sorted({token for response in free[:6] for token in response[:2]} - {EOS})
+    found = run(model, prompts, temperature=temperature, never=never)
+    assert len(never) > 1 and not set(never) & {token for response in found for token in response}
+    untouched = [i for i, response in enumerate(free) if not set(never) & set(response)]
+    assert [found[i] for i in untouched] == [free[i] for i in untouched]
+
+
 @pytest.mark.parametrize("changes", [{"keys": [(1, 0)]}, {"temperature": -1.0}, {"max_new_tokens": 0}])
 def test_bad_arguments(changes):
     with pytest.raises(ValueError):

@@ -1,80 +1,19 @@
 """The report: every number leads back to a manifest, what is missing is said, and the page needs nothing but itself."""
 import base64
 import html
-import inspect
 import json
-import math
 import re
-import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from reward.gate import judge
-from stages.laws.fit import expected
-from stages.models import ranking
-from stages.report import ReportConfig, main
-from stages.run import figures, page, story, story_pipeline
-from stages.run.cited import GAIN, SCORE, Stage, verdict
-from stages.run.config import build_config
+from stages.report import ReportConfig
+from stages.run import page
+from stages.run.cited import GAIN, SCORE, verdict
 from stages.run.manifest import MANIFEST, Manifest, hash_data
-from tests.report_runs import STAGES, make_runs, rehash
-
-
-def small_figure(path: Path, *content, **options) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("<svg/>")
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Figures cost a second in all; where they are not looked at they are not drawn."""
-    monkeypatch.setattr(figures, "plot", small_figure)
-    monkeypatch.setattr(figures, "bars", small_figure)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """A recipe with all stages, and its report."""
-    home = make_runs(tmp_path_factory.mktemp("runs") / "tiny", ReportConfig.PARENTS)
-    report(home)
-    return home
-
-
-def report(home: Path) -> Manifest:
-    parents = {s: str(home / s) for s in ReportConfig.PARENTS}
-    return main(build_config(ReportConfig, {"run_dir": str(home / "report"), "parents": parents}, recipe="tiny"))
-
-
-def tell(home: Path, folder: Path) -> page.Page:
-    stages = {s: Stage(Manifest(home / s)) for s in ReportConfig.PARENTS if (home / s / MANIFEST).is_file()}
-    return story.tell(stages, {s: f"{s} has not been run" for s in STAGES if s not in stages}, folder, recipe="tiny", law=expected)
-
-
-@pytest.fixture
-def told(whole, tmp_path, undrawn) -> page.Page:
-    return tell(whole, tmp_path)
-
-
-class Reader(HTMLParser):
-    """Collects what a browser would fetch or open, the tags left open, and the text."""
-
-    def __init__(self):
-        super().__init__()
-        self.links, self.open, self.text = [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.links += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
+from stages.run.names import called
+from tests.report_runs import STAGES, Reader, make_runs, rehash, report, tell
 
 
 def test_the_page_needs_nothing_but_itself(whole):
@@ -162,18 +101,7 @@ def test_each_figure_and_table_names_manifest_fingerprint_commit_and_seed(told):
         assert re.search(r"Source: \S+/manifest\.json.* · \w+ [0-9a-f]{12} · commit 0123456789 · seed 0", line), (block.caption, line)
 
 
-def test_curves_are_of_keys_that_the_trainers_log(whole, tmp_path, monkeypatch):
-    """The reward model's curve on held-out prompts was missing once: it was looked for under a key that its trainer does not log."""
-    shown = {}
-    monkeypatch.setattr(figures, "bars", small_figure)
-    monkeypatch.setattr(figures, "plot", lambda path, lines, **options: (
-        shown.update({path.stem: [line.label for line in lines]}), small_figure(path)))
-    tell(whole, tmp_path)
-    assert shown["reward-training"] == ["training", "held out"]
-    assert '"heldout/accuracy"' in inspect.getsource(ranking.RankedRewardTrainer.evaluate)
-
-
-def test_ppo_names_the_problems_it_was_measured_on(tmp_path, undrawn):
+def test_ppo_names_the_problems_it_was_measured_on(tmp_path, shown):
     home = make_runs(tmp_path / "tiny")
     assert "validation problems the gold score" in str(tell(home, tmp_path).sections)
     data = json.loads((home / "ppo" / MANIFEST).read_text())
@@ -197,29 +125,6 @@ def test_the_summary_states_the_effects(whole, told):
     assert "greedy accuracy +1.0 points [-1.0, +3.0]" in lines["PPO: accuracy of sampled answers over SFT"][3]
 
 
-def test_the_frontier_is_drawn_as_measured(whole, tmp_path, monkeypatch):
-    shown = {}
-    monkeypatch.setattr(figures, "bars", small_figure)
-    monkeypatch.setattr(figures, "plot", lambda path, lines, **options: (
-        shown.update({path.stem: (lines, options)}), small_figure(path)))
-    section = next(s for s in tell(whole, tmp_path).sections if s.key == "evaluation")
-    results = json.loads((whole / "evaluation" / "results.json").read_text())
-    lines, options = shown["frontier-word-problems-sft"]
-    assert options["log_x"] and [(s.label, s.look) for s in lines] == [
-        ("vote of 1 to 8 chains", "band"), ("direct", "points"), ("few-shot", "points"), ("CoT", "points"), ("Pareto set", "ring")]
-    assert lines[0].x == pytest.approx([70 * k for k in range(1, 9)])  # 30 of the prompt and 40 generated for each chain
-    assert lines[0].y[0] == next(c["accuracy"] for c in results["cells"] if c["strategy"] == "sampled_cot")
-    best = [p for p in next(of for of in results["frontier"] if of["model"] == "sft")["points"] if p["pareto"]]
-    assert 0 < len(best) < 11 and lines[-1].x == [p["tokens"] for p in best] and lines[-1].y == [p["accuracy"] for p in best]
-    assert all(low <= y <= high for s in lines[:-1] for low, y, high in zip(s.low, s.y, s.high, strict=True))
-    lines, _ = shown["compute-word-problems"]
-    assert [s.label for s in lines] == ["base, 1.7e+13 to train", "SFT, 1.9e+13 to train", "", "Pareto set"]
-    assert lines[0].x == pytest.approx([2 * 880_000 * 35, 2 * 880_000 * 70])
-    lines, _ = shown["examples-word-problems"]
-    assert [(s.label, s.look, s.x) for s in lines] == [("SFT, bare", "dashed", [0, 2])]
-    assert any(figure.file.endswith("frontier-word-problems-base.svg") for figure in section.figures)
-
-
 def test_every_pair_stands_in_the_report_with_its_adjusted_p(whole, told):
     section = next(s for s in told.sections if s.key == "evaluation")
     table = next(t for t in section.tables if "Holm p" in t.header)
@@ -235,16 +140,6 @@ def test_every_pair_stands_in_the_report_with_its_adjusted_p(whole, told):
         ["SFT", "word_problems", name, "70.0", "1.00"] for name in ("few-shot", "CoT")]
 
 
-def test_a_band_and_rings_are_drawn(tmp_path):
-    vote = figures.Series("vote", [1.0, 2.0], [0.4, 0.6], [0.3, 0.5], [0.5, 0.7])
-    ring = figures.Series("best", [2.0], [0.6], look="ring")
-    plain, band, ringed = (figures.plot(tmp_path / f"{i}.svg", series, x="tokens", y="accuracy").read_text() for i, series in enumerate(
-        ([vote], [vote._replace(look="band")], [vote, ring])))
-    assert "opacity: 0.18" not in plain and "opacity: 0.18" in band and "opacity: 0.18" not in ringed
-    rim = "fill: none; stroke: currentColor; stroke-width: 0.8"
-    assert plain.count(rim) + 2 == ringed.count(rim)  # on the point and in the legend
-
-
 def test_reward_hacking_is_told(told):
     section = next(section for section in told.sections if section.key == "ppo")
     text = page.plain(" ".join(section.paragraphs))
@@ -258,20 +153,7 @@ def test_reward_hacking_is_told(told):
         ["0", "question 1", "answer 1 at 0", "0.500", "-", "0.100"], ["160", "question 1", "answer 1 at 160", "0.500", "-", "0.100"]]
 
 
-def test_curves_over_the_distance_have_fits_and_best_of_n(whole, tmp_path, monkeypatch):
-    shown = {}
-    monkeypatch.setattr(figures, "bars", small_figure)
-    monkeypatch.setattr(figures, "plot", lambda path, lines, **options: (shown.update({path.stem: lines}), small_figure(path)))
-    tell(whole, tmp_path)
-    assert [s.look for s in shown["ppo-distance"]] == ["points", "dashed", "points", "dashed"]
-    assert [s.label for s in shown["ppo-best-of-n"]] == ["PPO", "", "best of n, up to 5", ""]
-    points, fitted = shown["ppo-distance"][2:]
-    assert points.x[-1] == pytest.approx(3.9**0.5) and max(fitted.x) == pytest.approx(3.9**0.5)
-    assert max(abs(y - fitted.y[min(range(40), key=lambda i: abs(fitted.x[i] - x))]) for x, y in zip(points.x, points.y, strict=True)) < 0.1
-    assert shown["ppo-best-of-n"][2].y[-1] == pytest.approx(0.9)
-
-
-def test_no_alarm_in_too_few_iterations_is_no_good_news(tmp_path, undrawn):
+def test_no_alarm_in_too_few_iterations_is_no_good_news(tmp_path, shown):
     home = make_runs(tmp_path / "tiny")
     data = json.loads((home / "ppo" / MANIFEST).read_text())
     for rows, said in ((4, "could be raised: they need 5 iterations"), (5, "No alarm of reward hacking was raised.")):
@@ -281,7 +163,7 @@ def test_no_alarm_in_too_few_iterations_is_no_good_news(tmp_path, undrawn):
         assert said in " ".join(section.paragraphs)
 
 
-def test_a_run_that_did_not_look_for_reward_hacking_says_nothing_of_it(tmp_path, undrawn):
+def test_a_run_that_did_not_look_for_reward_hacking_says_nothing_of_it(tmp_path, shown):
     home = make_runs(tmp_path / "tiny")
     data = json.loads((home / "ppo" / MANIFEST).read_text())
     data["notes"], data["metrics"] = {}, {k: v for k, v in data["metrics"].items() if not k.startswith("best_of_n")}
@@ -308,13 +190,13 @@ def test_the_gate_s_reasons_stand_in_the_report(whole, told):
     section = next(s for s in told.sections if s.key == "reward_model")
     found = judge(json.loads((whole / "reward_model" / MANIFEST).read_text())["metrics"])
     table = next(t for t in section.tables if t.header[-1] == "verdict")
-    assert [(row[0], row[-1]) for row in table.rows] == [(r.name, r.level) for r in found.reasons]
+    assert [(row[0], row[-1]) for row in table.rows] == [(called("reward_model", r.name), r.level) for r in found.reasons]
     assert any(figure.file.endswith("reward-calibration.svg") for figure in section.figures)
     assert f"its verdict is {found.level}" in " ".join(section.paragraphs)
 
 
 @pytest.mark.parametrize("present", [("pretrain",), ("prepare", "pretrain", "sft"), tuple(s for s in STAGES if s != "scaling")])
-def test_a_missing_stage_is_left_out_and_said_so(present, tmp_path, capsys, undrawn):
+def test_a_missing_stage_is_left_out_and_said_so(present, tmp_path, capsys, shown):
     home = make_runs(tmp_path / "tiny", present)
     manifest = report(home)
     text = (home / "report" / "report.md").read_text()
@@ -337,12 +219,12 @@ def test_rejection_sampling_stands_beside_ppo(told):
     assert any(page.plain(row[0]).startswith("Rejection sampling: gold") for row in told.summary.rows)
 
 
-def test_rejection_sampling_is_not_missed(tmp_path, undrawn):
+def test_rejection_sampling_is_not_missed(tmp_path, shown):
     home = make_runs(tmp_path / "tiny")
     assert report(home).data["notes"]["missing"] == [] and "ejection sampling" not in (home / "report" / "report.md").read_text()
 
 
-def test_an_unfinished_stage_is_named_as_begun(tmp_path, undrawn):
+def test_an_unfinished_stage_is_named_as_begun(tmp_path, shown):
     home = make_runs(tmp_path / "tiny", ("pretrain",))
     (home / "sft.partial").mkdir()
     report(home)
@@ -370,7 +252,7 @@ def test_missing_numbers_stay_missing(tmp_path):
     assert "not measured" in (tmp_path / "sft-answers.svg").read_text()
 
 
-def test_a_product_is_written_as_one(tmp_path, undrawn):
+def test_a_product_is_written_as_one(tmp_path, shown):
     home = make_runs(tmp_path / "tiny", ("scaling", "pretrain"))
     law_file = home / "scaling" / "fit.json"
     fit = json.loads(law_file.read_text())
@@ -382,33 +264,7 @@ def test_a_product_is_written_as_one(tmp_path, undrawn):
     assert page.plain(section.tables[0].rows[0][4]) == f"{by_the_law:.4f}"
 
 
-def test_the_ladder_is_drawn_at_equal_compute_and_by_what_the_law_leaves(whole, tmp_path, monkeypatch):
-    shown = {}
-    monkeypatch.setattr(figures, "bars", small_figure)
-    monkeypatch.setattr(figures, "plot", lambda path, lines, **options: (
-        shown.update({path.stem: (lines, options)}), small_figure(path)))
-    section = next(section for section in tell(whole, tmp_path).sections if section.key == "scaling")
-    points = [json.loads(line) for line in (whole / "scaling" / "points.jsonl").read_text().splitlines()]
-    lines, _ = shown["ladder-compute"]
-    envelope = next(line for line in lines if line.label == "envelope")
-    for p in points:  # no run lies below the envelope at its compute
-        assert np.interp(math.log(p["flops"]), np.log(envelope.x), np.log(envelope.y)) <= math.log(p["loss"]) + 1e-9
-    assert sum(len(line.x) for line in lines if line.look == "points") == len(points)
-    dashed = [line for line in lines if line.look == "dashed"]  # held-out loss on the way, a line a run, up to the runs' own compute
-    assert len(dashed) == len(points) and max(max(line.x) for line in dashed) == pytest.approx(max(p["flops"] for p in points))
-    lines, options = shown["law-residuals"]
-    fit = json.loads((whole / "scaling" / "fit.json").read_text())
-    left = [y for line in lines[:-1] for y in line.y]
-    assert left == pytest.approx([100 * (float(expected(fit, p["N"], p["D"])) / p["loss"] - 1) for p in points])
-    assert lines[-1].label == "main model, predicted" and lines[-1].y[0] == pytest.approx(100 / 1.01 - 100) and options["marks"]
-    isoflop = [line for line in shown["law-isoflop"][0] if line.look == "points"]
-    assert len(isoflop) == 5 and all(len(line.x) >= 3 for line in isoflop)
-    text = " ".join(page.plain(paragraph) for paragraph in section.paragraphs)
-    assert "it is off by 3.1 % on those at four times its dearest or more (2)" in text
-    assert "Budgets of one size share their beginning: the ladder took 8.7e+12 FLOPs" in text
-
-
-def test_a_ladder_from_before_is_told_without_what_it_did_not_write(tmp_path, undrawn):
+def test_a_ladder_from_before_is_told_without_what_it_did_not_write(tmp_path, shown):
     home = make_runs(tmp_path / "tiny", ("scaling",))
     data = json.loads((home / "scaling" / MANIFEST).read_text())
     del data["products"]["curves"], data["counts"]["flops_unshared"], data["metrics"]["holdout_error_4x"]
@@ -417,7 +273,7 @@ def test_a_ladder_from_before_is_told_without_what_it_did_not_write(tmp_path, un
     assert len(section.figures) == 6 and "Budgets of one size" not in " ".join(section.paragraphs)
 
 
-def test_a_prediction_made_afterwards_is_not_called_a_forecast(tmp_path, undrawn):
+def test_a_prediction_made_afterwards_is_not_called_a_forecast(tmp_path, shown):
     home = make_runs(tmp_path / "tiny", ("scaling", "pretrain"))
     data = json.loads((home / "pretrain" / MANIFEST).read_text())
     data["notes"] = {}
@@ -427,7 +283,7 @@ def test_a_prediction_made_afterwards_is_not_called_a_forecast(tmp_path, undrawn
     assert any("a check of the law, not a forecast" in text for text in told.sections[1].paragraphs)
 
 
-def test_runs_of_different_pipelines_side_by_side_are_noticed(tmp_path, undrawn):
+def test_runs_of_different_pipelines_side_by_side_are_noticed(tmp_path, shown):
     home = make_runs(tmp_path / "tiny", ("prepare", "pretrain", "sft"))
     data = json.loads((home / "pretrain" / MANIFEST).read_text())
     data["fingerprint"] = "sha256:" + "f" * 64
@@ -438,7 +294,7 @@ def test_runs_of_different_pipelines_side_by_side_are_noticed(tmp_path, undrawn)
     assert any("uncommitted changes" in w and "pretrain" in w for w in warnings) and any("2 different commits" in w for w in warnings)
 
 
-def test_a_finished_report_is_made_again_when_a_manifest_changes(tmp_path, capsys, undrawn):
+def test_a_finished_report_is_made_again_when_a_manifest_changes(tmp_path, capsys, shown):
     home = make_runs(tmp_path / "tiny", ("pretrain",))
     first = report(home).fingerprint
     assert report(home).fingerprint == first and "nothing it depends on has changed" in capsys.readouterr().out
@@ -447,110 +303,6 @@ def test_a_finished_report_is_made_again_when_a_manifest_changes(tmp_path, capsy
     data["provenance"]["wall_s"] = 99.0
     (home / "pretrain" / MANIFEST).write_text(json.dumps(data))
     assert report(home).fingerprint != first and (home / "report" / "index.html").read_bytes() != page_
-
-
-def test_text_of_models_is_only_shown(whole, told):
-    """The made-up evaluation's questions and answers are hostile; neither form of the report lets them do anything."""
-    page_, twin = ((whole / "report" / name).read_text() for name in ("index.html", "report.md"))
-    section = next(s for s in told.sections if s.key == "samples")
-    assert "<script>window.pwned" in section.tables[0].rows[0][1]  # it was there
-    assert "&lt;script&gt;window.pwned" in page_ and not re.search("<script|<img src=x|onerror='w", page_)
-    assert "&lt;script>window.pwned" in twin and not re.search(r"<script|<img|!\[\]\(", twin)
-    assert "forged" in page_ and not any(text == "7" and origin == "forged" for text, origin in page.numbers(told))
-    assert "(U+202E)" in page_ and "\u202e" not in page_ + twin
-
-
-def test_the_same_questions_stand_side_by_side(whole, told):
-    section = next(s for s in told.sections if s.key == "samples")
-    [table] = section.tables
-    assert table.header == ["question", "base", "SFT", "PPO"] and len(table.rows) == 3 and table.caption == "word_problems: CoT."
-    for i, row in enumerate(table.rows):
-        assert row[0].startswith(f"Question {i} ") and row[0].endswith("Right: 7")
-        for model, cell in zip(("base", "sft", "ppo"), row[1:], strict=True):
-            held = json.loads((whole / "evaluation" / "results" / model / "word_problems.zero_shot_cot.jsonl").read_text().splitlines()[i])
-            [sample] = held["samples"]
-            said = "\u2713 right" if sample["correct"] else "\u2717 wrong"
-            assert page.plain(cell).endswith(f"The answer is {sample['answer']}.\n{said}, gold {sample['gold_score']:.3f}")
-
-
-def test_samples_need_two_models_and_files(tmp_path, undrawn):
-    home = make_runs(tmp_path / "tiny")
-    for model in ("base", "ppo"):
-        shutil.rmtree(home / "evaluation" / "results" / model)
-    rehash(home / "evaluation")
-    assert not [s for s in tell(home, tmp_path).sections if s.key == "samples"]
-
-
-def changed(home: Path, stage: str, *, metrics=None, notes=None, **more) -> page.Step:
-    """The stage's box in the picture when its manifest says something else."""
-    data = json.loads((home / stage / MANIFEST).read_text())
-    data["metrics"] |= metrics or {}
-    data["notes"] |= notes or {}
-    manifest = Manifest(home / stage)
-    manifest.data = data | more
-    stages = {s: Stage(Manifest(home / s)) for s in ReportConfig.PARENTS if s != stage} | {stage: Stage(manifest)}
-    return story_pipeline.step(stage, stages)
-
-
-def test_the_pipeline_is_a_picture_with_verdicts(whole, told):
-    steps = {step.key: step for step in told.steps}
-    assert list(steps) == list(ReportConfig.PARENTS)
-    assert {name: step.level for name, step in steps.items()} == {
-        "prepare": "warn", "scaling": "pass", "pretrain": "pass", "sft": "warn", "preferences": "none", "reward_model": "warn",
-        "rejection_sampling": "pass", "ppo": "warn", "evaluation": "warn"}
-    assert page.plain(steps["ppo"].figure) == "gold score gained +0.210 [+0.190, +0.230], n 300"
-    assert page.plain(steps["ppo"].why) == "above zero; 1 alarm of reward hacking: kl" and steps["ppo"].reads == (
-        "prepare", "sft", "reward_model")
-    assert "forgot: loss on the base corpus +0.550" in page.plain(steps["sft"].why)
-    text = (whole / "report" / "index.html").read_text()
-    for step in told.steps:
-        assert f'<a href="#{step.key}">{step.key} (1m02s)</a><div class="verdict">{page.LEVELS[step.level]}</div>' in text
-    assert all(len(words.split(" ", 1)) == 2 for words in page.LEVELS.values())  # a symbol and a word: no colour is needed
-
-
-def test_each_verdict_follows_its_own_measure(whole):
-    def level(*given, **more):
-        return changed(whole, *given, **more).level
-
-    def gained(low, high):
-        return {"gain/gold": {"value": (low + high) / 2, "n": 9, "ci95": [low, high]}}
-
-    assert [level("ppo", metrics=gained(*ends), notes={"alarms": []}) for ends in ((.1, .2), (-.1, .2), (-.2, -.1))] == [
-        "pass", "warn", "fail"]
-    assert level("ppo", metrics=gained(-.2, -.1)) == "fail"  # an alarm is no excuse
-    assert level("ppo", metrics={"gain/gold": {"value": 0.1}}, notes={"alarms": []}) == "warn"  # without an interval nothing passes
-    assert [level("pretrain", metrics={"heldout_loss": {"value": .4, "ci95": [.4, .4 + width]}}) for width in (0.0, .1)] == ["pass"] * 2
-    assert level("sft", metrics={"change/base_loss": {"value": 0.0, "ci95": [-.1, .1]}}) == "pass"
-    assert level("prepare", metrics={"contamination/gsm8k": {"value": 0.0, "n": 9}}) == "pass"
-    assert level("prepare", notes={"contamination": {}}) == "none"
-    alpha = [level("preferences", metrics={"agreement_alpha": {"value": low, "ci95": [low, high]}})
-             for low, high in ((.8, .9), (.7, .9), (.5, .6), (.6, .7))]
-    assert alpha == ["pass", "warn", "fail", "warn"]
-    assert level("reward_model", metrics={"fresh_accuracy": {"value": .5, "n": 9, "ci95": [.4, .6]}}) == "fail"
-
-
-def test_a_prediction_missed_fails_and_a_rise_of_held_out_loss_warns(tmp_path, undrawn):
-    home = make_runs(tmp_path / "tiny", ("prepare", "scaling", "pretrain"))
-
-    def level(stage):
-        stages = {s: Stage(Manifest(home / s)) for s in ("prepare", "scaling", "pretrain")}
-        return story_pipeline.step(stage, stages).level
-
-    assert (level("scaling"), level("pretrain")) == ("pass", "pass")
-    with (home / "pretrain" / "metrics.jsonl").open("a") as log:
-        log.write(json.dumps({"step": 11, "tokens": 2_100_000, "heldout/loss": 0.7}) + "\n")
-    data = json.loads((home / "pretrain" / MANIFEST).read_text())
-    data["metrics"]["heldout_loss"]["value"] = 0.7
-    (home / "pretrain" / MANIFEST).write_text(json.dumps(data))
-    assert (level("scaling"), level("pretrain")) == ("fail", "warn")
-    data["counts"]["tokens"] = 1
-    (home / "pretrain" / MANIFEST).write_text(json.dumps(data))
-    assert level("scaling") == "none"  # another budget than the one predicted
-    shutil.rmtree(home / "prepare")
-    shutil.copytree(make_runs(tmp_path / "other", ("prepare",)) / "prepare", home / "prepare")
-    data = json.loads((home / "prepare" / MANIFEST).read_text())
-    (home / "prepare" / MANIFEST).write_text(json.dumps(data | {"fingerprint": "sha256:0"}))
-    assert level("scaling") == "warn"  # made from another prepare
 
 
 def test_lineage_names_parents_settings_inputs_and_products(told, whole):
@@ -569,27 +321,6 @@ def test_costs_are_summed_over_the_stages_that_count_them(told):
     assert rows["sum"][-1] == f"{8.7e12 + 1.7e13 + 3.1e12 + 2.2e12 + 1_014_891_520_000:.3g}"
 
 
-def test_alarms_are_marked_on_ppo_s_curves(whole, tmp_path, monkeypatch):
-    shown = {}
-    monkeypatch.setattr(figures, "bars", small_figure)
-    monkeypatch.setattr(figures, "plot", lambda path, lines, **options: (shown.update({path.stem: options}), small_figure(path)))
-    tell(whole, tmp_path)
-    assert shown["ppo-scores"]["events"] == shown["ppo-kl"]["events"] == {"alarm: kl": 30.0}  # of step 120 at 4 steps an iteration
-
-
-def test_more_series_than_colours_still_differ(tmp_path):
-    def drawn(folder: str, color: int, look: str) -> str:
-        return figures.plot(tmp_path / folder / "a.svg", [figures.Series("", [0, 1, 2], [1, 0, 2], look=look, color=color)], x="x",
-                            y="y").read_text()
-
-    for look in ("line", "points"):
-        rounds = [drawn(f"{look}{turn}", 1 + turn * len(figures.COLORS), look) for turn in range(4)]
-        assert len(set(rounds)) == 4 and rounds[0] == drawn("again", 1, look), look
-        assert all(figures.COLORS[1] in text for text in rounds)
-    groups = {f"g{i}": (1.0, None, None) for i in range(len(figures.COLORS) + 1)}
-    assert "<pattern" in figures.bars(tmp_path / "b.svg", {"row": groups}, x="x").read_text()
-
-
 def test_text_is_escaped_and_marks_become_titles():
     assert page.marked(f"a < b & {page.number('7', 'x.json#k')}") == 'a &lt; b &amp; <span class="n" title="x.json#k">7</span>'
     assert page.marked("`make <b>`") == "<code>make &lt;b&gt;</code>"
@@ -604,19 +335,6 @@ def test_numbers_are_written_as_their_form_says():
 def test_a_verdict_without_an_interval_does_not_repeat_the_column_beside_it():
     assert [verdict(ends) for ends in (None, (0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1))] == [
         "undecided", "above zero", "below zero", "not distinguishable from zero"]
-
-
-def test_a_figure_follows_the_colour_scheme_and_is_the_same_bytes_for_the_same_numbers(tmp_path):
-    curve_ = figures.Series("held out", [200_000.0, 1e6, 2e6], [2.0, 1.0, math.nan], [1.9, 0.9, 0.0], [2.1, 1.1, 0.0])
-    drawn = [figures.plot(tmp_path / folder / "a.svg", [curve_], x="tokens", y="loss", log_x=True, marks={"uniform": 1.5})
-             for folder in "ab"]
-    text = drawn[0].read_text()
-    assert drawn[0].read_bytes() == drawn[1].read_bytes()
-    assert figures.INK not in text and "currentColor" in text and figures.SCHEME in text
-    assert ">200k<" in text and ">1M<" in text and ">uniform<" in text and "nan" not in text
-    barred = figures.bars(tmp_path / "b.svg", {"direct": {"base": (0.2, 0.1, 0.3), "SFT": None}}, x="accuracy").read_text()
-    assert barred.count("not measured") == 1 and ">SFT<" in barred
-    assert [figures.short(v) for v in (963_968, 2e6, 999_999, 0.25, 1.69e13)] == ["964k", "2M", "1M", "0.25", "1.69e+13"]
 
 
 @pytest.mark.slow

@@ -12,9 +12,8 @@ from stages.run import figures, page
 from stages.run.config import build_config
 from stages.run.manifest import MANIFEST, Manifest
 from stages.run.story_compare import difference
-from tests.report_runs import make_runs, rehash
+from tests.report_runs import Reader, make_runs, rehash, small_figure
 from tests.test_evals_statistics import compare
-from tests.test_report import Reader, small_figure
 
 TWIN = {"prepare": {}, "pretrain": {"learning_rate": 0.002}, "sft": {}, "preferences": {}, "reward_model": {}, "ppo": {"kl_coef": 0.2},
         "evaluation": {}}

@@ -1,8 +1,6 @@
 """The report and the comparison in a real browser: narrow, printed, without colour, nothing fetched and nothing of a model's text run."""
 import json
 import os
-import shutil
-from importlib.util import find_spec
 
 import pytest
 
@@ -11,8 +9,6 @@ from stages.run.config import build_config
 from stages.run.manifest import MANIFEST
 from tests.report_runs import make_runs
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-MISSING = ["playwright"] * (find_spec("playwright") is None) + ["a Chromium (or CHROMIUM=path)"] * (CHROMIUM is None)
 pytestmark = pytest.mark.browser
 SCHEMES = ("light", "dark")
 
@@ -31,15 +27,8 @@ CONTRAST = """() => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    if MISSING:
-        pytest.skip(f"missing: {', '.join(MISSING)} (make test-browser installs what pip can)")
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+# Tables that the paper is too narrow for.
+CUT = "[...document.querySelectorAll('table')].filter(t => t.getBoundingClientRect().right > 719).map(t => t.innerText.slice(0, 60))"
 
 
 @pytest.fixture(scope="module")
@@ -128,5 +117,27 @@ def test_it_prints_with_what_is_folded(opened, kind):
     assert page.evaluate(folded) == "visible"
     assert page.evaluate("[...document.querySelectorAll('figure, tr, .pipeline li')].every(e => "
                          "getComputedStyle(e).breakInside === 'avoid')")
+    page.set_viewport_size({"width": 718, "height": 1000})  # what margins leave of A4
+    assert page.evaluate(CUT) == []
     paper = page.pdf(format="A4")
     assert paper.startswith(b"%PDF") and paper.count(b"/Type /Page\n") + paper.count(b"/Type /Page ") > 3
+
+
+@pytest.mark.slow
+def test_the_page_of_a_real_pipeline_is_whole(opened, pages, smoke):
+    pages["smoke"] = smoke.path("report") / "index.html"
+    page = opened("smoke")
+    road = [stage for stage in ReportConfig.PARENTS if stage not in ReportConfig.OPTIONAL]
+    assert page.evaluate("[...document.querySelectorAll('section')].map(s => s.id)") == [*road, "samples", "costs", "records"]
+    boxes = page.evaluate("""[...document.querySelectorAll('.pipeline li')].map(
+        e => [e.querySelector('.verdict').innerText, e.querySelector('.key').innerText])""")
+    assert len(boxes) == len(road) and all(verdict and key for verdict, key in boxes), boxes
+    figures = page.evaluate("[...document.querySelectorAll('figure')].map(f => [f.innerText, f.querySelector('img').naturalWidth])")
+    assert all(width > 0 for _, width in figures)
+    for what in ("of every run of the ladder", "Loss against compute", "the prediction for the main model", "a gap that widens",
+                 "Forgetting", "at each confidence", "Reward and gold score", "Distance from the SFT model", "Both scores against the distance",
+                 "what accuracy costs in tokens"):
+        assert any(what in text for text, _ in figures), what
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 718, "height": 1000})
+    assert page.evaluate(CUT) == []

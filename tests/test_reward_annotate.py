@@ -4,14 +4,12 @@ import html
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -121,10 +119,6 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch, flags, said):
 
 # --- in a browser ---
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-MISSING = [name for name in ("gradio", "playwright") if find_spec(name) is None] + ([] if CHROMIUM else ["a Chromium (or CHROMIUM=path)"])
-
-
 class Server:
     """The page, served from a folder by the real command line; `kill` is kill -9."""
 
@@ -159,19 +153,9 @@ class Server:
         return [json.loads(line) for line in (self.folder / "labels.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    if MISSING:
-        pytest.skip(f"missing: {', '.join(MISSING)} (make test-browser installs what pip can)")
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def serve(tmp_path, chromium):
+    pytest.importorskip("gradio", reason="gradio is missing (make test-browser installs it)")
     servers = []
 
     def start(responses=("a", "b", "c"), num=3, flags=(), **environment):

@@ -57,6 +57,21 @@ def test_a_stage_computes_in_one_fixed_way_unless_the_user_has_chosen(monkeypatc
     assert found == [(own or "AUTO", "FALSE")]
 
 
+@pytest.mark.parametrize("launched", [False, True])
+def test_ctrl_c_is_one_line_and_says_whose_traceback_follows(monkeypatch, capsys, tmp_path, launched):
+    def main(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" * launched)
+    monkeypatch.setattr(entry, "die_with_parent", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["stage", "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as left:
+        entry.launch(main, StageConfig, distributed=False)
+    said = "interrupted: the same command continues from the last checkpoint"
+    assert left.value.code == 130
+    assert capsys.readouterr().out == said + " (a traceback beside this line is accelerate's own)" * launched + "\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("who", "line"), [("all", "error: bad rows"), ("1", "error (process 1): bad rows")])
 def test_two_processes_say_one_line(tmp_path, who, line):

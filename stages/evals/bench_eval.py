@@ -20,7 +20,6 @@ import os
 import random
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +35,7 @@ from prompts.templates import DIRECT, WORKED, Row, Style
 from prompts.voting import stopper
 from reward.folders import trusted
 from reward.verifiers import right
-from stages.evals.studies import markdown
+from stages.evals.studies import markdown, measured
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.manifest import Manifest, say
@@ -264,12 +263,9 @@ def rightness(runs: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], 
 
 
 def child(python: str, what: Sequence[Any], argv: Sequence[str], given: argparse.Namespace, folder: str) -> dict[str, Any]:
-    done = subprocess.run([python, "-m", "stages.evals.bench_eval", *argv, "--one", *map(str, what)], capture_output=True, text=True,
-                          check=False, env={**os.environ, "OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1",
-                                            "HF_DATASETS_CACHE": folder, "TOKENIZERS_PARALLELISM": "false"})
-    if done.returncode:
-        raise ValueError(f"{' '.join(map(str, what))} stopped: {done.stderr[-1000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    words = [str(each) for each in what]
+    return measured(" ".join(words), "stages.evals.bench_eval", *argv, "--one", *words, python=python, OMP_NUM_THREADS=str(given.threads),
+                    HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=folder, TOKENIZERS_PARALLELISM="false")
 
 
 def plan(given: argparse.Namespace) -> Iterator[tuple[int, str, int]]:

@@ -12,18 +12,15 @@ TRL's PPO is that of its last release to have one, in an environment of its own 
 `--generations` responses to each question, whose scores it compares: less work, shown for orientation.
 """
 import argparse
-import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.evals.bench_pretrain import launcher
-from stages.evals.studies import markdown
+from stages.evals.studies import in_rounds, markdown, measured
 from stages.models.sizes import of_size
 from stages.run.console import clock
 from stages.run.entry import run_program
@@ -92,22 +89,14 @@ def bench(given: argparse.Namespace) -> None:
         raise ValueError(f"{PEER} is not there: run `make bench-ppo`, which makes it, or leave {BASELINE} out of --variants")
     if given.gpu:
         launcher("gpu")
-    plan = list(itertools.product(range(given.rounds), given.sizes, given.variants))
     samples = (given.iterations + 1) * given.batch_size
-    costs = [of["hidden_size"] ** 1.5 * of["num_layers"] for _, size, _ in plan for of in [of_size(size)]]
-    seconds = sum(15 + samples * (1 + given.epochs) * cost / (2e8 if given.gpu else 580_000) for cost in costs)
+    costs = [of["hidden_size"] ** 1.5 * of["num_layers"] for of in map(of_size, given.sizes)]
+    speed = 2e8 if given.gpu else 580_000
+    seconds = given.rounds * len(given.variants) * sum(15 + samples * (1 + given.epochs) * cost / speed for cost in costs)
     say(f"budget: {given.rounds} rounds of {len(given.variants)} variants at {len(given.sizes)} sizes, about {clock(seconds)}")
-    runs = []
-    for number, size, name in plan:
-        done = subprocess.run([str(PEER) if name == BASELINE else sys.executable, "-m", "stages.rl.timed", name, size,
-                               json.dumps(work(given))], capture_output=True, text=True, check=False,
-                              env={**os.environ, "OMP_NUM_THREADS": str(given.threads)})
-        if done.returncode:
-            raise ValueError(f"{name} at size {size} stopped: {done.stderr[-1000:]}")
-        runs.append({"round": number + 1, **json.loads(done.stdout.splitlines()[-1])})
-        say(json.dumps(runs[-1]))
-    for size in given.sizes:
-        say("\n" + summary(runs, size))
+    in_rounds(given, given.sizes, lambda name, size: measured(
+        f"{name} at size {size}", "stages.rl.timed", name, size, json.dumps(work(given)),
+        python=str(PEER) if name == BASELINE else sys.executable, OMP_NUM_THREADS=str(given.threads)), summary)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,8 @@ Wall time says what a user waits; processor time, all threads, is the steadier w
 import argparse
 import itertools
 import json
-import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -31,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from stages.evals.studies import markdown
+from stages.evals.studies import in_rounds, markdown, measured
 from stages.models.sizes import of_size
 from stages.run.console import clock
 from stages.run.entry import fix_arithmetic, run_program, start_processes
@@ -265,17 +262,17 @@ def summary(runs: Sequence[dict[str, Any]], size: str) -> str:
 
 
 def launcher(name: str | None) -> list[str]:
-    """What stands before `-m`: this interpreter, or accelerate with a launch config on all GPUs. Raises ValueError where it asks for a GPU
-    and none is there."""
+    """What stands between this interpreter and the module: nothing, or accelerate with a launch config on all GPUs. Raises ValueError where
+    that asks for a GPU and none is there."""
     if name is None:
-        return [sys.executable]
+        return []
     import torch
 
     gpus = torch.cuda.device_count()
     if not gpus and not name.startswith("cpu"):
         raise ValueError(f"launch {name} needs a GPU, and torch sees none here: run this on a machine that has one (docs/gpus.md)")
     count = {"cpu": 1, "cpu-2": 2, "gpu": 1}.get(name, gpus)
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate/{name}.yaml", "--num_processes",
+    return ["-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate/{name}.yaml", "--num_processes",
             str(count)]
 
 
@@ -286,23 +283,15 @@ def bench(given: argparse.Namespace, argv: Sequence[str]) -> None:
             start_processes()
         variant, size = given.one
         return say(json.dumps(one(variant, size, given)))
-    start = launcher(given.launch)
-    plan = list(itertools.product(range(given.rounds), given.sizes, given.variants))
+    launch = launcher(given.launch)
     tokens = (given.warmup + given.steps) * given.batch_tokens
-    seconds = sum(60 + 90 * ("compile" in name) if "row_length" in of else  # a recipe's, on a GPU
-                  25 + 90 * ("compile" in name) + tokens * of["hidden_size"] ** 1.5 * of["num_layers"] / 4e7
-                  for _, size, name in plan for of in [of_size(size)])
+    seconds = given.rounds * sum(60 + 90 * ("compile" in name) if "row_length" in of else  # a recipe's, on a GPU
+                                 25 + 90 * ("compile" in name) + tokens * of["hidden_size"] ** 1.5 * of["num_layers"] / 4e7
+                                 for of in map(of_size, given.sizes) for name in given.variants)
     say(f"budget: {given.rounds} rounds of {len(given.variants)} variants at {len(given.sizes)} sizes, about {clock(seconds)}")
-    runs = []
-    for number, size, name in plan:
-        done = subprocess.run([*start, "-m", "stages.evals.bench_pretrain", *argv, "--one", name, size], capture_output=True,
-                              text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": str(given.threads)})
-        if done.returncode:
-            raise ValueError(f"{name} at size {size} stopped: {done.stderr[-1000:]}")
-        runs.append({"round": number + 1, **json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"')))})
-        say(json.dumps(runs[-1]))
-    for size in given.sizes:
-        say("\n" + summary(runs, size))
+    in_rounds(given, given.sizes, lambda name, size: measured(
+        f"{name} at size {size}", "stages.evals.bench_pretrain", *argv, "--one", name, size, launch=launch,
+        OMP_NUM_THREADS=str(given.threads)), summary)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,12 @@ import json
 import random
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from stages.evals.studies import markdown
+from stages.evals.studies import in_rounds, markdown, measured
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.manifest import say
@@ -142,21 +140,13 @@ def bench(argv: list[str], given: argparse.Namespace) -> None:
     if given.one:
         print(json.dumps(one(given.one[0], int(given.one[1]), given)))
         return
-    plan = list(itertools.product(range(given.rounds), given.widths, given.variants))
     rows = (given.steps + 1) * given.batch_size * given.responses
     times = {"RewardTrainer": 10 * (given.responses - 1), "RewardTrainer, fp32": given.responses - 1}
-    seconds = sum(15 + rows * times.get(name, 1) * (width / 128) ** 1.5 * given.num_layers / 160 for _, width, name in plan)
+    seconds = given.rounds * sum(15 + rows * times.get(name, 1) * (width / 128) ** 1.5 * given.num_layers / 160
+                                 for width in given.widths for name in given.variants)
     say(f"budget: {given.rounds} rounds of {len(given.variants)} variants at {len(given.widths)} widths, about {clock(seconds)} on a core")
-    runs = []
-    for number, width, name in plan:
-        done = subprocess.run([sys.executable, "-m", "stages.evals.bench_reward", *argv, "--one", name, str(width)], capture_output=True,
-                              text=True, check=False)
-        if done.returncode:
-            raise ValueError(f"{name} at width {width} stopped: {done.stderr[-1000:]}")
-        runs.append({"round": number + 1, **json.loads(done.stdout.splitlines()[-1])})
-        say(json.dumps(runs[-1]))
-    for width in given.widths:
-        say("\n" + summary(runs, width))
+    in_rounds(given, given.widths, lambda name, width: measured(
+        f"{name} at width {width}", "stages.evals.bench_reward", *argv, "--one", name, str(width)), summary)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,13 @@ import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from reward.folders import trusted
-from stages.evals.studies import markdown
+from stages.evals.studies import markdown, measured
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.manifest import Manifest, say
@@ -103,11 +101,7 @@ def bench(argv: list[str], given: argparse.Namespace) -> None:
     say(f"budget: {given.rounds} rounds of {len(given.variants)} variants, about {clock(40 * given.rounds * len(given.variants))}")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in given.variants}
     for number, name in itertools.product(range(given.rounds), given.variants):
-        done = subprocess.run([sys.executable, "-m", "stages.evals.bench_sft", *argv, "--one", name], capture_output=True, text=True,
-                              check=False)
-        if done.returncode:
-            raise ValueError(f"{name} stopped: {done.stderr[-1000:]}")
-        result = json.loads(done.stdout.splitlines()[-1])
+        result = measured(name, "stages.evals.bench_sft", *argv, "--one", name)
         found[name].append(result)
         say(f"round {number + 1}, {name}: {result['tokens'] / result['seconds']:,.0f} tokens/s, {result['memory'] / 2**30:.2f} GiB")
     first = next(iter(found.values()))[0]

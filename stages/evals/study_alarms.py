@@ -11,7 +11,6 @@ Every run is a folder, not run again once finished, and one JSON line in `--out`
 """
 import argparse
 import math
-import os
 import statistics as plain
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,13 +21,12 @@ import numpy as np
 from prompts.intervals import wilson
 from reward.alarms import STATISTICS, WINDOW, Limits, fall, statistics
 from stages.evals.scoring import write_records
-from stages.evals.studies import CAPACITIES, EASY, EASY_RANKED, UNTAXED, markdown, mean, stage
+from stages.evals.studies import CAPACITIES, EASY, EASY_RANKED, UNTAXED, markdown, mean, places, stage
 from stages.run.checkpoint import read_metrics
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.manifest import say
 
-RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 # responses, share of wrong labels, capacity of the reward model, price of a nat of KL
 WEAK = [(size, error, capacity, kl) for size in (250, 1000) for error in (0.2, 0.4)
         for capacity, kl in (("full", 0.0), ("full", 0.01), ("rank 1", 0.0))]
@@ -57,12 +55,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--remedies", nargs="+", default=list(REMEDIES), choices=list(REMEDIES))
     parser.add_argument("--iterations", type=int, default=50, help="of PPO")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of the policy")
-    parser.add_argument("--hidden-size", type=int, default=64)
-    parser.add_argument("--train-tokens", type=int, default=2_000_000, help="tokens that the base is pretrained on")
     parser.add_argument("--eval-problems", type=int, default=300)
-    parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run that text and problems come from")
-    parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_alarms", help="a folder a run in here")
-    parser.add_argument("--out", type=Path, help="one JSON line a run (default: study_alarms.jsonl in --runs)")
+    places(parser, "study_alarms", base=(64, 2_000_000))
     return parser.parse_args(argv)
 
 

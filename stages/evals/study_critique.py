@@ -35,7 +35,7 @@ from stages.evals.backends import LocalModel
 from stages.evals.frontier import frontier
 from stages.evals.scheduler import solve
 from stages.evals.statistics import compare
-from stages.evals.studies import markdown, mean, stage
+from stages.evals.studies import markdown, mean, places, stage
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.manifest import Manifest, say
@@ -68,10 +68,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=16, help="chains of the vote that critique is held against")
     parser.add_argument("--rounds", type=int, default=2, help="reviews of an answer, at most")
     parser.add_argument("--mistakes", help="files of BIG-Bench Mistake, reviewed by every model too")
-    parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run")
     parser.add_argument("--sft", default=f"{RUNS}/tiny/sft", help="finished sft run that critics start from")
-    parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_critique", help="a folder a run in here")
-    parser.add_argument("--out", type=Path, help="one JSON line a run (default: study_critique.jsonl in --runs)")
+    places(parser, "study_critique")
     return parser.parse_args(argv)
 
 

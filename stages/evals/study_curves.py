@@ -10,7 +10,6 @@ tables of docs/reading-ppo-curves.md are made from such a file.
 """
 import argparse
 import math
-import os
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.evals.scoring import write_records
-from stages.evals.studies import EASY, EASY_RANKED, UNTAXED, markdown, stage
+from stages.evals.studies import EASY, EASY_RANKED, UNTAXED, markdown, places, stage
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.console import clock
@@ -27,7 +26,6 @@ from stages.run.entry import run_program
 from stages.run.figures import Series
 from stages.run.manifest import say
 
-RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 # Responses and share of wrong labels. PPO needs a reward model for its critic to begin as, whatever gives the reward.
 MODELS: dict[str, tuple[int, float]] = {"sound": (4000, 0.0), "weak": (250, 0.4)}
 SOUND: dict[str, Any] = {"reward": {"verifier": 1.0}, "learning_rate": 3e-4, "kl_coef": 0.05}
@@ -71,12 +69,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
                         help="of the sound runs; the last one is held against the rest")
     parser.add_argument("--broken", nargs="*", default=list(BROKEN), choices=list(BROKEN), help="runs with one thing broken")
     parser.add_argument("--iterations", type=int, default=30, help="of PPO")
-    parser.add_argument("--hidden-size", type=int, default=64)
-    parser.add_argument("--train-tokens", type=int, default=2_000_000, help="tokens that the base is pretrained on")
     parser.add_argument("--eval-problems", type=int, default=200)
-    parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run that text and problems come from")
-    parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_curves", help="a folder a run in here")
-    parser.add_argument("--out", type=Path, help="one JSON line a run (default: study_curves.jsonl in --runs)")
+    places(parser, "study_curves", base=(64, 2_000_000))
     return parser.parse_args(argv)
 
 

@@ -9,24 +9,21 @@ finished, and one JSON line in `--out`, so the same command continues where it w
 """
 import argparse
 import itertools
-import os
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from scipy.stats import spearmanr
 
 from reward.gate import judge
 from stages.evals.scoring import write_records
-from stages.evals.studies import CAPACITIES, EASY, EASY_RANKED, UNTAXED, markdown, stage
+from stages.evals.studies import CAPACITIES, EASY, EASY_RANKED, UNTAXED, markdown, places, stage
 from stages.run import figures
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.figures import Series
 from stages.run.manifest import say
 
-RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 SIZES, ERRORS = (250, 1000, 4000, 12_000), (0.0, 0.2, 0.4)
 FIGURES = ("heldout_accuracy", "fresh_accuracy", "gain_over_min_logprob", "gain_over_features", "fresh_ece", "fresh_ece_fitted",
            "fresh_brier", "length_correlation", "flip_rate_whitespace")
@@ -41,11 +38,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="ranked responses")
     parser.add_argument("--errors", nargs="+", type=float, default=list(ERRORS), help="share of pairs that the annotator judges wrong")
     parser.add_argument("--iterations", type=int, default=20, help="of PPO")
-    parser.add_argument("--hidden-size", type=int, default=64)
-    parser.add_argument("--train-tokens", type=int, default=2_000_000, help="tokens that the base is pretrained on")
-    parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run that text and problems come from")
-    parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_gate", help="a folder a run in here")
-    parser.add_argument("--out", type=Path, help="one JSON line a reward model (default: study_gate.jsonl in --runs)")
+    places(parser, "study_gate", "a reward model", base=(64, 2_000_000))
     return parser.parse_args(argv)
 
 

@@ -7,13 +7,11 @@ factors of two with the rule in force, so that at each width the middle column i
 have missed. Every run is a folder of stages.pretrain, not run again once finished, and one JSON line in `--out`.
 """
 import argparse
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from stages.evals.scoring import write_records
-from stages.evals.studies import markdown, stage
+from stages.evals.studies import markdown, places, stage
 from stages.models.pretraining import PretrainConfig
 from stages.run import figures
 from stages.run.config import build_config, read_yaml
@@ -22,7 +20,6 @@ from stages.run.entry import run_program
 from stages.run.figures import Series
 from stages.run.manifest import say
 
-RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 ASSUMED_TOKENS_PER_S = 8000
 
@@ -34,9 +31,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--recipe", default="tiny", help="whose pretrain.yaml has the rule, and all other settings")
     parser.add_argument("--tokens", type=int, default=300_000)
-    parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run")
-    parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_lr", help="a folder a run in here, and the figure")
-    parser.add_argument("--out", type=Path, help="one JSON line a run (default: study_lr.jsonl in --runs)")
+    places(parser, "study_lr")
     given = parser.parse_args(argv)
     if wrong := [width for width in given.widths if width <= 0 or width % 32]:
         raise ValueError(f"--widths {wrong[0]}: heads are 32 wide, so give a multiple of 32")

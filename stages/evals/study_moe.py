@@ -9,7 +9,6 @@ JSON line in `--out`, so the same command continues where it was.
 """
 import argparse
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -25,7 +24,7 @@ from prompts.intervals import mean_interval
 from reward.folders import trusted
 from stages.data.packing import PackedCollator
 from stages.evals.scoring import write_records
-from stages.evals.studies import markdown, mean, stage
+from stages.evals.studies import markdown, mean, places, stage
 from stages.models.attention import DOCUMENTS
 from stages.models.counts import count_parameters, train_flops_per_token
 from stages.models.optimizer import build_optimizer
@@ -40,7 +39,6 @@ from stages.run.entry import run_program
 from stages.run.figures import Series
 from stages.run.manifest import Manifest, say
 
-RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 DENSE = "dense"
 MOE: dict[str, Any] = {"architecture": "qwen3_moe", "num_experts": 8}  # a dense Qwen3's attention and norms: the MLPs alone differ
 MAIN = (DENSE, "MoE 8/2", "dense, wide")
@@ -67,10 +65,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=[225_000, 450_000, 900_000], help="budgets")
     parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--batch-tokens", type=int, default=1024, help="tokens a step")
-    parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run")
-    parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_moe", help="a folder a run in here")
     parser.add_argument("--cost", action="store_true", help="measure the cost alone, that of other ways to compute experts, too")
-    parser.add_argument("--out", type=Path, help="one JSON line a run (default: study_moe.jsonl in --runs)")
+    places(parser, "study_moe")
     given = parser.parse_args(argv)
     given.arms = [name for name in names if name in given.arms or "all" in given.arms or name == DENSE]
     given.tokens = sorted(set(given.tokens))

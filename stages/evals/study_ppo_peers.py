@@ -25,14 +25,13 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.evals.scoring import write_records
-from stages.evals.studies import markdown
+from stages.evals.studies import markdown, measured, places
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.manifest import Manifest, hash_path, say, write_json
@@ -61,11 +60,9 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--generations", type=int, default=8, help="responses to a question, of GRPO")
     parser.add_argument("--eval-problems", type=int, default=300, help="held-out problems judged after each iteration")
-    parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run that problems come from")
     parser.add_argument("--sft", default=f"{RUNS}/tiny/sft", help="finished sft run: where all begin, of width 128 in the tiny recipe")
     parser.add_argument("--reward-model", default=f"{RUNS}/tiny/reward_model", help="finished reward_model run")
-    parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_ppo_peers", help="a folder a run in here")
-    parser.add_argument("--out", type=Path, help="one JSON line a run (default: study_ppo_peers.jsonl in --runs)")
+    places(parser, "study_ppo_peers")
     given = parser.parse_args(argv)
     for name in ("minibatches", "generations"):
         if given.batch_size % getattr(given, name):
@@ -115,11 +112,9 @@ def finished(folder: Path, variant: str, terms: Mapping[str, Any], inputs: Mappi
         if {name: kept[name] for name in asked_for} == asked_for:
             return kept
         say(f"{folder} was made with other settings or models: it is run anew")
-    done = subprocess.run([str(PEER) if variant == BASELINE else sys.executable, "-m", "stages.rl.raced", variant, json.dumps(terms)],
-                          capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise ValueError(f"{folder} stopped: {done.stderr[-1000:]}")
-    result = {**json.loads(done.stdout.splitlines()[-1]), "learning_rate": terms["learning_rate"], "seed": terms["seed"], **asked_for}
+    python = str(PEER) if variant == BASELINE else sys.executable
+    found = measured(str(folder), "stages.rl.raced", variant, json.dumps(terms), python=python, OMP_NUM_THREADS="1")
+    result = {**found, "learning_rate": terms["learning_rate"], "seed": terms["seed"], **asked_for}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, result)
     return result

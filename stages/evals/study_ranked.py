@@ -8,20 +8,18 @@ ranked by the gold score. Every run is a folder, not run again once finished, an
 where it was.
 """
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stages.evals.scoring import write_records
-from stages.evals.studies import markdown, mean, stage
+from stages.evals.studies import markdown, mean, places, stage
 from stages.run import figures
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.figures import Series
 from stages.run.manifest import say
 
-RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 PROMPTS, KS = (50, 100, 200, 400, 800, 1600), (2, 8)
 ASSUMED_BASE_S, ASSUMED_RUN_S = 180, 40  # on one CPU core, for the budget alone
 
@@ -31,11 +29,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--prompts", nargs="+", type=int, default=list(PROMPTS), help="labelled prompts")
     parser.add_argument("--responses", nargs="+", type=int, default=list(KS), help="K, responses ranked a prompt")
-    parser.add_argument("--hidden-size", type=int, default=64)
-    parser.add_argument("--train-tokens", type=int, default=1_100_000, help="tokens that the base is pretrained on")
-    parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run that text and problems come from")
-    parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_ranked", help="a folder a run in here")
-    parser.add_argument("--out", type=Path, help="one JSON line a reward model (default: study_ranked.jsonl in --runs)")
+    places(parser, "study_ranked", "a reward model", base=(64, 1_100_000))
     return parser.parse_args(argv)
 
 

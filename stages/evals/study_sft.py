@@ -8,7 +8,6 @@ the base corpus's held-out loss rises by. The arms of the sequence learn three s
 stages.sft, not run again once finished, and one JSON line in `--out`, so the same command continues where it was.
 """
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ from transformers import AutoModelForCausalLM
 
 from reward.folders import trusted
 from stages.evals.scoring import write_records
-from stages.evals.studies import markdown, mean, stage
+from stages.evals.studies import markdown, mean, places, stage
 from stages.run import figures
 from stages.run.console import clock
 from stages.run.entry import run_program
 from stages.run.figures import Series
 from stages.run.manifest import say
 
-RUNS = os.environ.get("PLUMBLINE_RUNS", "runs")
 CURRICULUM = {"data": "curriculum"}
 INSTRUCTIONS = {"data": "instructions", "tasks": ["count", "order"]}  # answers in words of the base's text; it never saw capitals
 LEARN: dict[str, Any] = {"sources": [INSTRUCTIONS], "num_rows": 3000}
@@ -70,11 +68,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(GROUPS), choices=[*GROUPS, *ARMS], metavar="ARM",
                         help=f"groups ({', '.join(GROUPS)}) or of: {'; '.join(ARMS)}".replace("%", "%%"))
-    parser.add_argument("--hidden-size", type=int, default=64, help="width of the base")
-    parser.add_argument("--train-tokens", type=int, default=1_100_000, help="tokens that the base is pretrained on")
-    parser.add_argument("--prepare", default=f"{RUNS}/tiny/prepare", help="finished prepare run that base and dialogues come from")
-    parser.add_argument("--runs", type=Path, default=Path(RUNS) / "study_sft", help="a folder a run in here")
-    parser.add_argument("--out", type=Path, help="one JSON line a run (default: study_sft.jsonl in --runs)")
+    places(parser, "study_sft", base=(64, 1_100_000))
     given = parser.parse_args(argv)
     given.arms = list(dict.fromkeys(arm for name in given.arms for arm in GROUPS.get(name, [name])))
     return given

@@ -107,12 +107,12 @@ def make_cache(model: PreTrainedModel) -> DynamicCache:
 @torch.inference_mode()
 def sample(model: PreTrainedModel, prompts: list[list[int]], *, keys: list[tuple[int, int]], seed: int, temperature: float,
            max_new_tokens: int, eos_ids: Sequence[int], pad_id: int, batch_size: int = 256,
-           heard: Callable[[int], None] | None = None) -> list[list[int]]:
+           heard: Callable[[int], None] | None = None, never: Sequence[int] = ()) -> list[list[int]]:
     """One response for each prompt, as token ids without padding; the end token is included if it was drawn.
 
     `keys` holds (`prompt_key(id)`, sample index) for each row. `temperature` 0 is greedy. `eos_ids` end a response. Equal prompts
     of a batch are read once. The model is in eval mode meanwhile and then as it was. `heard` is told each token as it is drawn, for who
-    shows a response while it comes; use it with a single prompt.
+    shows a response while it comes; use it with a single prompt. Tokens of `never` are not drawn.
 
     Raises ValueError for an empty prompt, keys that do not match the prompts, a negative temperature, or no tokens to draw.
     """
@@ -130,7 +130,7 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], *, keys: list[tuple
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
             batch = _decode(model, [prompts[i] for i in rows], [keys[i] for i in rows], seed, temperature, max_new_tokens,
-                            eos_ids, pad_id, heard)
+                            eos_ids, pad_id, heard, list(never))
             for i, response in zip(rows, batch, strict=True):
                 responses[i] = response
     finally:
@@ -139,7 +139,8 @@ def sample(model: PreTrainedModel, prompts: list[list[int]], *, keys: list[tuple
 
 
 def _decode(model: PreTrainedModel, prompts: list[list[int]], keys: list[tuple[int, int]], seed: int, temperature: float,
-            max_new_tokens: int, eos_ids: Sequence[int], pad_id: int, heard: Callable[[int], None] | None) -> list[list[int]]:
+            max_new_tokens: int, eos_ids: Sequence[int], pad_id: int, heard: Callable[[int], None] | None,
+            never: list[int]) -> list[list[int]]:
     device = model.device
     unique = list(dict.fromkeys(map(tuple, prompts)))
     width = max(map(len, unique))
@@ -160,6 +161,8 @@ def _decode(model: PreTrainedModel, prompts: list[list[int]], keys: list[tuple[i
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     responses: list[list[int]] = [[] for _ in prompts]
     for position in range(max_new_tokens):
+        if never:
+            logits[:, never] = float("-inf")
         noise = exponential_noise(row_words([keys[i] for i in live], seed, position).to(device), tokens) if temperature else None
         drawn = draw(logits, noise, temperature)
         for i, token, finished in zip(live, drawn.tolist(), done.tolist(), strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from stages.run.manifest import Manifest
+from stages.run.names import called
 from stages.run.redaction import without_secrets
 
 Json = dict[str, Any]
@@ -65,11 +66,12 @@ def code(text: str) -> str:
     return f"{max(fence, '```', key=len)}yaml\n{text.rstrip()}\n{max(fence, '```', key=len)}"
 
 
-def figures(metrics: Mapping[str, Json]) -> list[str]:
+def figures(metrics: Mapping[str, Json], stage: str) -> list[str]:
     rows = ["| measure | value | 95 % interval | n |", "| --- | ---: | ---: | ---: |"]
     for name, of in metrics.items():
         ends = of.get("ci95")
-        rows.append(f"| {plain(name)} | {of['value']:.4g} | {'[{:.4g}, {:.4g}]'.format(*ends) if ends else '-'} | {of.get('n', '-')} |")
+        rows.append(f"| {plain(called(stage, name))} "
+                    f"| {of['value']:.4g} | {'[{:.4g}, {:.4g}]'.format(*ends) if ends else '-'} | {of.get('n', '-')} |")
     return rows
 
 
@@ -147,9 +149,9 @@ def card(source: Manifest, runs: list[Json], *, name: str, evaluated: Mapping[st
              *usage(stage, name.rpartition("/")[2]), "",
              "## Data", "", *(data_lines(runs) or ["Unknown."]), "",
              "## Recipe", "", f"Stage `{stage}` of the recipe {plain(runs[-1]['recipe'])}, seed {runs[-1]['seed']}:", "", code(settings),
-             "", "## Measures", "", *(figures(metrics) if metrics else ["None recorded."]), ""]
+             "", "## Measures", "", *(figures(metrics, stage) if metrics else ["None recorded."]), ""]
     if evaluated:
-        parts += ["Answers right, by task and strategy:", "", *figures(evaluated), ""]
+        parts += ["Answers right, by task and strategy:", "", *figures(evaluated, "evaluation"), ""]
     parts += ["## Limits", "", *limits(runs, metrics, ensemble), "",
               "## Lineage", "", "| stage | recipe | seed | commit | fingerprint | product |", "| --- | --- | --- | --- | --- | --- |"]
     for run in runs:

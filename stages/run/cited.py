@@ -33,7 +33,8 @@ class Form(NamedTuple):
     unit: str = ""
 
     def bare(self, value: float) -> str:
-        return f"{round(value * self.scale, self.digits) + 0.0:{self.sign}.{self.digits}f}"  # + 0.0: never "-0.0"
+        rounded = round(value * self.scale, self.digits) + 0.0  # + 0.0: never "-0.0"
+        return f"{rounded:{self.sign if rounded else ''}.{self.digits}f}"
 
     def text(self, value: float) -> str:
         return self.bare(value) + self.unit

@@ -45,7 +45,8 @@ def launch(main: Callable[[C], Any], config_class: type[C], *, distributed: bool
         main(config)
         code = 0
     except KeyboardInterrupt:
-        say("interrupted: the same command continues from the last checkpoint")
+        say("interrupted: the same command continues from the last checkpoint"
+            + (" (a traceback beside this line is accelerate's own)" if launched() else ""))
         code = 130
     except preemption.Preempted as stopped:
         preemption.leave(str(stopped) or preemption.KEPT)
@@ -92,8 +93,13 @@ def die_with_parent() -> None:
     """A killed launcher takes its workers along, which save first: a scheduler may signal the launcher alone, and with one process
     `accelerate launch` passes nothing on. Until they have gone, the run's lock keeps the next attempt away.
     """
-    if sys.platform == "linux" and os.environ.get("ACCELERATE_MIXED_PRECISION"):  # set by `accelerate launch`
+    if sys.platform == "linux" and launched():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def launched() -> bool:
+    """Whether `accelerate launch` started this process. Its own process gets a Ctrl-C as well, and no worker can keep it quiet."""
+    return bool(os.environ.get("ACCELERATE_MIXED_PRECISION"))
 
 
 def fail(message: str, config: StageConfig | None) -> None:

@@ -192,12 +192,12 @@ def _legend(axes, labels: Sequence[str]) -> None:
 
 
 def _plain_ticks(axis, *, log: bool) -> None:
-    """Numbers as people read them (200k, 2M); on an axis of logs at 1, 2 and 5 where it spans less than a few decades."""
+    """Numbers as people read them (200k, 2M); on an axis of logs at 1, 2 and 5, or at 1 and 3 where those would run into one another."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
     if log and low > 0 and high / low < 1e4:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1, 3)))
         axis.set_minor_formatter(NullFormatter())
     if (log and low > 0 and high / low < 1e4) or (not log and high >= 1e4):
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))

@@ -25,8 +25,8 @@ class Figure(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Cells are texts. `stack` makes a row a block of its own on narrow screens, for tables with sentences in them; `folded`
-    shows the caption alone until one asks, for long ones that only detail a figure."""
+    """Cells are texts; without rows there is the caption alone. `stack` makes a row a block of its own on narrow screens, for tables
+    with sentences in them; `folded` shows the caption alone until one asks, for long ones that only detail a figure."""
 
     header: list[str]
     rows: list[list[str]]
@@ -132,6 +132,8 @@ def numeric_columns(table: Table) -> list[bool]:
 
 
 def table_html(table: Table) -> str:
+    if not table.rows:
+        return f'<div class="table"><div class="caption">{marked(table.caption)}</div></div>'
     aligned = numeric_columns(table)
     kinds = [' class="num"' if numeric else "" for numeric in aligned]
     head = "".join(f"<th{kind}>{html.escape(cell)}</th>" for cell, kind in zip(table.header, kinds, strict=True))
@@ -207,6 +209,8 @@ def table_markdown(table: Table) -> list[str]:
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(inert(cell).replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
 
+    if not table.rows:
+        return [inert(table.caption), ""]
     rule = "|" + "|".join("---:" if numeric else "---" for numeric in numeric_columns(table)) + "|"
     source = [f"<sub>{inert(source_line(table.sources))}</sub>", ""] if table.sources else []
     return [inert(table.caption), "", line(table.header), rule, *map(line, table.rows), "", *source]

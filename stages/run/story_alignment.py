@@ -26,6 +26,7 @@ from stages.run.cited import (
     verdict,
 )
 from stages.run.figures import Series
+from stages.run.names import called
 from stages.run.page import Figure, Section, Table, number
 
 
@@ -42,9 +43,8 @@ def sft(stages: Stages, folder: Path) -> Told:
     if "kept_step" in s.counts:
         paragraphs.append(f"The product is the checkpoint of step {s.count('kept_step')} of {s.count('steps')}. Recommended is, of those "
                           "that learned as much as the best, the one that forgot least: the star below.")
-    names = {"format_rate": "in format", "stop_rate": "ends by itself", "worked_accuracy": "right, worked",
-             "direct_accuracy": "right, direct"} | {key: label for key, label in (
-                 ("plain/worked_accuracy", "right, worked, base format"), ("instructions", "exact instructions")) if s.get(f"after/{key}")}
+    names = {key: called("sft", key) for key in ("format_rate", "stop_rate", "worked_accuracy", "direct_accuracy", *(
+        key for key in ("plain/worked_accuracy", "instructions") if s.get(f"after/{key}")))}
     times = ("before", "after")
     drawn = [
         draw(figures.plot, folder, "sft-loss", [*s.series("training", "train/loss"), *s.series("validation", "eval/loss")],
@@ -65,7 +65,8 @@ def sft(stages: Stages, folder: Path) -> Told:
             "Learning against forgetting at every look: down is learned, right is forgotten.", [s.cite("metrics.jsonl")],
             x="loss on the base corpus (nats a token)", y="validation loss (nats a token)"))
     rows = [[label, *(cell for t in times for cell in (s.value(f"{t}/{key}", form), s.interval(f"{t}/{key}", form))), s.n(f"after/{key}")]
-            for key, label, form in (*((key, label, SHARE) for key, label in names.items()), ("base_loss", "loss, base corpus", LOSS))]
+            for key, label, form in (*((key, label, SHARE) for key, label in names.items()),
+                                     ("base_loss", called("sft", "base_loss"), LOSS))]
     table = Table(["", "before", "95 % interval", "after", "95 % interval", "n"], rows, "Before and after fine-tuning.", [s.cite()])
     line = [*s.row("SFT: answers end by themselves", "after/stop_rate", SHARE),
             f"before {s.value('before/stop_rate', SHARE)}; in format {s.value('before/format_rate', SHARE)} before, "
@@ -90,15 +91,10 @@ def preferences(stages: Stages, folder: Path) -> Told:
               "contradicting": "of these with a pair reversed", "tokens": "tokens"}
     tables = [Table(["", "count"], [[label, s.count(key)] for key, label in labels.items() if key in s.counts],
                     f"Preferences, ranked by {annotator(stages)}.", [s.cite()])]
-    measured = [s.row(label, key, form) for key, label, form in (
-        ("kept_share", "prompts kept", SHARE), ("all_tie_share", "prompts left out: all responses tie", SHARE),
-        ("annotator_flipped_pairs", "pairs judged against the gold score", SHARE),
-        ("agreement_alpha", "agreement of annotators, Krippendorff's alpha", SHARE),
-        ("agreement_pairs", "agreement of annotators, pairs ordered alike", SHARE),
-        ("first_shown_preferred", "the first shown of two preferred", SHARE), ("longer_preferred", "the longer of two preferred", SHARE),
-        ("changed_when_asked_again", "pairs changed when asked again", SHARE),
-        ("sample_accuracy", "samples with the right answer", SHARE), ("gold_mean", "gold score of a sample", SCORE),
-        ("distinct_responses", "different responses a prompt", Form(2))) if s.get(key)]
+    measured = [s.row(called("preferences", key), key, form) for key, form in (
+        *((key, SHARE) for key in ("kept_share", "all_tie_share", "annotator_flipped_pairs", "agreement_alpha", "agreement_pairs",
+                                   "first_shown_preferred", "longer_preferred", "changed_when_asked_again", "sample_accuracy")),
+        ("gold_mean", SCORE), ("distinct_responses", Form(2))) if s.get(key)]
     if measured:
         tables.append(Table(MEASURED, measured, "What was sampled and how it was judged.", [s.cite()]))
     return Section("preferences", TITLES["preferences"], [text], tables=tables), []
@@ -147,7 +143,8 @@ def reward_model(stages: Stages, folder: Path) -> Told:
     rows += [s.row(f"{what}, {label}", f"{name}_{key}") for name, label in sets.items()
              for key, what in (("ece", "calibration error"), ("brier", "Brier score"))]
     tables = [Table(MEASURED, short, "Share of pairs ordered right. Intervals know that pairs of one prompt are related.", [s.cite()]),
-              Table([*MEASURED, "asked", "verdict"], [[*s.row(r.name, r.name), r.asked, r.level] for r in judged.reasons],
+              Table([*MEASURED, "asked", "verdict"],
+                    [[*s.row(called("reward_model", r.name), r.name), r.asked, r.level] for r in judged.reasons],
                     "The gate: each figure against what is asked of it, decided by its interval (docs/reward-model.md).", [s.cite()],
                     folded=judged.level == "pass"),
               Table(MEASURED, rows, "By rank distance, and how far scores can be read as probabilities.", [s.cite()], folded=True)]
@@ -166,10 +163,9 @@ def forgetting(s: cited.Stage) -> list[str]:
     return [text + (f" KL from the base on that text: {s.full('after/kl_to_base', LOSS)} positions." if s.get("after/kl_to_base") else "")]
 
 
-PPO_ROWS = (("gold", "gold score", SCORE, CHANGE), ("score", "reward (proxy)", SCORE, CHANGE),
-            ("sampled_accuracy", "sampled accuracy", SHARE, GAIN), ("greedy_accuracy", "greedy accuracy", SHARE, GAIN),
-            ("entropy", "entropy (nats a token)", SCORE, CHANGE), ("kl", "KL to the start (nats a response)", SCORE, CHANGE),
-            ("length", "length (tokens)", Form(1), Form(1, sign="+")), ("eos_rate", "ends by itself", SHARE, GAIN))
+PPO_ROWS = tuple((key, called("ppo", key), form, gain) for key, form, gain in (
+    ("gold", SCORE, CHANGE), ("score", SCORE, CHANGE), ("sampled_accuracy", SHARE, GAIN), ("greedy_accuracy", SHARE, GAIN),
+    ("entropy", SCORE, CHANGE), ("kl", SCORE, CHANGE), ("length", Form(1), Form(1, sign="+")), ("eos_rate", SHARE, GAIN)))
 
 
 def rejection_sampling(stages: Stages, folder: Path) -> Told:

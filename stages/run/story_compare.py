@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from stages.run import figures, story, story_pipeline
 from stages.run.cited import CHANGE, LOSS, MISSING, SHARE, TITLES, Form, Stage, Stages, draw, short_hash, verdict
 from stages.run.console import clock
+from stages.run.names import called
 from stages.run.page import LEVELS, Figure, Page, Section, Table, foreign, number
 
 Records = Sequence[Mapping[str, Any]]
@@ -63,7 +64,9 @@ def tell(first: Side, second: Side, folder: Path, *, paired: Paired) -> Page:
     sides = [s.cite() for side in (first, second) for s in side.stages.values()]
     lines = [row(first, second, name, key.metric, f"{TITLES[name]}: {key.label}", key.form)
              for name in other for key in story_pipeline.keys(first.stages[name]) if second.stages[name].get(key.metric)]
-    summary = Table(header(first, second), lines, "Key figures.", sides, stack=True)
+    caption = "Key figures." if lines else "No key figure to compare: " + (
+        f"none that both have measured in {', '.join(other)}." if other else "every stage is the very same run on both sides.")
+    summary = Table(header(first, second), lines, caption, sides, stack=True)
     sections = [settings(first, second, same, other), verdicts(first, second, both)]
     sections += [stage_section(first, second, name, folder, paired) for name in other]
     records = [table._replace(caption=f"{side.name}: {table.caption}") for side in (first, second)
@@ -79,7 +82,7 @@ def header(first: Side, second: Side) -> list[str]:
 def row(first: Side, second: Side, stage: str, key: str, label: str, form: Form) -> list[str]:
     """A metric of both and its difference, from both intervals."""
     a, b = first.stages[stage], second.stages[stage]
-    change = Form(form.digits, form.scale, "+", form.unit)
+    change = Form(form.digits, form.scale, "+", " points" if form.unit == SHARE.unit else form.unit)
     value, ends = difference(a.manifest.metrics[key], b.manifest.metrics[key])
     where = f"{a.origin('metrics', key)} - {b.origin('metrics', key)}"
     return [label, a.full(key, form), b.full(key, form), number(change.text(value), where),
@@ -134,7 +137,7 @@ def stage_section(first: Side, second: Side, name: str, folder: Path, paired: Pa
                             "both: differences are paired by problem. p: McNemar's; intervals and p are one by one.", sources))
     shared = [key for key in a.manifest.metrics if b.get(key)]
     if shared:
-        tables.append(Table(header(first, second), [row(first, second, name, key, key, form_of(key)) for key in shared],
+        tables.append(Table(header(first, second), [row(first, second, name, key, called(name, key), form_of(key)) for key in shared],
                             "Every figure that both have measured.", sources, stack=True, folded=True))
     return Section(name, TITLES[name], [], drawn, tables)
 

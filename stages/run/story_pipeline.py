@@ -10,6 +10,7 @@ from reward.gate import judge
 from stages.run.checkpoint import read_metrics
 from stages.run.cited import CHANGE, GAIN, LOSS, MODELS, SHARE, Form, Stage, Stages, verdict
 from stages.run.console import clock
+from stages.run.names import called
 from stages.run.page import Step, number
 
 RANK = ("none", "pass", "warn", "fail")
@@ -139,7 +140,8 @@ def preferences(s: Stage, stages: Stages) -> Said:
 def reward_model(s: Stage, stages: Stages) -> Said:
     judged = judge(s.manifest.metrics)
     reasons = [r for r in judged.reasons if r.level == judged.level]
-    told = [number(r.sentence, s.origin("metrics", r.name) + " by reward/gate.py") for r in reasons if r.value is not None][:1]
+    told = [number(r.sentence.replace(r.name, called("reward_model", r.name), 1), s.origin("metrics", r.name) + " by reward/gate.py")
+            for r in reasons if r.value is not None][:1]
     count = f"{len(reasons)} of {len(judged.reasons)} figures {judged.level}"
     return judged.level, f"the gate: {'; '.join([*told, count])}"
 
