@@ -142,7 +142,7 @@ def at_once(ladder: dict[str, PretrainConfig], order: Sequence[str], run: Run, j
     """
     logs = run.directory / "logs"
     logs.mkdir(exist_ok=True)
-    waiting, finished = list(reversed(order)), set()
+    waiting, finished = list(reversed(order)), set[str]()
     at_work: dict[str, subprocess.Popen] = {}
     environment = {"ACCELERATE_MIXED_PRECISION": "no", **os.environ, "OMP_NUM_THREADS": str(max(1, cores() // jobs))}  # dies with this one
     try:
