@@ -16,7 +16,7 @@ from stages.data import corpora, packing
 from stages.data.documents import Documents, Drops, gather, mixture
 from stages.data.overlap import contamination, drop_near_duplicates
 from stages.data.quality import Rules, language_fault
-from stages.data.tokenizer import encoder, fertility, train_tokenizer
+from stages.data.tokenizer import _Ids, encoder, fertility, train_tokenizer
 from stages.run.config import build_config
 from stages.run.console import Timer
 
@@ -221,33 +221,38 @@ def test_without_weights_every_document_is_taken_once(tmp_path):
 # Tokens
 
 
+def lists(rows):
+    return [row.tolist() for row in rows]
+
+
 def test_the_fast_encoder_gives_what_the_tokenizer_gives():
     rng = random.Random(0)
-    tokenizer = {numbers: train_tokenizer([PROSE] * 20, vocab_size=400, numbers=numbers) for numbers in ("whole", "digits")}
+    tokenizers = [train_tokenizer([PROSE] * 20, vocab_size=400, numbers=numbers) for numbers in ("whole", "digits")]
     points = [c for c in range(1, 0x20000, 3) if not 0xD800 <= c < 0xE000]
     texts = ["".join(f"{rng.choice(['', ' ', 'a', '7', chr(10), '.'])}{chr(rng.choice(points))}" for _ in range(60)) for _ in range(300)]
-    texts += [PROSE, "", " ", "a\n\n\n b", "12 345", "x" * 300]
-    for numbers, each in tokenizer.items():
-        assert encoder(each, numbers)(texts) == each(texts)["input_ids"] == encoder(each, None)(texts)
-    odd = train_tokenizer([".\u0558"] * 50, vocab_size=300)  # since Unicode 17 a letter, which the pattern then divides from the sign
-    assert encoder(odd, "whole")([".\u0558"]) == odd([".\u0558"])["input_ids"] and len(odd([".\u0558"])["input_ids"][0]) == 1
+    texts += ["".join(rng.choice(["ab", "river", "17", "é", ".", "\n", " ", "\n\n", "\t", "\u2028", "\0", "\1"][:rng.randint(5, 12)])
+                      for _ in range(30)) for _ in range(1000)]
+    texts += [PROSE, "", " ", "a\n\n\n b", "12 345", "x" * 300, "\0a", "\1a \0b", "a ", " a", "a\n\nb\nc"]
+    for each in tokenizers:
+        assert lists(encoder(each, own=True)(texts)) == each(texts)["input_ids"] == lists(encoder(each, own=False)(texts))
 
 
 def test_a_special_token_in_a_text_is_plain_text():
     tokenizer = train_tokenizer([PROSE], vocab_size=300)
-    for text in ("a<|endoftext|>b", "a<|endoftext|>\u0558"):  # the second has a character that Unicode 16 does not know
-        [ids] = encoder(tokenizer, "whole")([text])
+    for text in ("a<|endoftext|>b", "a <|endoftext|>  b"):  # the second does not go word by word
+        [ids] = lists(encoder(tokenizer, own=True)([text]))
         assert tokenizer.eos_token_id not in ids and tokenizer.decode(ids) == text
 
 
 def test_the_encoder_forgets_before_it_grows_too_large(monkeypatch):
-    monkeypatch.setattr("stages.data.tokenizer.CACHED", 3)
+    monkeypatch.setattr("stages.data.tokenizer.CACHED", 12)
     tokenizer = train_tokenizer([PROSE], vocab_size=300)
-    encode = encoder(tokenizer, "whole")
-    kept = next(cell.cell_contents for cell in encode.__closure__ if isinstance(cell.cell_contents, dict))
+    kept = _Ids(tokenizer)
+    monkeypatch.setattr("stages.data.tokenizer._Ids", lambda _: kept)
+    encode = encoder(tokenizer, own=True)
     for text in (PROSE, "other words here"):
-        assert encode([text]) == tokenizer([text])["input_ids"]
-    assert set(kept) == {"other", " words", " here"}
+        assert lists(encode([text])) == tokenizer([text])["input_ids"]
+    assert "here" in kept and kept.chars == sum(map(len, kept)) < 30
 
 
 def test_fertility_by_hand():
