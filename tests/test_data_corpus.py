@@ -323,6 +323,27 @@ def test_every_screen_in_one_run(sources, tmp_path):
     assert made.data["inputs"]["evaluation set quiz"].startswith("sha256:")
 
 
+@pytest.mark.parametrize("foreign", [False, True])
+def test_products_do_not_depend_on_the_number_of_workers(sources, tmp_path, monkeypatch, foreign):
+    monkeypatch.setattr("stages.run.workers.ALONE_S", -1)
+    monkeypatch.setattr("stages.data.documents.BATCH_CHARS", 1000)
+    monkeypatch.setattr("stages.data.overlap.BATCH", 7)
+    monkeypatch.setattr(prepare, "BATCH", 7)
+    own = {}
+    if foreign:
+        train_tokenizer([PROSE] * 9, vocab_size=300).save_pretrained(tmp_path / "own")
+        own = {"tokenizer": str(tmp_path / "own")}
+    made = [run(tmp_path / str(workers), sources=[str(sources / "web.jsonl"), str(sources / "code.jsonl")], near_duplicates="drop",
+                min_chars=5, quality={"min_words": 3, "min_stop_words": 0, "max_top_ngram_chars": {}, "max_duplicate_ngram_chars": {}},
+                decontaminate="drop", evaluation_sets=[f"quiz=problems:{sources / 'quiz.jsonl'}"], workers=workers, **own)
+            for workers in (1, 2, 3)]
+    for several in made[1:]:
+        assert {key: several.data[key] for key in ("fingerprint", "products", "metrics", "counts")} == {
+            key: made[0].data[key] for key in ("fingerprint", "products", "metrics", "counts")}
+        assert {**several.data["notes"], "seconds": 0} == {**made[0].data["notes"], "seconds": 0}
+    assert made[0].data["notes"]["dropped"]["near-duplicate"] == 1
+
+
 def test_by_default_contamination_is_counted_and_nothing_dropped(sources, tmp_path):
     made = run(tmp_path, sources=[str(sources / "web.jsonl")], heldout_share=0.1, evaluation_sets=[f"problems:{sources / 'quiz.jsonl'}"],
                num_problems={"test": 4, "sft": 2})

@@ -139,7 +139,7 @@ class Drops:
 
 
 def judged(batch: Sequence[dict[str, str]], *, min_chars: int, faults: Sequence[Callable[[str], str | None]],
-           ) -> list[tuple[str, bytes, bytes] | tuple[str, str, None]]:
+           ) -> list[tuple[str, Any, Any]]:
     """Of each document, cleaned: "", its text and the hash of that; or why it is to be dropped, and what to show of it."""
     found: list = []
     for document in batch:
