@@ -90,7 +90,7 @@ def main(config: ScalingConfig) -> Manifest:
     total = sum(own.values())
     points, done, trained, spent = [], 0.0, 0.0, 0.0
     for number, name in enumerate(order, start=1):
-        rate = f", ETA of the ladder {clock((total - done) / (trained / spent))}" if trained else ""
+        rate = f", ETA of the ladder {clock((total - done) / (trained / spent))}" if trained else ", ETA of the ladder after this run"
         say(f"ladder {number}/{len(order)}: {name}, {done / total:.0%} of {total:.2g} FLOPs done{rate}")
         settings = nested(ladder[name], name, run)
         barrier()

@@ -57,15 +57,9 @@ def test_little_work_starts_no_process(monkeypatch):
 
 
 def test_no_more_is_read_than_is_soon_worked_on():
-    read = 0
-
-    def items():
-        nonlocal read
-        for read in range(1000):
-            yield read
-
-    for item, _ in workers.spread(lambda item: item, items(), 2):
-        assert read - item <= 2 * workers.AHEAD + 1
+    read = []
+    for item, _ in workers.spread(lambda item: item, (read.append(i) or i for i in range(1000)), 2):
+        assert read[-1] - item <= 2 * workers.AHEAD + 1
 
 
 def test_a_killed_worker_is_one_clear_line():
