@@ -147,7 +147,8 @@ def _blocks(pieces: Iterable[str], limit: int) -> Iterator[tuple[str, str]]:
         if piece is not None:
             rest += piece
         body = rest if piece is None else rest.rstrip("\n")  # more newlines may follow
-        *whole, last = re.split(r"(?<=\n)\n+", body)
+        *whole, last = re.split("\n\n+", body)
+        whole = [f"{block}\n" for block in whole]
         for block in whole if piece is not None else [*whole, last]:
             lines = block.splitlines(keepends=True) if inside or len(block) > limit else [block]
             joint = "\n" if len(lines) == 1 and not inside else ""
