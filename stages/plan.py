@@ -57,12 +57,13 @@ def main(config: PlanConfig) -> dict[str, Any]:
     raw = {path.stem: read_yaml(path) for path in sorted(folder.glob("*.yaml"))}
     pretrain = build_config(PretrainConfig, raw["pretrain"], recipe=config.recipe, where=str(folder / "pretrain.yaml"))
     prepare = raw.get("prepare", {})
-    row_length, vocabulary = prepare.get("row_length", 512), vocabulary_of(config, prepare)
+    row_length, (vocabulary, known) = prepare.get("row_length", 512), vocabulary_of(config, prepare)
     decoder = planned_decoder(pretrain, vocabulary=vocabulary, row_length=row_length)
     model = build_meta(decoder)
     counts = count_parameters(model)
     say(f"{config.recipe}: {pretrain.architecture}, {pretrain.num_layers} layers, {pretrain.hidden_size} wide, "
-        f"vocabulary {decoder.vocab_size:,}")
+        f"vocabulary {decoder.vocab_size:,}" + ("" if known else f" (assumed: {prepare.get('tokenizer') or 'the tokenizer'} is not there "
+                                                f"yet; `make prepare RECIPE={config.recipe}` tells)"))
     say("parameters: " + ", ".join(f"{name} {value:,}" for name, value in counts.items() if value))
 
     per_token = train_flops_per_token(decoder, row_length, counts)
@@ -73,6 +74,9 @@ def main(config: PlanConfig) -> dict[str, Any]:
         f"{pretrain.tokens // pretrain.batch_tokens:,} steps of {pretrain.batch_tokens:,} = {config.devices} devices x "
         f"{batch['rows']} rows x {batch['accumulation']} passes x {row_length}")
     say(f"FLOPs: {flops:.3g}, {per_token:.3g} a token ({FLOPS})")
+    given = {name: getattr(config, name) for name in ("peak_tflops", "mfu", "memory_gib")}
+    if assumed := [f"--{name.replace('_', '-')} {value:g}" for name, value in given.items() if value == getattr(PlanConfig, name)]:
+        say(f"assumed, not measured here: {', '.join(assumed)} (an H100 in bf16); give your device's")
     say(f"time: {f'{hours:,.1f} hours' if hours >= 1 else clock(3600 * hours)} on {config.devices} devices at {config.mfu:.0%} of "
         f"{config.peak_tflops:g} TFLOP/s ({hours * config.devices:,.0f} device hours)")
 
@@ -92,10 +96,11 @@ def main(config: PlanConfig) -> dict[str, Any]:
             "fits": {stage: fits(part, config) for stage, part in needs.items()}}
 
 
-def vocabulary_of(config: PlanConfig, prepare: dict[str, Any]) -> int:
-    """Tokens of the recipe's tokenizer: as prepared where that has run, else the largest it may become."""
+def vocabulary_of(config: PlanConfig, prepare: dict[str, Any]) -> tuple[int, bool]:
+    """Tokens of the recipe's tokenizer, and whether that is known: as prepared where that has run, else the largest it may become."""
     prepared = Path(config.run_dir).parent / "prepare"
-    return Manifest(prepared).counts["vocabulary"] if (prepared / MANIFEST).is_file() else prepare.get("vocab_size", 1024)
+    known = (prepared / MANIFEST).is_file()
+    return Manifest(prepared).counts["vocabulary"] if known else prepare.get("vocab_size", 1024), known
 
 
 def first(*values: Any) -> Any:

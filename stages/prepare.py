@@ -26,6 +26,7 @@ from stages.run.config import StageConfig, fill, option
 from stages.run.console import Timer, progress
 from stages.run.entry import launch
 from stages.run.manifest import Manifest, Run, hash_data, hash_path, metric, say
+from stages.run.workers import spread
 
 BATCH = 128  # documents tokenised at once
 FERTILITY_DOCUMENTS = 200  # of each source, in which numbers are looked at
@@ -63,6 +64,8 @@ class PrepareConfig(StageConfig):
     languages: list[str] = option([], "keep documents in these languages, as [en, de] (empty: all; needs py3langid)", added=True)
     decontaminate: Literal["off", "report", "drop"] = option("report", "training documents that hold a question of an evaluation set: "
                                                              "count and show them, drop them too, or do not look", added=True)
+    workers: int | None = option(None, "processes that read, screen and tokenise (default: as many as cores; 1: this one alone)",
+                                 recorded_only=True)
     evaluation_sets: list[str] = option([], "sets to look for beside the recipe's own problems, as format:source", recorded_only=True)
 
 
@@ -88,11 +91,11 @@ def main(config: PrepareConfig) -> Manifest:
     write_problems(config, run.directory / "problems")
     documents, drops = Documents(run.directory), Drops()
     with timer("reading"):
-        gather(progress(read(config), "reading"), documents, drops, heldout_share=config.heldout_share, min_chars=config.min_chars,
-               faults=faults(config))
+        gather(read(config), documents, drops, heldout_share=config.heldout_share, min_chars=config.min_chars,
+               faults=faults(config), workers=config.workers)
     if config.near_duplicates == "drop":
         with timer("near-duplicates"):
-            drop_near_duplicates(documents, drops)
+            drop_near_duplicates(documents, drops, config.workers)
     with timer("contamination"):
         found = find_overlap(config, documents, drops, evaluated | own_sets(config, run.directory / "problems"))
     for line in drops.lines():
@@ -106,7 +109,7 @@ def main(config: PrepareConfig) -> Manifest:
         tokenizer = make_tokenizer(config, documents, order)
         tokenizer.save_pretrained(run.directory / "tokenizer")
     say(f"tokenizer: {len(tokenizer)} tokens, numbers {config.numbers}")
-    encode = encoder(tokenizer, None if config.tokenizer else config.numbers)
+    encode = encoder(tokenizer, own=config.tokenizer is None)
     with timer("tokens"):
         counts, tokens = write_tokens(config, documents, order, tokenizer, encode, run.directory / "tokens")
     counts = {"vocabulary": len(tokenizer), "documents": len(documents), **counts}
@@ -121,7 +124,7 @@ def main(config: PrepareConfig) -> Manifest:
                 for name, each in found.items()}
     if config.sources == ["curriculum"]:
         held = order[(documents.columns["heldout"][order] == 1) & (documents.columns["easy"][order] == 0)]
-        ids = [[*row, tokenizer.eos_token_id] for row in encode(list(texts(documents, held)))]
+        ids = [[*row.tolist(), tokenizer.eos_token_id] for row in encode(list(texts(documents, held)))]
         metrics["text_entropy"] = metric(entropy.token_nats(ids, entropy.document_nats(config.seed)), n=len(ids))
         say(f"entropy of the generated text: {metrics['text_entropy']['value']:.4f} nats a token, the least mean loss there can be")
     kinds = Counter(documents.columns["kind"].tolist())
@@ -157,7 +160,8 @@ def find_overlap(config: PrepareConfig, documents: Documents, drops: Drops, sets
     if config.decontaminate == "off" or set(config.sources) == {"curriculum"} or not sets:
         return {}
     questions = {name: [row["question"] for row in rows] for name, rows in sets.items()}
-    found = contamination(documents, drops, questions, passed_over="curriculum", drop=config.decontaminate == "drop")
+    found = contamination(documents, drops, questions, passed_over="curriculum", drop=config.decontaminate == "drop",
+                          workers=config.workers)
     for name, each in found.items():
         say(f"contamination: {each['found']:,} of {each['questions']:,} questions of {name} stand in {each['documents']:,} "
             "training documents")
@@ -199,36 +203,41 @@ def make_tokenizer(config: PrepareConfig, documents: Documents, order: np.ndarra
 def write_tokens(config: PrepareConfig, documents: Documents, order: np.ndarray, tokenizer: Any, encode: Callable, folder: Path,
                  ) -> tuple[dict[str, int], np.ndarray]:
     """Packed rows of each part, and of each kind of held-out text; counts, and tokens by source (end-of-text tokens left out)."""
-    columns, tokens = documents.columns, np.zeros(len(documents.names), dtype=np.int64)
-    counts: dict[str, int] = {}
+    columns, tokens, counts = documents.columns, np.zeros(len(documents.names), dtype=np.int64), dict[str, int]()
+    parts = {part: order[(columns["easy"][order] == easy) & (columns["heldout"][order] == heldout)]
+             for part, (easy, heldout) in {"train-easy": (1, 0), "train": (0, 0), "heldout": (0, 1)}.items()}
+    if empty := [part for part in ("train", "heldout") if not len(parts[part])]:
+        raise ValueError(f"no document fell into {empty[0]}: give more text, or change heldout_share ({config.heldout_share})")
+    batches = {part: [positions[at:at + BATCH] for at in range(0, len(positions), BATCH)] for part, positions in parts.items()}
 
-    def encoded(positions: np.ndarray, what: str) -> Iterator[list[int]]:
-        for at in progress(range(0, len(positions), BATCH), f"tokens of {what}"):
-            batch = positions[at:at + BATCH]
-            rows = encode(list(texts(documents, batch)))
-            np.add.at(tokens, columns["source"][batch], [len(ids) for ids in rows])
-            yield from rows
+    def encoded(positions: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        rows = encode(list(texts(documents, positions)))
+        return np.concatenate(rows), [len(ids) for ids in rows]
+
+    work = spread(encoded, itertools.chain.from_iterable(batches.values()), config.workers)
+
+    def rows_of(part: str) -> Iterator[list[int]]:
+        for batch, (ids, lengths) in progress(itertools.islice(work, len(batches[part])), f"tokens of {part}", total=len(batches[part])):
+            np.add.at(tokens, columns["source"][batch], lengths)
+            for start, end in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
+                yield ids[start:end].tolist()
 
     def packed(rows: Iterable[list[int]]) -> Iterator[list[int]]:
         return pack(rows, config.row_length, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
 
-    for part, (easy, heldout) in {"train-easy": (1, 0), "train": (0, 0), "heldout": (0, 1)}.items():
-        positions = order[(columns["easy"][order] == easy) & (columns["heldout"][order] == heldout)]
-        if not len(positions):
-            if part == "train-easy":
-                continue
-            raise ValueError(f"no document fell into {part}: give more text, or change heldout_share ({config.heldout_share})")
-        before = int(tokens.sum())
-        rows = save_rows(packed(encoded(positions, part)), config.row_length, folder / part, vocab_size=len(tokenizer))
-        count = int(tokens.sum()) - before + len(positions)
-        counts |= {f"{part}_documents": len(positions), f"{part}_rows": rows, f"{part}_tokens": count}
-        say(f"{part}: {len(positions):,} documents, {count:,} tokens in {rows:,} rows ({count / (rows * config.row_length):.1%} full)")
+    for part, positions in parts.items():
+        if len(positions):
+            before = int(tokens.sum())
+            made = save_rows(packed(rows_of(part)), config.row_length, folder / part, vocab_size=len(tokenizer))
+            count = int(tokens.sum()) - before + len(positions)
+            counts |= {f"{part}_documents": len(positions), f"{part}_rows": made, f"{part}_tokens": count}
+            say(f"{part}: {len(positions):,} documents, {count:,} tokens in {made:,} rows ({count / (made * config.row_length):.1%} full)")
     kinds = np.unique(columns["kind"])
     for kind in kinds if len(kinds) > 1 else ():  # the loss on each kind of text shows what a mean hides: which skill came, and when
         chosen = order[(columns["heldout"][order] == 1) & (columns["kind"][order] == kind)][:config.kind_documents]
         if len(chosen):
-            save_rows(packed(encode(list(texts(documents, chosen)))), config.row_length, folder / "heldout-kinds" / documents.names[kind],
-                      vocab_size=len(tokenizer))
+            rows = packed(ids.tolist() for ids in encode(list(texts(documents, chosen))))
+            save_rows(rows, config.row_length, folder / "heldout-kinds" / documents.names[kind], vocab_size=len(tokenizer))
     return counts, tokens
 
 

@@ -16,7 +16,7 @@ from stages.data import corpora, packing
 from stages.data.documents import Documents, Drops, gather, mixture
 from stages.data.overlap import contamination, drop_near_duplicates
 from stages.data.quality import Rules, language_fault
-from stages.data.tokenizer import encoder, fertility, train_tokenizer
+from stages.data.tokenizer import _Ids, encoder, fertility, train_tokenizer
 from stages.run.config import build_config
 from stages.run.console import Timer
 
@@ -221,33 +221,38 @@ def test_without_weights_every_document_is_taken_once(tmp_path):
 # Tokens
 
 
+def lists(rows):
+    return [row.tolist() for row in rows]
+
+
 def test_the_fast_encoder_gives_what_the_tokenizer_gives():
     rng = random.Random(0)
-    tokenizer = {numbers: train_tokenizer([PROSE] * 20, vocab_size=400, numbers=numbers) for numbers in ("whole", "digits")}
+    tokenizers = [train_tokenizer([PROSE] * 20, vocab_size=400, numbers=numbers) for numbers in ("whole", "digits")]
     points = [c for c in range(1, 0x20000, 3) if not 0xD800 <= c < 0xE000]
     texts = ["".join(f"{rng.choice(['', ' ', 'a', '7', chr(10), '.'])}{chr(rng.choice(points))}" for _ in range(60)) for _ in range(300)]
-    texts += [PROSE, "", " ", "a\n\n\n b", "12 345", "x" * 300]
-    for numbers, each in tokenizer.items():
-        assert encoder(each, numbers)(texts) == each(texts)["input_ids"] == encoder(each, None)(texts)
-    odd = train_tokenizer([".\u0558"] * 50, vocab_size=300)  # since Unicode 17 a letter, which the pattern then divides from the sign
-    assert encoder(odd, "whole")([".\u0558"]) == odd([".\u0558"])["input_ids"] and len(odd([".\u0558"])["input_ids"][0]) == 1
+    texts += ["".join(rng.choice(["ab", "river", "17", "é", ".", "\n", " ", "\n\n", "\t", "\u2028", "\0", "\1"][:rng.randint(5, 12)])
+                      for _ in range(30)) for _ in range(1000)]
+    texts += [PROSE, "", " ", "a\n\n\n b", "12 345", "x" * 300, "\0a", "\1a \0b", "a ", " a", "a\n\nb\nc"]
+    for each in tokenizers:
+        assert lists(encoder(each, own=True)(texts)) == each(texts)["input_ids"] == lists(encoder(each, own=False)(texts))
 
 
 def test_a_special_token_in_a_text_is_plain_text():
     tokenizer = train_tokenizer([PROSE], vocab_size=300)
-    for text in ("a<|endoftext|>b", "a<|endoftext|>\u0558"):  # the second has a character that Unicode 16 does not know
-        [ids] = encoder(tokenizer, "whole")([text])
+    for text in ("a<|endoftext|>b", "a <|endoftext|>  b"):  # the second does not go word by word
+        [ids] = lists(encoder(tokenizer, own=True)([text]))
         assert tokenizer.eos_token_id not in ids and tokenizer.decode(ids) == text
 
 
 def test_the_encoder_forgets_before_it_grows_too_large(monkeypatch):
-    monkeypatch.setattr("stages.data.tokenizer.CACHED", 3)
+    monkeypatch.setattr("stages.data.tokenizer.CACHED", 12)
     tokenizer = train_tokenizer([PROSE], vocab_size=300)
-    encode = encoder(tokenizer, "whole")
-    kept = next(cell.cell_contents for cell in encode.__closure__ if isinstance(cell.cell_contents, dict))
+    kept = _Ids(tokenizer)
+    monkeypatch.setattr("stages.data.tokenizer._Ids", lambda _: kept)
+    encode = encoder(tokenizer, own=True)
     for text in (PROSE, "other words here"):
-        assert encode([text]) == tokenizer([text])["input_ids"]
-    assert set(kept) == {"other", " words", " here"}
+        assert lists(encode([text])) == tokenizer([text])["input_ids"]
+    assert "here" in kept and kept.chars == sum(map(len, kept)) < 30
 
 
 def test_fertility_by_hand():
@@ -316,6 +321,27 @@ def test_every_screen_in_one_run(sources, tmp_path):
         assert made.metrics[f"tokens_per_number/{source}"]["value"] > 1 >= made.metrics[f"tokens_per_digit/{source}"]["value"] > 0
     assert {"reading", "near-duplicates", "contamination", "tokenizer", "tokens"} == set(notes["seconds"])
     assert made.data["inputs"]["evaluation set quiz"].startswith("sha256:")
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_products_do_not_depend_on_the_number_of_workers(sources, tmp_path, monkeypatch, foreign):
+    monkeypatch.setattr("stages.run.workers.ALONE_S", -1)
+    monkeypatch.setattr("stages.data.documents.BATCH_CHARS", 1000)
+    monkeypatch.setattr("stages.data.overlap.BATCH", 7)
+    monkeypatch.setattr(prepare, "BATCH", 7)
+    own = {}
+    if foreign:
+        train_tokenizer([PROSE] * 9, vocab_size=300).save_pretrained(tmp_path / "own")
+        own = {"tokenizer": str(tmp_path / "own")}
+    made = [run(tmp_path / str(workers), sources=[str(sources / "web.jsonl"), str(sources / "code.jsonl")], near_duplicates="drop",
+                min_chars=5, quality={"min_words": 3, "min_stop_words": 0, "max_top_ngram_chars": {}, "max_duplicate_ngram_chars": {}},
+                decontaminate="drop", evaluation_sets=[f"quiz=problems:{sources / 'quiz.jsonl'}"], workers=workers, **own)
+            for workers in (1, 2, 3)]
+    for several in made[1:]:
+        assert {key: several.data[key] for key in ("fingerprint", "products", "metrics", "counts")} == {
+            key: made[0].data[key] for key in ("fingerprint", "products", "metrics", "counts")}
+        assert {**several.data["notes"], "seconds": 0} == {**made[0].data["notes"], "seconds": 0}
+    assert made[0].data["notes"]["dropped"]["near-duplicate"] == 1
 
 
 def test_by_default_contamination_is_counted_and_nothing_dropped(sources, tmp_path):

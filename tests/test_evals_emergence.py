@@ -86,7 +86,27 @@ def test_the_jump_of_schaeffer_is_explained_by_the_smooth_score():
 
 def test_a_task_that_no_model_can_do_has_nothing_to_explain():
     cell = emergence.curves(lines_of(np.zeros(6), np.linspace(-2, -1, 6)))["t, worked"]
-    assert "logprob" not in cell and emergence.report({"t, worked": cell}).endswith("| t, worked | 12.0 | 0.000 to 0.000 |" + " - |" * 7)
+    table, words = emergence.report({"t, worked": cell}).split("\n\n")
+    assert "logprob" not in cell and table.endswith("| t, worked | 12.0 | 0.000 to 0.000 |" + " - |" * 7)
+    assert words.startswith("t, worked: every model has an accuracy of 0.000, so that there is no rise to explain")
+
+
+def test_what_is_not_asked_for_is_what_the_recipe_has(capsys):
+    import argparse
+
+    rows = [{"task": task, "difficulty": d} for task, count in (("word_problems", 4), ("chained_variables", 60)) for d in (1, 2)
+            for _ in range(count)]
+    given = argparse.Namespace(tasks=None, difficulties=None, problems=None)
+    emergence.fill_in(given, rows)
+    assert (given.tasks, given.difficulties, given.problems) == (["word_problems", "chained_variables"], [1, 2], 8)
+    assert "none of last_letters there" in capsys.readouterr().out
+    given = argparse.Namespace(tasks=["chained_variables"], difficulties=[2], problems=9)
+    emergence.fill_in(given, rows)
+    assert (given.tasks, given.difficulties, given.problems) == (["chained_variables"], [2], 9)
+    full = [{"task": task, "difficulty": d} for task in emergence.TASKS for d in (1, 2, 3, 4, 5) for _ in range(50)]
+    given = argparse.Namespace(tasks=None, difficulties=None, problems=None)
+    emergence.fill_in(given, full)  # of the tiny recipe
+    assert (given.tasks, given.difficulties, given.problems) == (list(emergence.TASKS), [3, 4, 5], 150)
 
 
 def test_models_that_cannot_be_compared_are_refused(ladder, tmp_path):

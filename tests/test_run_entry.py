@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages.run import entry
-from stages.run.config import StageConfig, build_config
+from stages.run.config import StageConfig, build_config, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE = """
@@ -41,6 +41,28 @@ def test_another_process_waits_and_names_itself(monkeypatch, capsys, tmp_path, r
     entry.fail("bad\nrows", build_config(StageConfig, {"run_dir": str(tmp_path / "run")}))
     assert capsys.readouterr().err == f"{line} (traceback in {tmp_path / file})\n"
     assert [path.name for path in tmp_path.iterdir()] == [file] and bool(waited) == (rank != "0")
+
+
+@pytest.mark.parametrize(("what", "kept"), [("mistyped", False), ("unforeseen", True)])
+def test_only_what_was_not_foreseen_leaves_a_traceback(monkeypatch, capsys, tmp_path, what, kept):
+    def main(config):
+        if what == "mistyped":
+            read_yaml("recipes/mistyped/sft.yaml")
+        int("unforeseen")
+
+    monkeypatch.setattr(sys, "argv", ["stage", "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit):
+        entry.launch(main, StageConfig, distributed=False)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and what in said
+    assert ("(traceback in " in said) == kept == bool(list(tmp_path.iterdir()))
+
+
+def test_help_begins_with_what_the_stage_says_of_itself():
+    said = subprocess.run([sys.executable, "-m", "stages.scaling", "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for verb in ("fit", "predict", "plan", "holdout", "isoflop", "emergence"):
+        assert f"python -m stages.scaling {verb} " in said
+    assert "--sizes" in said
 
 
 @pytest.mark.parametrize("own", [None, "COMPATIBLE"])

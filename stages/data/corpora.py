@@ -11,11 +11,12 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from stages.data import curriculum
+from stages.run.console import progress
 from stages.run.manifest import hash_data, hash_path
 
 TABLE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv", ".tsv")
@@ -91,13 +92,19 @@ def hub_rows(source: str, hub_config: str | None, hub_split: str, *, streaming: 
         raise ValueError(f"loading {source} (configuration {hub_config}, split {hub_split}) from the hub failed: {error}") from error
 
 
-def text_pieces(path: Path, *, decode_errors: str = "strict") -> Iterator[str]:
-    """A UTF-8 file, gzipped or not, piece by piece. Raises ValueError naming the byte offset when it is not text."""
+def text_pieces(path: Path, *, decode_errors: str = "strict", advance: Callable[[int], object] = lambda size: None) -> Iterator[str]:
+    """A UTF-8 file, gzipped or not, piece by piece; `advance` is told the bytes of the file that each took.
+
+    Raises ValueError naming the byte offset when it is not text.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")(decode_errors)
     read = start = 0  # bytes read of the file; where what the decoder looks at begins
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+            at = 0
             while data := file.read(PIECE):
+                advance(raw.tell() - at)
+                at = raw.tell()
                 if not read and b"\0" in data:
                     raise ValueError(f"{path} is binary (it has a zero byte at offset {data.index(0)}): give text, jsonl or parquet files")
                 start = read - len(decoder.getstate()[0])
@@ -140,7 +147,8 @@ def _blocks(pieces: Iterable[str], limit: int) -> Iterator[tuple[str, str]]:
         if piece is not None:
             rest += piece
         body = rest if piece is None else rest.rstrip("\n")  # more newlines may follow
-        *whole, last = re.split(r"(?<=\n)\n+", body)
+        *whole, last = re.split("\n\n+", body)
+        whole = [f"{block}\n" for block in whole]
         for block in whole if piece is not None else [*whole, last]:
             lines = block.splitlines(keepends=True) if inside or len(block) > limit else [block]
             joint = "\n" if len(lines) == 1 and not inside else ""
@@ -163,7 +171,8 @@ def lines_of(pieces: Iterable[str]) -> Iterator[str]:
     yield rest
 
 
-def read_rows(path: str | Path, *, decode_errors: str = "strict") -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: str | Path, *, decode_errors: str = "strict", advance: Callable[[int], object] = lambda size: None,
+              ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a file with where each came from: parquet, csv and tsv by their names, all else JSON, as one list or a row a line.
 
     jsonl and parquet files may be larger than memory; json, csv and tsv files are read whole.
@@ -171,11 +180,11 @@ def read_rows(path: str | Path, *, decode_errors: str = "strict") -> Iterator[tu
     """
     path = Path(path)
     if path.suffix == ".parquet":
-        rows = _parquet_rows(path)
+        rows = _parquet_rows(path, advance)
     elif path.suffix in (".txt", ".md"):
         raise ValueError(f"{path} has no rows with columns: give {', '.join(TABLE_SUFFIXES)}")
     else:
-        pieces = text_pieces(path, decode_errors=decode_errors)
+        pieces = text_pieces(path, decode_errors=decode_errors, advance=advance)
         begin = next(pieces).removeprefix("\ufeff")  # the mark that Windows programs put first
         if path.name.endswith((".jsonl", ".jsonl.gz")) and not begin.lstrip().startswith("["):
             for where, row in _line_rows(lines_of(itertools.chain([begin], pieces)), path):
@@ -207,14 +216,16 @@ def source_rows(source: str, hub_config: str | None, hub_split: str, *, streamin
         yield from hub_rows(source, hub_config, hub_split, streaming=streaming)
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path, advance: Callable[[int], object]) -> Iterator[tuple[str, Any]]:
     import pyarrow.lib
     import pyarrow.parquet
 
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(1024)
-        for number, row in enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches)):
-            yield f"{path}, row {number}", row
+        file, number = pyarrow.parquet.ParquetFile(path), itertools.count()
+        for batch in file.iter_batches(1024):
+            advance(path.stat().st_size * len(batch) // file.metadata.num_rows)
+            for row in batch.to_pylist():
+                yield f"{path}, row {next(number)}", row
     except pyarrow.lib.ArrowInvalid as error:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from None
 
@@ -288,16 +299,20 @@ def read_documents(source: str, *, seed: int, num_documents: int, num_easy_docum
     """
     if source == "curriculum":
         for phase, count in (("easy", num_easy_documents), ("main", num_documents)):
-            for document in itertools.islice(curriculum.documents(seed, phase=phase), count):
+            for document in progress(itertools.islice(curriculum.documents(seed, phase=phase), count), f"reading {source}", total=count):
                 yield {**document, "phase": phase}
     elif is_local(source):
-        for path in local_files(source):
-            if path.suffix in (".txt", ".md"):
-                for text in cut(text_pieces(path, decode_errors=decode_errors), document_chars):
-                    yield {"text": text, "kind": path.stem, "phase": "main"}
-                continue
-            for where, row in read_rows(path, decode_errors=decode_errors):
-                yield {"text": text_of(row, text_column, where), "kind": path.stem, "phase": "main"}
+        files = local_files(source)
+        bar: Any = progress([], f"reading {source}", total=sum(path.stat().st_size for path in files), unit="B")
+        with bar:
+            for path in files:
+                if path.suffix in (".txt", ".md"):
+                    for text in cut(text_pieces(path, decode_errors=decode_errors, advance=bar.update), document_chars):
+                        yield {"text": text, "kind": path.stem, "phase": "main"}
+                    continue
+                for where, row in read_rows(path, decode_errors=decode_errors, advance=bar.update):
+                    yield {"text": text_of(row, text_column, where), "kind": path.stem, "phase": "main"}
     else:
-        for where, row in itertools.islice(hub_rows(source, hub_config, hub_split), num_documents or None):
+        rows = progress(hub_rows(source, hub_config, hub_split), f"reading {source}", total=num_documents or None)
+        for where, row in itertools.islice(rows, num_documents or None):
             yield {"text": text_of(row, text_column, where), "kind": source, "phase": "main"}

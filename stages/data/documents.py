@@ -18,17 +18,26 @@ from typing import Any
 
 import numpy as np
 
+from stages.run.workers import spread
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
-_SPACES = re.compile(r"[ \t\u00a0\u2000-\u200a\u3000]+")
+_SPACES = re.compile(r"[\t\u00a0\u2000-\u200a\u3000]")
 SAMPLES, SAMPLE_CHARS = 20, 500  # texts kept of each reason for dropping one, and how much of each
+BATCH_CHARS = 1 << 17  # of the documents that are cleaned at once
 COLUMNS = {"start": "q", "size": "q", "digest": "Q", "source": "H", "kind": "H", "easy": "B", "heldout": "B"}
 
 
 def clean(text: str) -> str:
     """NFC; no control characters; runs of spaces and more than one blank line collapsed; no space at line ends."""
-    text = _CONTROL.sub("", unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")))
-    lines = [_SPACES.sub(" ", line).strip(" ") for line in text.split("\n")]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n ")
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    if not text.replace("\n", " ").isprintable():  # quicker than a pattern that finds nothing
+        text = _SPACES.sub(" ", _CONTROL.sub("", text))
+    while "  " in text:
+        text = text.replace("  ", " ")
+    text = text.replace(" \n", "\n").replace("\n ", "\n")
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.strip("\n ")
 
 
 class Documents(Sequence[str]):
@@ -129,32 +138,53 @@ class Drops:
             f.writelines(json.dumps(row) + "\n" for rows in self.samples.values() for row in rows)
 
 
+def judged(batch: Sequence[dict[str, str]], *, min_chars: int, faults: Sequence[Callable[[str], str | None]],
+           ) -> list[tuple[str, Any, Any]]:
+    """Of each document, cleaned: "", its text and the hash of that; or why it is to be dropped, and what to show of it."""
+    found: list = []
+    for document in batch:
+        text = clean(document["text"])
+        if len(text) < min_chars:
+            found.append(("empty or too short after cleaning", document["text"][:SAMPLE_CHARS], None))
+            continue
+        try:
+            encoded = text.encode()
+        except UnicodeEncodeError:  # JSON can spell half a character
+            found.append(("not text: half a surrogate pair", text[:SAMPLE_CHARS].encode(errors="replace").decode(), None))
+            continue
+        reason = next(filter(None, (fault(text) for fault in faults)), "")
+        found.append((reason, text[:SAMPLE_CHARS], None) if reason else ("", encoded, hashlib.sha256(encoded).digest()))
+    return found
+
+
+def batches(read: Iterable[dict[str, str]]) -> Iterator[list[dict[str, str]]]:
+    batch, chars = [], 0
+    for document in read:
+        batch.append(document)
+        chars += len(document["text"])
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
 def gather(read: Iterable[dict[str, str]], documents: Documents, drops: Drops, *, heldout_share: float, min_chars: int = 1,
-           faults: Sequence[Callable[[str], str | None]] = ()) -> None:
+           faults: Sequence[Callable[[str], str | None]] = (), workers: int | None = 1) -> None:
     """Clean what was read (`{"text", "kind", "phase", "source"}`), and put into `documents` each text once, without faults.
 
     `faults` say of a cleaned text why it is to be dropped, or None. `heldout` is decided by the hash of the text, so that a text is on
     the same side in every run, whatever else is in the corpus.
     """
-    for document in read:
-        source = document["source"]
-        drops.read[source] += 1
-        text = clean(document["text"])
-        if len(text) < min_chars:
-            drops.drop("empty or too short after cleaning", source, {"text": document["text"]})
-            continue
-        try:
-            encoded = text.encode()
-        except UnicodeEncodeError:  # JSON can spell half a character
-            drops.drop("not text: half a surrogate pair", source, {"text": text.encode(errors="replace").decode()})
-            continue
-        reason = next(filter(None, (fault(text) for fault in faults)), None)
-        if reason:
-            drops.drop(reason, source, {"text": text})
-            continue
-        digest = hashlib.sha256(encoded).digest()
-        documents.add(encoded, digest=int.from_bytes(digest[:8], "big"), source=source, kind=document["kind"],
-                      easy=document["phase"] == "easy", heldout=int.from_bytes(digest[16:24], "big") < heldout_share * 2**64)
+    for batch, found in spread(functools.partial(judged, min_chars=min_chars, faults=faults), batches(read), workers):
+        for document, (reason, text, digest) in zip(batch, found, strict=True):
+            source = document["source"]
+            drops.read[source] += 1
+            if reason:
+                drops.drop(reason, source, {"text": text})
+            else:
+                documents.add(text, digest=int.from_bytes(digest[:8], "big"), source=source, kind=document["kind"],
+                              easy=document["phase"] == "easy", heldout=int.from_bytes(digest[16:24], "big") < heldout_share * 2**64)
     documents.close()
     first = np.unique(documents.columns["digest"], return_index=True)[1]
     drops.remove(documents, np.setdiff1d(np.arange(len(documents)), first), lambda at: "exact duplicate")

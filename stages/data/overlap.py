@@ -24,12 +24,13 @@ from datasketch import MinHash
 from stages.data.documents import Documents, Drops
 from stages.data.quality import STEP, rolling
 from stages.run.console import progress
+from stages.run.workers import spread
 
 SHINGLE, SIMILAR, GRAM = 5, 0.8, 13
 BANDS, ROWS = 25, 5  # a pair at Jaccard .8 becomes a candidate with probability 1 - (1 - .8^5)^25 = .99995
 EXAMPLES, SHOWN = 5, 200  # of contamination: how many, and how many characters
 CACHED = 1 << 19  # words whose codes are kept
-BATCH = 1000  # texts whose signatures are written at once
+BATCH = 128  # texts whose signatures are written at once
 _WORD = re.compile(r"\w+")
 _WORD_OR_SIGN = re.compile(r"\w+|[-+*/=<>^]")  # 3 + 4 and 3 - 4 are different problems
 
@@ -58,7 +59,7 @@ def grams(said: Sequence[str], size: int) -> np.ndarray:
     return hashed ^ hashed >> np.uint64(32)  # the low half is what MinHash reads
 
 
-def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
+def near_duplicates(texts: Sequence[str], workers: int | None = 1) -> list[tuple[int, int]]:
     """(position, position of the earlier text it nearly repeats), by position.
 
     The earlier text is itself no repeat, so leaving out every first position keeps one of each kind. Candidates come from MinHash
@@ -71,7 +72,7 @@ def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
 
     kept: dict[int, list[int]] = defaultdict(list)  # of each bucket of a band, the texts that are no repeats
     found = []
-    for at, buckets in _shared_buckets(len(texts), shingles):
+    for at, buckets in _shared_buckets(len(texts), shingles, workers):
         mine = shingles(at)
         candidates = sorted({other for bucket in buckets for other in kept[bucket]})
         alike = next((other for other in candidates if _alike(mine, shingles(other))), None)
@@ -88,23 +89,31 @@ def _alike(one: np.ndarray, other: np.ndarray) -> bool:
     return shared >= SIMILAR * (len(one) + len(other) - shared)
 
 
-def _shared_buckets(count: int, shingles: Callable[[int], np.ndarray]) -> Iterable[tuple[int, list[int]]]:
+def _signatures(span: range, shingles: Callable[[int], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each text a number for each band, uint64 of (BANDS, texts), and whether it has any words."""
+    sketch = MinHash(num_perm=BANDS * ROWS, seed=1, hashfunc=int)
+    block, full = np.zeros((BANDS, len(span)), dtype=np.uint64), np.zeros(len(span), dtype=bool)
+    for i, at in enumerate(span):
+        mine = shingles(at)
+        full[i] = len(mine) > 0
+        if full[i]:
+            sketch.clear()
+            sketch.update_batch((mine & np.uint64(0xFFFFFFFF)).tolist())
+            for values in sketch.hashvalues.reshape(BANDS, ROWS).astype(np.uint64).T:
+                block[:, i] = block[:, i] * STEP + values
+    return block, full
+
+
+def _shared_buckets(count: int, shingles: Callable[[int], np.ndarray], workers: int | None) -> Iterable[tuple[int, list[int]]]:
     """By position, the texts that share a bucket of a band with another, and the numbers of those buckets."""
     with tempfile.TemporaryFile() as file:
         full = np.zeros(count, dtype=bool)
-        sketch = MinHash(num_perm=BANDS * ROWS, seed=1, hashfunc=int)
-        for start in range(0, count, BATCH):
-            block = np.zeros((BANDS, min(BATCH, count - start)), dtype=np.uint64)
-            for i in range(block.shape[1]):
-                mine = shingles(start + i)
-                full[start + i] = len(mine) > 0
-                if len(mine):
-                    sketch.clear()
-                    sketch.update_batch((mine & np.uint64(0xFFFFFFFF)).tolist())
-                    for values in sketch.hashvalues.reshape(BANDS, ROWS).astype(np.uint64).T:
-                        block[:, i] = block[:, i] * STEP + values
+        spans = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+        for span, (block, has_words) in progress(spread(functools.partial(_signatures, shingles=shingles), spans, workers),
+                                                 "near-duplicates: signatures", total=len(spans)):
+            full[span.start:span.stop] = has_words
             for band, column in enumerate(block):
-                os.pwrite(file.fileno(), column.tobytes(), 8 * (band * count + start))
+                os.pwrite(file.fileno(), column.tobytes(), 8 * (band * count + span.start))
         sharers, buckets, first = [], [], 0
         for band in range(BANDS):
             file.seek(8 * band * count)
@@ -118,13 +127,14 @@ def _shared_buckets(count: int, shingles: Callable[[int], np.ndarray]) -> Iterab
     order = np.argsort(at, kind="stable")
     at, bucket = at[order], bucket[order]
     starts = np.flatnonzero(np.diff(at, prepend=-1))
-    for start, end in itertools.pairwise([*starts.tolist(), len(at)]):
+    ends = itertools.pairwise([*starts.tolist(), len(at)])
+    for start, end in progress(ends, "near-duplicates: comparison", total=len(starts)):
         yield int(at[start]), bucket[start:end].tolist()
 
 
-def drop_near_duplicates(documents: Documents, drops: Drops) -> None:
+def drop_near_duplicates(documents: Documents, drops: Drops, workers: int | None = 1) -> None:
     """Keep one of each kind, the first."""
-    found = dict(near_duplicates(documents))
+    found = dict(near_duplicates(documents, workers))
     drops.remove(documents, list(found), lambda at: "near-duplicate", lambda at: documents[found[at]])
 
 
@@ -133,7 +143,7 @@ def is_looked_for(question: str) -> bool:
     return len(words(question)) >= SHINGLE
 
 
-def overlapping(texts: Iterable[str], questions: Sequence[str]) -> list[tuple[int, int]]:
+def overlapping(texts: Iterable[str], questions: Sequence[str], workers: int | None = 1) -> list[tuple[int, int]]:
     """(position of a text, position of a question) wherever the text holds 13 words in a row of the question, or all of a shorter one.
 
     Questions that are too short (`is_looked_for`) are passed over.
@@ -144,8 +154,8 @@ def overlapping(texts: Iterable[str], questions: Sequence[str]) -> list[tuple[in
         for gram in grams(said, GRAM).tolist() if is_looked_for(question) else ():
             asked[min(len(said), GRAM)][gram].add(number)
     known = {size: np.array(sorted(numbers), dtype=np.uint64) for size, numbers in asked.items()}
-    found = []
-    for at, text in enumerate(texts):
+
+    def held(text: str) -> list[int]:
         said = words(text)
         numbers: set[int] = set()
         for size, codes in known.items():
@@ -153,12 +163,16 @@ def overlapping(texts: Iterable[str], questions: Sequence[str]) -> list[tuple[in
                 mine = grams(said, size)
                 places = np.searchsorted(codes, mine).clip(max=len(codes) - 1)
                 numbers.update(*(asked[size][gram] for gram in mine[codes[places] == mine].tolist()))
-        found += [(at, number) for number in sorted(numbers)]
-    return found
+        return sorted(numbers)
+
+    texts, at = iter(texts), itertools.count()
+    batches = iter(lambda: list(itertools.islice(texts, BATCH)), [])
+    return [(place, number) for _, each in spread(lambda batch: [held(text) for text in batch], batches, workers)
+            for numbers, place in zip(each, at, strict=False) for number in numbers]
 
 
 def contamination(documents: Documents, drops: Drops, sets: Mapping[str, Sequence[str]], *, passed_over: str, drop: bool,
-                  ) -> dict[str, dict[str, Any]]:
+                  workers: int | None = 1) -> dict[str, dict[str, Any]]:
     """By evaluation set, how many of its questions stand in training documents, in how many, and examples; `drop` drops the documents.
 
     The source `passed_over` is not looked at: its splits share no problem by construction, and its wording is of few moulds.
@@ -166,7 +180,7 @@ def contamination(documents: Documents, drops: Drops, sets: Mapping[str, Sequenc
     looked_at = np.flatnonzero((documents.columns["heldout"] == 0) & ~documents.of(passed_over))
     asked = [(name, question) for name, questions in sets.items() for question in questions]
     hits = [(int(looked_at[at]), *asked[number]) for at, number in overlapping(
-        (documents[at] for at in progress(looked_at, "contamination")), [question for _, question in asked])]
+        (documents[at] for at in progress(looked_at, "contamination")), [question for _, question in asked], workers)]
     found = {}
     for name, questions in sets.items():
         own = [(at, question) for at, which, question in hits if which == name]

@@ -4,6 +4,7 @@ The rules and their thresholds are those of Rae et al. 2021 (Gopher), appendix A
 tables and short texts fail them, so each can be set. Language is told by py3langid, whose model comes with its package (an
 extra: requirements-language.lock).
 """
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -59,19 +60,24 @@ class Rules:
             **dict(zip(("max_duplicate_paragraphs", "max_duplicate_paragraph_chars"), _repeated(paragraphs), strict=True))}
         if over := next((rule for rule, share in shares.items() if share > getattr(self, rule)), None):
             return f"quality: {over}"
-        if _share(word.isalpha() or _LETTER.search(word) is not None for word in words) < self.min_lettered_words:
+        if _share(map(str.isalpha, words)) < self.min_lettered_words and \
+                _share(_LETTER.search(word) is not None for word in words) < self.min_lettered_words:  # the same for words with other signs
             return "quality: min_lettered_words"
-        if len(STOP_WORDS & set(_WORD.findall(text.casefold()))) < self.min_stop_words:
+        if len(STOP_WORDS.intersection(words)) < self.min_stop_words and \
+                len(STOP_WORDS.intersection(_WORD.findall(text.casefold()))) < self.min_stop_words:
             return "quality: min_stop_words"
         return self._repetition(words)
 
     def _repetition(self, words: list[str]) -> str | None:
-        numbers: dict[str, int] = {}
-        ids = np.array([numbers.setdefault(word, len(numbers)) for word in words], dtype=np.uint64)
-        lengths = np.array([len(word) for word in words])
+        numbers = dict(zip(dict.fromkeys(words), itertools.count()))
+        ids = np.fromiter(map(numbers.__getitem__, words), dtype=np.uint64, count=len(words))
+        lengths = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
+        once = len(ids)  # the size from which on no n-gram comes twice
         for rule in ("max_top_ngram_chars", "max_duplicate_ngram_chars"):
             for size, limit in getattr(self, rule).items():
-                if _in_ngrams(ids, lengths, size, only_top="top" in rule) > limit:
+                share = _in_ngrams(ids, lengths, size, only_top="top" in rule) if size < once else 0.0
+                once = min(once, size) if share == 0 else once
+                if share > limit:
                     return f"quality: {rule} {size}"
         return None
 
@@ -91,9 +97,11 @@ def _repeated(parts: list[str]) -> tuple[float, float]:
 
 def _in_ngrams(ids: np.ndarray, lengths: np.ndarray, size: int, *, only_top: bool) -> float:
     """Share of the words' characters in n-grams that come more than once, each character once: in the commonest, or in any."""
-    if len(ids) <= size:
+    hashed = rolling(ids, size)
+    ordered = np.sort(hashed)
+    if (ordered[1:] != ordered[:-1]).all():
         return 0.0
-    _, inverse, counts = np.unique(rolling(ids, size), return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(hashed, return_inverse=True, return_counts=True)
     found = (counts[inverse] > 1) & ((inverse == counts.argmax()) | (not only_top))
     covered = np.zeros(len(ids) + 1, dtype=np.int64)
     covered[:len(found)] += found

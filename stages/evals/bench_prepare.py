@@ -4,10 +4,11 @@
 
 Each size is a text file made for it and deleted afterwards, prepared by `stages.prepare` in a process of its own: words of a Zipf
 distribution over 200,000 (as English has it, roughly), three in a hundred numbers, one paragraph in fifty a near copy of an earlier
-one. Speed is given by wall time and by processor time, which counts all threads and is the steadier on a shared machine; memory is the
-process's highest.
+one. Speed is given by wall time and by processor time, which counts all threads and workers and is the steadier on a shared machine;
+memory is the highest of the process and its workers together, looked at twice a second, with what they share counted once (PSS).
 """
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from stages.evals.studies import markdown
 from stages.run.entry import run_program
@@ -35,6 +37,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", choices=list(SCREENS), default=list(SCREENS), metavar="NAME",
                         help="plain: defaults; screened: near-duplicates and quality rules, too")
     parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--workers", default="null", help="processes of the stage (default: as many as cores; 1: itself alone)")
     parser.add_argument("--folder", type=Path, help="where text and tokens are written for a while (default: the temporary folder)")
     return parser.parse_args(argv)
 
@@ -62,19 +65,34 @@ def write_text(path: Path, size: int) -> None:
                 written += f.write(text + ".\n\n")
 
 
-def prepared(text: Path, name: str, vocab_size: int) -> dict[str, Any]:
-    """Prepare the text in a process of its own: what the manifest says of it."""
+def memory(pid: int) -> int:
+    """Bytes of a process and its children."""
+    total = 0
+    with contextlib.suppress(psutil.Error):  # gone by now
+        for each in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            total += each.memory_full_info().pss
+    return total
+
+
+def prepared(text: Path, name: str, vocab_size: int, workers: str) -> dict[str, Any]:
+    """Prepare the text in a process of its own: what the manifest says of it, and the most memory that was seen."""
     folder = text.with_suffix(".prepare")
     settings: dict[str, Any] = {"run_dir": str(folder), "sources": [str(text)], "num_problems": {}, "vocab_size": vocab_size,
-                                "heldout_share": 0.01, **SCREENS[name]}
+                                "heldout_share": 0.01, "workers": workers, **SCREENS[name]}
     flags = [part for key, value in settings.items() for part in (f"--{key}", value if isinstance(value, str) else json.dumps(value))]
-    done = subprocess.run([sys.executable, "-m", "stages.prepare", *flags], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"{text}, {name}, failed: {done.stderr[-2000:]}")
+    stage, peak = subprocess.Popen([sys.executable, "-m", "stages.prepare", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                   text=True), 0
+    while stage.returncode is None:
+        try:
+            said = stage.communicate(timeout=0.5)[1]
+        except subprocess.TimeoutExpired:
+            peak = max(peak, memory(stage.pid))
+    if stage.returncode:
+        raise ValueError(f"{text}, {name}, failed: {said[-2000:]}")
     manifest = Manifest(folder)
     return {"bytes": text.stat().st_size, "settings": name, "seconds": manifest.data["notes"]["seconds"],
             "tokens": manifest.counts["train_tokens"] + manifest.counts["heldout_tokens"],
-            "peak": manifest.data["provenance"]["peak_rss_bytes"]}
+            "peak": peak}
 
 
 def row_of(result: dict[str, Any]) -> list[str]:
@@ -96,7 +114,7 @@ def main(argv: list[str]) -> None:
             text = Path(folder) / "text.txt"
             write_text(text, size * MB)
             for name in given.settings:
-                rows.append(row_of(prepared(text, name, given.vocab_size)))
+                rows.append(row_of(prepared(text, name, given.vocab_size, given.workers)))
                 say(" | ".join(rows[-1]))
     say(markdown(HEADER, rows))
 

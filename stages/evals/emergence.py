@@ -10,6 +10,7 @@ it was.
 """
 import argparse
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from prompts import strategies
 from prompts.intervals import wilson
 from prompts.templates import DIRECT, WORKED, Style, example_answer, render
 from stages.data import curriculum
+from stages.data.problems import read_problems
 from stages.evals.backends import LocalModel
 from stages.evals.scheduler import solve
 from stages.evals.scoring import record, write_records
@@ -32,6 +34,7 @@ from stages.run.console import progress
 from stages.run.figures import Series, short
 from stages.run.manifest import Manifest, say, write_json
 
+TASKS, PROBLEMS = ("word_problems", "chained_variables", "last_letters"), 150  # asked unless the user says otherwise
 HOW = {DIRECT: strategies.direct, WORKED: strategies.zero_shot_cot}
 MAX_TOKENS = {DIRECT: 16, WORKED: 96}
 SMOOTH = {"logprob": "mean log-probability", "brier": "Brier score"}
@@ -41,15 +44,17 @@ Line = dict[str, Any]
 def run(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m stages.evaluation emergence", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="finished ladders and pretrain runs, five models together at least")
-    parser.add_argument("--tasks", nargs="+", default=["word_problems", "chained_variables", "last_letters"],
-                        choices=list(curriculum.TASKS))
-    parser.add_argument("--difficulties", nargs="+", type=int, default=[3, 4, 5], help="steps of the problems, in equal numbers")
-    parser.add_argument("--problems", type=int, default=150, help="problems a task, the same for every model")
+    parser.add_argument("--tasks", nargs="+", choices=list(curriculum.TASKS),
+                        help=f"default: {', '.join(TASKS)}, those of them that prepare has test problems of")
+    parser.add_argument("--difficulties", nargs="+", type=int,
+                        help="steps of the problems, in equal numbers (default: the three largest that prepare has)")
+    parser.add_argument("--problems", type=int, help=f"problems a task, the same for every model (default: {PROBLEMS}, or all there are)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of problems")
     parser.add_argument("--out", type=Path, required=True, help="folder for measured.jsonl, emergence.json, emergence.md and the figures")
     given = parser.parse_args(argv)
     models = models_of(given.runs)
     prepare = Manifest(models[0][1].config["parents"]["prepare"])
+    fill_in(given, read_problems(prepare.product("problems") / "test.jsonl"))
     tasks = [load_task(name, problems=prepare.product("problems"), difficulties=given.difficulties, num_problems=given.problems,
                        seed=given.seed) for name in given.tasks]
     out = given.out / "measured.jsonl"
@@ -75,6 +80,17 @@ def run(argv: list[str]) -> None:
     (given.out / "emergence.md").write_text(report(told) + "\n", encoding="utf-8")
     draw(given.out, told)
     say("\n" + report(told))
+
+
+def fill_in(given: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
+    """What was not asked for, by the test problems there are; says so where that is less than usual."""
+    given.difficulties = given.difficulties or sorted({row["difficulty"] for row in rows})[-3:]
+    counts = Counter((row["task"], row["difficulty"]) for row in rows)
+    fewest = {task: min(counts[task, difficulty] for difficulty in given.difficulties) for task in given.tasks or TASKS}
+    given.tasks = given.tasks or [task for task in TASKS if fewest[task]] or list(TASKS)  # of none, the error names what there is
+    given.problems = given.problems or min(PROBLEMS, len(given.difficulties) * min(fewest[task] for task in given.tasks)) or PROBLEMS
+    say(f"{given.problems} problems of difficulties {', '.join(map(str, given.difficulties))} each of {', '.join(given.tasks)}" + "".join(
+        f"; none of {task} there" for task in TASKS if fewest.get(task) == 0))
 
 
 def models_of(runs: Sequence[Path]) -> list[tuple[str, Manifest, float]]:
@@ -135,7 +151,7 @@ def curves(lines: Sequence[Line]) -> dict[str, Any]:
 
 def report(told: Mapping[str, Any]) -> str:
     """Markdown: R2 of lines over log FLOPs, of the accuracy that the smooth scores' lines alone predict, and of the monotone map without a
-    line: what compute does not explain and the score does."""
+    line: what compute does not explain and the score does. In words, where there is nothing to explain."""
     header = ["task, asked for", "tokens of an answer", "accuracy, cheapest to dearest model", "R2 of a line: accuracy",
               *(f"{text}" for text in SMOOTH.values()), *(f"accuracy by the {text}'s line" for text in SMOOTH.values()),
               "accuracy by exp(L x mean log-probability)", "accuracy by each model's own mean log-probability"]
@@ -148,7 +164,9 @@ def report(told: Mapping[str, Any]) -> str:
                     *(f"{cell[s]['r2_predicted']:.2f}" for s in SMOOTH), f"{cell['all_tokens_right']['r2_predicted']:.2f}",
                     f"{cell['r2_own']:.2f}"]
         rows.append(row + ["-"] * (len(header) - len(row)))
-    return markdown(header, rows)
+    flat = [f"{name}: every model has an accuracy of {cell['models'][0]['accuracy']:.3f}, so that there is no rise to explain (-); ask "
+            "easier or harder problems with --difficulties, or of larger models" for name, cell in told.items() if "logprob" not in cell]
+    return "\n".join([markdown(header, rows), *(["", *flat] if flat else [])])
 
 
 def draw(folder: Path, told: Mapping[str, Any]) -> None:

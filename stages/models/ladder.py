@@ -99,9 +99,9 @@ class Pace:
 
     def begins(self, name: str, beside: Collection[str] = ()) -> None:
         left = sum(self.left.values())
-        eta = f", ETA of the ladder {clock(left / self.trained * (time.time() - self.since))}" if self.trained else ""
+        eta = clock(left / self.trained * (time.time() - self.since)) if self.trained else "after this run"
         say(f"ladder {self.runs - len(self.left) + len(beside) + 1}/{self.runs}: {name}, {1 - left / self.total:.0%} of {self.total:.2g} "
-            f"FLOPs done{eta}")
+            f"FLOPs done, ETA of the ladder {eta}")
 
     def ends(self, name: str, *, trained: bool) -> None:
         flops = self.left.pop(name, 0.0)

@@ -20,6 +20,7 @@ from stages.run.redaction import redacted
 
 C = TypeVar("C", bound=StageConfig)
 OTHERS_WAIT_S = 5.0
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def launch(main: Callable[[C], Any], config_class: type[C], *, distributed: bool = True) -> None:
@@ -30,7 +31,7 @@ def launch(main: Callable[[C], Any], config_class: type[C], *, distributed: bool
     """
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        say(help_text(config_class))
+        say(f"{sys.modules[main.__module__].__doc__ or ''}\n{help_text(config_class)}")
         sys.exit(0)
     if not distributed and not is_main():
         sys.exit(0)
@@ -103,7 +104,7 @@ def launched() -> bool:
 
 
 def fail(message: str, config: StageConfig | None) -> None:
-    """One line for the user; the traceback goes to a file beside the run, for whoever has to look deeper.
+    """One line for the user; the traceback of what was not foreseen goes to a file beside the run, for whoever has to look deeper.
 
     What befalls every process is said once: the others hold back, and the launcher ends them when the main one has left.
     What befalls another process alone is said by that one, with its number.
@@ -111,7 +112,7 @@ def fail(message: str, config: StageConfig | None) -> None:
     where, number = "", os.environ.get("RANK", "0")
     if not is_main():
         time.sleep(OTHERS_WAIT_S)
-    if config is not None:
+    if config is not None and not foreseen(sys.exception()):
         file = Path(config.run_dir + (".traceback.txt" if is_main() else f".traceback-{number}.txt"))
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +121,12 @@ def fail(message: str, config: StageConfig | None) -> None:
         except OSError:
             pass
     print(f"error{'' if is_main() else f' (process {number})'}: {redacted(' '.join(message.split()))}{where}", file=sys.stderr, flush=True)
+
+
+def foreseen(error: BaseException | None) -> bool:
+    """Whether a `raise` of this project ended in it, and so says what to do: not what a library or an operation raised."""
+    frames = traceback.extract_tb(error.__traceback__) if isinstance(error, ValueError) else []
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT) and (frames[-1].line or "").startswith("raise ")
 
 
 def disk_full(error: BaseException, config: StageConfig | None) -> str | None:
