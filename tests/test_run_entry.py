@@ -104,3 +104,14 @@ def test_two_processes_say_one_line(tmp_path, who, line):
     said = [text for text in done.stderr.splitlines() if text.startswith("error")]
     assert done.returncode != 0 and len(said) == 1 and said[0].startswith(line), done.stderr[-2000:]
     assert "preempted" not in done.stderr and not list(tmp_path.rglob("PREEMPTED"))  # the launcher's SIGTERM to the rest is none of that
+
+
+@pytest.mark.parametrize(("seen", "processes", "left"), [(None, None, "0"), ("2,3", "1", "2"), ("", None, ""), ("2,3", "2", "2,3")])
+def test_a_process_that_is_alone_sees_one_gpu(seen, processes, left, monkeypatch):
+    """Over several, transformers' Trainer takes it for DataParallel: batches of another size than the recipe says."""
+    for name, value in (("CUDA_VISIBLE_DEVICES", seen), ("WORLD_SIZE", processes)):
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    entry.take_one_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left

@@ -124,6 +124,20 @@ def test_two_processes_of_which_one_has_nothing_more_to_do_end_alike(mode, ends,
     assert not any("Traceback" in error for error in errors)
 
 
+def test_a_mark_that_knows_the_seconds_is_not_written_over(tmp_path, monkeypatch):
+    """Processes that leave together: the one that was not signalled saw no mark, and the other's came before its own."""
+    from stages.run import preemption
+
+    mark = tmp_path / "PREEMPTED"
+    monkeypatch.setitem(preemption._state, "folder", tmp_path)
+    preemption.leave("alone")
+    assert json.loads(mark.read_text())["saved"] == "alone"
+    mark.write_text('{"seconds_to_safe": 1.5}')
+    monkeypatch.setattr(preemption, "marked", lambda: False)
+    preemption.leave("late")
+    assert json.loads(mark.read_text()) == {"seconds_to_safe": 1.5} and list(tmp_path.iterdir()) == [mark]
+
+
 def test_a_signal_before_the_run_has_begun_leaves_nothing(tmp_path):
     from stages.run import preemption
 

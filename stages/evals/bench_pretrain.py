@@ -31,7 +31,7 @@ from typing import Any
 from stages.evals.studies import in_rounds, markdown, measured
 from stages.models.sizes import of_size
 from stages.run.console import clock
-from stages.run.entry import fix_arithmetic, run_program, start_processes
+from stages.run.entry import fix_arithmetic, run_program, start_processes, take_one_gpu
 from stages.run.manifest import say
 from stages.run.phases import Phases
 
@@ -279,8 +279,7 @@ def launcher(name: str | None) -> list[str]:
 def bench(given: argparse.Namespace, argv: Sequence[str]) -> None:
     if given.one:
         fix_arithmetic()
-        if given.launch:
-            start_processes()
+        (start_processes if given.launch else take_one_gpu)()
         variant, size = given.one
         return say(json.dumps(one(variant, size, given)))
     launch = launcher(given.launch)

@@ -25,7 +25,7 @@ from stages.data import curriculum
 from stages.data.tokenizer import chat_ids, train_tokenizer
 from stages.models.sizes import build_decoder, decoder_config, of_size
 from stages.rl.peers import Terms, load_policy, our_ppo, trl_grpo, trl_ppo
-from stages.run.entry import run_program
+from stages.run.entry import run_program, take_one_gpu
 from stages.run.phases import Phases
 
 PHASES = ("rollout", "score", "forward", "update")  # forward: log-probabilities of policy and reference, and values, before the update
@@ -188,4 +188,5 @@ def one(variant: str, size: str, work: Work) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    take_one_gpu()
     run_program(lambda argv: print(json.dumps(one(argv[0], argv[1], Work(**json.loads(argv[2]))))))

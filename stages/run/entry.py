@@ -157,6 +157,12 @@ def promised() -> dict[str, Any]:
     return {"file": flags["--config_file"], **read_yaml(flags["--config_file"]), **given}
 
 
+def take_one_gpu() -> None:
+    """Let a process that is alone see one GPU: over several Trainer divides its batches by DataParallel. Call before CUDA is touched."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
+
 def start_processes() -> None:
     """Join the process group and check that it is the one promised.
 
@@ -167,6 +173,7 @@ def start_processes() -> None:
     from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar
 
+    take_one_gpu()
     disable_progress_bar()  # of loading weights: it cuts through the stages' lines
     cpu = not torch.cuda.is_available()
     launch_config = promised()

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARK, EXIT_CODE = "PREEMPTED", 143  # 128 + SIGTERM, as shells count
@@ -133,7 +133,12 @@ def leave(what: str) -> None:
         temporary = folder / f".{MARK}.{os.getpid()}"
         temporary.write_text(json.dumps({"saved": what, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **took}) + "\n",
                              encoding="utf-8")
-        temporary.replace(folder / MARK)
+        if not took:  # the process that was signalled knows more, and may have come in between
+            with suppress(OSError):
+                os.link(temporary, folder / MARK)
+            temporary.unlink()
+        else:
+            temporary.replace(folder / MARK)
     if first or os.environ.get("RANK", "0") == "0":
         after = f", {took['seconds_to_safe']:.1f} s after the signal" if took else ""
         line = f"preempted{after}: {what}; the same command continues ({MARK} in {folder})\n"
