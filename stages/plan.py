@@ -57,13 +57,13 @@ def main(config: PlanConfig) -> dict[str, Any]:
     raw = {path.stem: read_yaml(path) for path in sorted(folder.glob("*.yaml"))}
     pretrain = build_config(PretrainConfig, raw["pretrain"], recipe=config.recipe, where=str(folder / "pretrain.yaml"))
     prepare = raw.get("prepare", {})
-    row_length, (vocabulary, known) = prepare.get("row_length", 512), vocabulary_of(config, prepare)
+    row_length, (vocabulary, prepared) = prepare.get("row_length", 512), vocabulary_of(config, prepare)
     decoder = planned_decoder(pretrain, vocabulary=vocabulary, row_length=row_length)
     model = build_meta(decoder)
     counts = count_parameters(model)
     say(f"{config.recipe}: {pretrain.architecture}, {pretrain.num_layers} layers, {pretrain.hidden_size} wide, "
-        f"vocabulary {decoder.vocab_size:,}" + ("" if known else f" (assumed: {prepare.get('tokenizer') or 'the tokenizer'} is not there "
-                                                f"yet; `make prepare RECIPE={config.recipe}` tells)"))
+        f"vocabulary {decoder.vocab_size:,}"
+        + ("" if prepared else f" (assumed, as prepare has not run: `make prepare RECIPE={config.recipe}` tells)"))
     say("parameters: " + ", ".join(f"{name} {value:,}" for name, value in counts.items() if value))
 
     per_token = train_flops_per_token(decoder, row_length, counts)

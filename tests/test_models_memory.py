@@ -113,7 +113,7 @@ def test_plan_counts_the_built_model(recipe, capsys):
     printed = capsys.readouterr().out
     assert f"total {figures['counts']['total']:,}" in printed
     assert "976 steps of 1,024 = 2 devices x 4 rows x 2 passes x 64" in printed
-    assert "vocabulary 96 (assumed: the tokenizer is not there yet; `make prepare RECIPE=r` tells)" in printed
+    assert "vocabulary 96 (assumed, as prepare has not run: `make prepare RECIPE=r` tells)" in printed
     assert "assumed, not measured here: --memory-gib 80 (an H100 in bf16)" in printed
     plan_of(devices=2, peak_tflops=1.0, mfu=0.5, memory_gib=16.0)
     assert "not measured" not in capsys.readouterr().out

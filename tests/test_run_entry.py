@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stages.run import entry
@@ -43,12 +44,14 @@ def test_another_process_waits_and_names_itself(monkeypatch, capsys, tmp_path, r
     assert [path.name for path in tmp_path.iterdir()] == [file] and bool(waited) == (rank != "0")
 
 
-@pytest.mark.parametrize(("what", "kept"), [("mistyped", False), ("unforeseen", True)])
+@pytest.mark.parametrize(("what", "kept"), [("mistyped", False), ("unforeseen", True), ("Singular matrix", True)])
 def test_only_what_was_not_foreseen_leaves_a_traceback(monkeypatch, capsys, tmp_path, what, kept):
     def main(config):
         if what == "mistyped":
             read_yaml("recipes/mistyped/sft.yaml")
-        int("unforeseen")
+        if what == "unforeseen":
+            int(what)
+        np.linalg.inv(np.zeros((2, 2)))
 
     monkeypatch.setattr(sys, "argv", ["stage", "--run-dir", str(tmp_path / "run")])
     with pytest.raises(SystemExit):

@@ -46,8 +46,9 @@ def write_text(path: Path, size: int) -> None:
     """Text of about `size` bytes."""
     rng = np.random.default_rng(0)
     syllables = [a + b for a in "b ch d f g h k l m n p r s st t v w".split() for b in "a e i o u ai en or".split()]
-    made = {"".join(rng.choice(syllables, rng.integers(1, 6))) for _ in range(2 * VOCABULARY)}
-    words = np.array(sorted(made, key=lambda word: (len(word) + rng.random() * 3, word))[:VOCABULARY], dtype=object)  # the short ones first
+    possible = {"".join(rng.choice(syllables, rng.integers(1, 6))) for _ in range(2 * VOCABULARY)}
+    made = sorted(sorted(possible), key=lambda word: (len(word) + rng.random() * 3, word))  # the short ones first; a set's order is chance
+    words = np.array(made[:VOCABULARY], dtype=object)
     share = 1 / (np.arange(len(words)) + 2.7)
     share = np.cumsum(share / share.sum())
     kept: list[str] = []

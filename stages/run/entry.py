@@ -126,7 +126,8 @@ def fail(message: str, config: StageConfig | None) -> None:
 def foreseen(error: BaseException | None) -> bool:
     """Whether a `raise` of this project ended in it, and so says what to do: not what a library or an operation raised."""
     frames = traceback.extract_tb(error.__traceback__) if isinstance(error, ValueError) else []
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT) and (frames[-1].line or "").startswith("raise ")
+    own = bool(frames) and any(Path(frames[-1].filename).is_relative_to(ROOT / room) for room in ("prompts", "reward", "stages"))
+    return own and (frames[-1].line or "").startswith("raise ")
 
 
 def disk_full(error: BaseException, config: StageConfig | None) -> str | None:
