@@ -250,7 +250,7 @@ def measure(judged: list[dict[str, Any]]) -> dict[str, dict]:
         values = [float(row[key]) for row in judged]
         if n > 1:
             mean, low, high = mean_interval(values)
-            metrics[name] = metric(mean, n=n, ci95=(low, high))
+            metrics[name] = metric(mean, n=n, ci95=(low, high) if low < high else None)  # without spread nothing is known of the error
         else:
             metrics[name] = metric(values[0], n=1)
     return metrics

@@ -21,7 +21,8 @@ def run(model_folder, tmp_path):
         (folder / "manifest.json").write_text(json.dumps({
             "stage": stage, "recipe": "r", "fingerprint": f"sha256:{stage}", "config": {"parents": {}}, "parents": {}, "seed": 3,
             "products": {"model": {"path": "model", "sha256": hash_path(folder / "model")}}, "counts": {"parameters": 1234},
-            "metrics": {"accuracy": {"value": 0.25, "n": 40, "ci95": [0.14, 0.40]}}, "notes": {}, "identity": {"config": {"rank": 16}},
+            "metrics": {"after/worked_accuracy": {"value": 0.25, "n": 40, "ci95": [0.14, 0.40]}}, "notes": {},
+            "identity": {"config": {"rank": 16}},
             "provenance": {"commit": "c" * 40, "dirty": False}, **more}))
         return folder
 
@@ -55,7 +56,7 @@ def test_export_has_equal_logits_and_tokens_and_says_where_it_comes_from(run, tm
     for path in (out, *out.iterdir()):
         assert path.stat().st_mode & stat.S_IROTH, path
     text = (out / "README.md").read_text()
-    assert "| accuracy | 0.25 | [0.14, 0.4] | 40 |" in text and "sha256:sft" in text and "rank: 16" in text and "c" * 12 in text
+    assert "| right, worked, after | 0.25 | [0.14, 0.4] | 40 |" in text and "sha256:sft" in text and "rank: 16" in text and "c" * 12 in text
     assert str(tmp_path) not in text + json.dumps(data), "paths of this machine go nowhere"
 
 

@@ -10,7 +10,7 @@ import pytest
 from reward.gate import judge
 from stages.report import ReportConfig
 from stages.run import page
-from stages.run.cited import GAIN, SCORE, verdict
+from stages.run.cited import CHANGE, GAIN, SCORE, verdict
 from stages.run.manifest import MANIFEST, Manifest, hash_data
 from stages.run.names import called
 from tests.report_runs import STAGES, Reader, make_runs, rehash, report, tell
@@ -329,7 +329,8 @@ def test_text_is_escaped_and_marks_become_titles():
 
 
 def test_numbers_are_written_as_their_form_says():
-    assert SCORE.text(-0.0001) == "0.000" and GAIN.text(0.1234) == "+12.3 points" and GAIN.between([-0.01, 0.034]) == "[-1.0, +3.4]"
+    assert SCORE.text(-0.0001) == CHANGE.text(0.0001) == "0.000"
+    assert GAIN.text(0.1234) == "+12.3 points" and GAIN.between([-0.01, 0.034]) == "[-1.0, +3.4]"
 
 
 def test_a_verdict_without_an_interval_does_not_repeat_the_column_beside_it():
@@ -337,11 +338,28 @@ def test_a_verdict_without_an_interval_does_not_repeat_the_column_beside_it():
         "undecided", "above zero", "below zero", "not distinguishable from zero"]
 
 
+@pytest.mark.parametrize(("stage", "metric", "name"), [
+    ("pretrain", "heldout_accuracy", "held-out next-token accuracy"), ("pretrain", "heldout_loss/story", "held-out loss, story"),
+    ("reward_model", "heldout_accuracy", "held-out pairs ordered right"),
+    ("reward_model", "heldout_accuracy_distance_2", "held-out pairs ordered right, rank distance 2"),
+    ("reward_model", "fresh_ece_fitted", "calibration error, fresh pairs, temperature fitted"),
+    ("reward_model", "gain_over_tfidf", "lead over TF-IDF"),
+    ("reward_model", "flip_rate_new_line", "pairs reordered by a rewrite, new line"),
+    ("ppo", "gain/gold", "gold score, paired gain"), ("sft", "before/plain/worked_accuracy", "right, worked, base format, before"),
+    ("evaluation", "ppo/zero_shot_cot-sft/direct/all", "PPO, CoT minus SFT, direct, all"),
+    ("evaluation", "sft/word_problems/direct/finished", "SFT, word_problems, direct, ends by itself"), ("scaling", "alpha", "alpha")])
+def test_metrics_are_called_by_names(stage, metric, name):
+    assert called(stage, metric) == name
+
+
 @pytest.mark.slow
 def test_the_smoke_recipe_has_a_report_without_gaps(smoke):
     folder = smoke.path("report")
     text = (folder / "report.md").read_text()
     assert json.loads((folder / MANIFEST).read_text())["notes"]["missing"] == []
+    unnamed = [f"{stage}: {key}" for stage in STAGES if stage != "scaling" for key in Manifest(smoke.path(stage)).metrics
+               if called(stage, key) == key]
+    assert not unnamed  # what a law's constants are called is their symbols
     gaps = [line for line in text.splitlines() if "not measured" in line and "Money and energy" not in line]
     # Tokens and FLOPs that a stage does not count, in the table of costs; kinds of pairs that do not occur, in that of the gate.
     assert all("GiB" in line or line.endswith("| warn |") for line in gaps), gaps

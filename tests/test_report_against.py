@@ -9,9 +9,11 @@ import pytest
 from reward.annotate import HIDDEN
 from stages.report import ReportConfig, main
 from stages.run import figures, page
+from stages.run.cited import Stage
 from stages.run.config import build_config
 from stages.run.manifest import MANIFEST, Manifest
-from stages.run.story_compare import difference
+from stages.run.story_compare import Side, difference
+from stages.run.story_compare import tell as compare_sides
 from tests.report_runs import Reader, make_runs, rehash, small_figure
 from tests.test_evals_statistics import compare
 
@@ -114,8 +116,24 @@ def test_the_same_problems_are_paired(two, told):
     assert rows["ppo, word_problems, zero_shot_cot"] == [
         f"{100 * sum(c.values()) / 40:.1f} %" for c in cells] + [
         f"{100 * by_hand['difference']:+.1f} points", f"[{100 * low:+.1f}, {100 * high:+.1f}]", "40", f"{by_hand['p']:.2g}"]
-    assert rows["sft, word_problems, direct"][2] == "0.0 points" or rows["sft, word_problems, direct"][2] == "+0.0 points"
+    assert rows["sft, word_problems, direct"][2] == "0.0 points"
     assert len(rows) == 7
+
+
+def test_shares_differ_in_points_and_every_figure_has_words(told):
+    found, _ = told
+    lines = {row[0]: row[1:] for row in rows_of(found.summary)}
+    assert lines["Reward model: fresh pairs ordered right"][2:4] == ["0.0 points", "[-4.2, +4.2]"]
+    names = [row[0] for row in rows_of(section(found, "sft").tables[0])]
+    assert "right, worked, paired change" in names and "loss, base corpus, after" in names and not any("_" in name for name in names)
+
+
+def test_the_very_same_runs_leave_no_empty_table(whole, tmp_path):
+    sides = [Side(name, {s: Stage(Manifest(whole / s)) for s in ReportConfig.PARENTS}) for name in ("first", "second")]
+    found = compare_sides(*sides, tmp_path, paired=compare)
+    assert found.summary.caption == "No key figure to compare: every stage is the very same run on both sides."
+    assert "<table" not in page.table_html(found.summary) and "|" not in "".join(page.table_markdown(found.summary))
+    assert all(table.rows for section in found.sections for table in section.tables)
 
 
 def test_other_problems_are_not_paired(two, told, monkeypatch):

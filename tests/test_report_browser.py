@@ -135,8 +135,8 @@ def test_the_page_of_a_real_pipeline_is_whole(opened, pages, smoke):
     figures = page.evaluate("[...document.querySelectorAll('figure')].map(f => [f.innerText, f.querySelector('img').naturalWidth])")
     assert all(width > 0 for _, width in figures)
     for what in ("of every run of the ladder", "Loss against compute", "the prediction for the main model", "a gap that widens",
-                 "Forgetting", "at each confidence", "Reward and gold score", "Distance from the SFT model", "Both scores against the distance",
-                 "what accuracy costs in tokens"):
+                 "Forgetting", "at each confidence", "Reward and gold score", "Distance from the SFT model",
+                 "Both scores against the distance", "what accuracy costs in tokens"):
         assert any(what in text for text, _ in figures), what
     page.emulate_media(media="print")
     page.set_viewport_size({"width": 718, "height": 1000})

@@ -108,6 +108,13 @@ def test_records_are_simulated_ranked_by_gold_and_never_all_tied(ranked, parents
     assert {"gold_mean", "sample_accuracy", "annotator_flipped_pairs"} <= set(manifest.metrics)
 
 
+def test_samples_that_are_all_alike_say_nothing_of_the_error():
+    rows = [{"pairs": 3, "flipped": 0, "distinct": 3, "correct": 0.0, "gold": gold} for gold in (0.1, 0.2, 0.3)]
+    found = preferences_stage.measure(rows)
+    assert found["sample_accuracy"] == {"value": 0.0, "n": 3} and found["distinct_responses"] == {"value": 3.0, "n": 3}
+    assert found["gold_mean"]["ci95"][0] < found["gold_mean"]["value"] == pytest.approx(0.2)
+
+
 def test_sampling_does_not_depend_on_the_chunks_and_stops_when_there_is_enough(parents, ranked, tmp_path):
     whole, _ = preferences.read(ranked[1].product("preferences"))
     part, _ = preferences.read(rank(parents, tmp_path, chunk_prompts=7, max_responses=12).product("preferences"))
