@@ -2,6 +2,7 @@
 import base64
 import html
 import json
+import math
 import re
 from pathlib import Path
 
@@ -262,6 +263,21 @@ def test_a_product_is_written_as_one(tmp_path, shown):
     assert "50 / (N^0.3 D^0.25)" in page.plain(section.paragraphs[0])
     by_the_law = fit["E"] + 50 / (60_000**0.3 * 150_000**0.25)
     assert page.plain(section.tables[0].rows[0][4]) == f"{by_the_law:.4f}"
+
+
+def test_the_mean_of_two_forms_is_written_as_both(tmp_path, shown):
+    home = make_runs(tmp_path / "tiny", ("scaling", "pretrain"))
+    law_file = home / "scaling" / "fit.json"
+    fit = json.loads(law_file.read_text())
+    product = {"C": 50.0, "a": 0.3, "b": 0.25, "sigma": 0.1, "intervals": {"a": [0.2, 0.4]}}
+    law_file.write_text(json.dumps(fit | {"form": "mean", "product": product}))
+    rehash(home / "scaling")
+    section = tell(home, tmp_path).sections[1]
+    text = page.plain(section.paragraphs[0])
+    assert "the geometric mean of two laws, L = " in text and f" / D^{fit['beta']:.3g} and L = " in text and "50 / (N^0.3 D^0.25)" in text
+    of_sum = fit["E"] + fit["A"] / 60_000**fit["alpha"] + fit["B"] / 150_000**fit["beta"]
+    assert page.plain(section.tables[0].rows[0][4]) == f"{math.sqrt(of_sum * (fit['E'] + 50 / (60_000**0.3 * 150_000**0.25))):.4f}"
+    assert [page.plain(row[0]) for row in section.tables[1].rows] == ["E", "A", "B", "alpha", "beta", "C", "a", "b"]
 
 
 def test_a_ladder_from_before_is_told_without_what_it_did_not_write(tmp_path, shown):
