@@ -138,7 +138,8 @@ def need(model: PreTrainedModel, config: PlanConfig, *, tokens: int, trainable: 
     state = state_bytes(config.engine, devices=config.devices, trainable=counts["total"] if trainable is None else trainable,
                         frozen=frozen, layer=layers // w["L"], outer=counts["embedding"] + counts["head"], frozen_width=4,
                         muon_parameters=matrices_of_layers(model) if muon else 0)
-    return state | {"activations": copies * activation_bytes(w, tokens, checkpointing=checkpointing),
+    return state | {"activations": copies * activation_bytes(w, tokens, checkpointing=checkpointing,
+                                                               autocast=config.engine in ("ddp", "fsdp2")),
                     "logits": logits_bytes(w, tokens), "cache": cache_bytes(w, cache_tokens)}
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.models.counts import build_meta, count_parameters
@@ -14,17 +15,36 @@ from stages.run.config import build_config
 GPT = {"h": 8, "q": 8, "k": 8, "f": 32, "L": 3, "V": 50, "gated": 0, "normed": 0}
 
 
-def test_activations_are_korthikantis_less_dropout_masks():
+def test_activations_are_korthikantis_less_dropout_masks_and_what_transformers_adds():
     # 34 h a token and layer, of which 2 h are the two dropout masks that these decoders do not have
-    assert activation_bytes(GPT, 10, checkpointing=False) == 10 * 3 * 32 * 8
-    assert activation_bytes(GPT, 10, checkpointing=True) == 10 * (3 * 2 * 8 + 32 * 8)
+    assert activation_bytes(GPT, 10, checkpointing=False, autocast=False) == 10 * 3 * (32 + 8) * 8
+    assert activation_bytes(GPT, 10, checkpointing=True, autocast=False) == 10 * (3 * 2 * 8 + (32 + 8) * 8)
+    assert activation_bytes(GPT, 10, checkpointing=True, autocast=True) == 10 * (3 * 4 * 8 + (32 + 18) * 8)
 
 
-def test_activations_of_a_gated_layer_with_grouped_normed_queries():
-    w = {"h": 10, "q": 8, "k": 4, "f": 16, "L": 1, "V": 50, "gated": 1, "normed": 1}
-    attention = 2 * 10 + 2 * 10 + 2 * 8 + 2 * 4 + 2 * 4 + 2 * 8 + 2 * (8 + 4)
-    mlp = 2 * 10 + 2 * 10 + 4 * 2 * 16
-    assert activation_bytes(w, 1, checkpointing=False) == attention + mlp
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_activations_are_what_autograd_keeps(kv_heads, autocast):
+    """Of a layer of Qwen3 in bf16: bytes of the tensors that are saved, less parameters and their casts."""
+    def kept(layers):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+            "qwen3", vocab_size=64, hidden_size=128, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=kv_heads,
+            head_dim=32, intermediate_size=384), attn_implementation="sdpa", dtype=torch.float32 if autocast else torch.bfloat16)
+        own, storages = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+        ids = torch.randint(64, (4, 128))
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(input_ids=ids, labels=ids, use_cache=False)
+        assert out.loss.requires_grad
+        casts = 2 * sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2) if autocast else 0
+        return sum(size for pointer, size in storages.items() if pointer not in own) - casts, widths(model)
+
+    (many, w), (few, _) = kept(4), kept(2)
+    assert activation_bytes({**w, "L": 2}, 4 * 128, checkpointing=False, autocast=autocast) == pytest.approx(many - few, rel=0.02)
 
 
 def test_logits_and_cache():

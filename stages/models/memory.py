@@ -17,7 +17,10 @@ Activations, following the count of Korthikanti et al. 2022 (arXiv 2205.05198, s
 attention that does not keep its scores (sdpa, flash), and grouped queries: bytes a token and layer
     attention  2 (h + h + q + 2k + q), and 2 (q + k) more with normed queries and keys
     MLP        2 (h + h + 2f), or 2 (h + h + 4f) when gated
-For q = k = h and f = 4h that is 32 h: their 34 h less the two dropout masks. With checkpointing 2 h, and one layer in full.
+For q = k = h and f = 4h that is 32 h: their 34 h less the two dropout masks. transformers keeps more, counted from its layers:
+    norms      8 h more, since they work in fp32, and 4 (q + k) where queries and keys have some
+    autocast   10 h more (ddp, fsdp2): the residual stream is fp32, and each of q, k, v, gate and up casts its input for itself
+With checkpointing 2 h (autocast: 4 h), and one layer in full.
 Logits take 14 V a token: bf16 logits 2, log-probabilities in fp32 4, two gradients in fp32 4 each.
 """
 from typing import Literal
@@ -75,12 +78,12 @@ def widths(model: PreTrainedModel) -> dict[str, int]:
             "gated": int(gated), "normed": int(any("q_norm" in name for name in names))}
 
 
-def activation_bytes(w: dict[str, int], tokens: int, *, checkpointing: bool) -> int:
+def activation_bytes(w: dict[str, int], tokens: int, *, checkpointing: bool, autocast: bool) -> int:
     """Bytes of activations kept for the backward pass of `tokens` tokens; see the head of this file."""
-    attention = 2 * (2 * w["h"] + 2 * w["q"] + 2 * w["k"]) + (2 * (w["q"] + w["k"]) if w["normed"] else 0)
+    attention = 2 * (2 * w["h"] + 2 * w["q"] + 2 * w["k"]) + (6 * (w["q"] + w["k"]) if w["normed"] else 0)
     mlp = 2 * (2 * w["h"] + (4 if w["gated"] else 2) * w["f"])
-    per_token = w["L"] * 2 * w["h"] + attention + mlp if checkpointing else w["L"] * (attention + mlp)
-    return tokens * per_token
+    layer = attention + mlp + (18 if autocast else 8) * w["h"]
+    return tokens * (w["L"] * (4 if autocast else 2) * w["h"] + layer if checkpointing else w["L"] * layer)
 
 
 def logits_bytes(w: dict[str, int], tokens: int) -> int:
