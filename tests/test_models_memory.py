@@ -48,7 +48,7 @@ def test_activations_are_what_autograd_keeps(kv_heads, autocast):
 
 
 def test_logits_and_cache():
-    assert logits_bytes(GPT, 10) == 14 * 50 * 10
+    assert logits_bytes(GPT, 10) == 12 * 50 * 10
     assert cache_bytes(GPT, 10) == 10 * 3 * 2 * 8 * 2  # keys and values, bf16
 
 

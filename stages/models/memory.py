@@ -21,7 +21,7 @@ For q = k = h and f = 4h that is 32 h: their 34 h less the two dropout masks. tr
     norms      8 h more, since they work in fp32, and 4 (q + k) where queries and keys have some
     autocast   10 h more (ddp, fsdp2): the residual stream is fp32, and each of q, k, v, gate and up casts its input for itself
 With checkpointing 2 h (autocast: 4 h), and one layer in full.
-Logits take 14 V a token: bf16 logits 2, log-probabilities in fp32 4, two gradients in fp32 4 each.
+Logits take 12 V a token: log-probabilities in fp32 4, two gradients in fp32 4 each; the bf16 logits are gone when the backward pass begins.
 """
 from typing import Literal
 
@@ -87,7 +87,7 @@ def activation_bytes(w: dict[str, int], tokens: int, *, checkpointing: bool, aut
 
 
 def logits_bytes(w: dict[str, int], tokens: int) -> int:
-    return 14 * w["V"] * tokens
+    return 12 * w["V"] * tokens
 
 
 def cache_bytes(w: dict[str, int], tokens: int) -> int:
