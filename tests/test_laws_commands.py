@@ -1,5 +1,6 @@
 """The laws' subcommands: one JSON object each, one line on bad input and nothing written; tables read with their faults named."""
 import json
+import os
 import subprocess
 import sys
 
@@ -80,6 +81,16 @@ def test_figures_are_told_in_one_line_too(runs, tmp_path, capsys):
 def test_what_is_no_command_says_which_there_are(arguments, message):
     done = subprocess.run([sys.executable, "-m", "stages.scaling", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == "" and done.stderr == f"error: {message}\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(runs, tmp_path):
+    assert command(["fit", runs, *SELECT, "--out", str(tmp_path / "fit.json")]) == 0
+    ask = [sys.executable, "-m", "stages.scaling", "predict", str(tmp_path / "fit.json"), "--params", "9e5", "--tokens", "1.6e6"]
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does
+    done = subprocess.run(ask, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.returncode == 0 and done.stderr.startswith("loss ") and "error" not in done.stderr and "Broken" not in done.stderr
 
 
 def test_conventions_travel_with_the_fit(runs, tmp_path, capsys):

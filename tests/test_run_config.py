@@ -81,6 +81,7 @@ def test_a_recipe_named_alone_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = load_config(Example, ["--recipe", "tiny", "--hidden-size", "32"])
     assert (found.learning_rate, found.hidden_size, found.recipe) == (2e-3, 32, "tiny")
+    assert load_config(Example, ["--recipe", "100", "--run-dir", "7"]).recipe == "100"  # a name, whatever it looks like
     assert load_config(Example, ["--recipe", "other"]).learning_rate == 1e-3  # no such file
 
 

@@ -3,14 +3,12 @@ import hashlib
 import inspect
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm import tqdm
 
 from prompts import strategies
 from prompts.allocation import budgeted
@@ -29,7 +27,7 @@ from stages.evals.tasks import Task
 from stages.evals.vllm_engine import check_installed
 from stages.models.training import barrier, rank, world_size
 from stages.run.config import StageConfig, fill, option
-from stages.run.console import table
+from stages.run.console import progress, table
 from stages.run.manifest import Run, hash_data, is_main, say
 
 MODELS = {"base": ("pretrain", False), "base_chat": ("pretrain", True), "sft": ("sft", True), "ppo": ("ppo", True),
@@ -223,8 +221,8 @@ def ask(config: AskingConfig, run_: Run, tasks: Sequence[Task]) -> None:
         if "reward_model" in run_.parents else None
     total = sum(at_most(config, row, cell[2])[0] for cell in missing for row in _share(cell, missing, by_name[cell[1]].rows)
                 if row["id"] not in done[cell])
-    with tqdm(total=total, desc="answers", disable=not is_main(), leave=False,
-              mininterval=.5 if sys.stderr.isatty() else 10) as bar:  # gone before an error is said
+    bar: Any = progress((), "answers", total=total)
+    with bar:  # gone before an error is said
         for parent in dict.fromkeys(MODELS[model][0] for model, _, _ in missing):
             chosen = [cell for cell in missing if MODELS[cell[0]][0] == parent]
             backend: Backend = LocalModel(

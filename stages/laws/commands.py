@@ -2,6 +2,7 @@
 import argparse
 import difflib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,14 +106,16 @@ def command(arguments: list[str], description: str | None = None) -> int:
     a = parser_of(description).parse_args(arguments)
     try:
         result = {"fit": fit, "holdout": hold_out, "isoflop": isoflop, "predict": ask, "plan": spend, "emergence": jumps}[a.command](a)
-        print(json.dumps(result, indent=1, allow_nan=False))
+        text = json.dumps(result, indent=1, allow_nan=False)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if told := brief(result):
-        print(told, file=sys.stderr)
-    for text in result.get("warnings", ()):
-        print(f"warning: {text}", file=sys.stderr)
+    for line in [*filter(None, [brief(result)]), *(f"warning: {each}" for each in result.get("warnings", ()))]:
+        print(line, file=sys.stderr)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -135,8 +135,8 @@ def warnings(fit: Mapping[str, Any], N: Array, D: Array, theta: Array) -> list[s
     shares = np.array([row[4] / (row[3] + row[4]) for row in fit["draws"]] or [0.5])
     low, high = np.quantile(shares, [0.025, 0.975])
     if abs(correlation) > 0.98 or high - low > 0.4:
-        found.append(f"alpha and beta are not separately identified: log N and log D correlate at {correlation:.2f}, and the exponent of "
-                     f"the optimal N, beta / (alpha + beta), is anything from {low:.2f} to {high:.2f}")
+        found.append("alpha and beta are not separately identified: the exponent of the optimal N, beta / (alpha + beta), is anything from "
+                     f"{low:.2f} to {high:.2f} (log N and log D correlate at {correlation:.2f})")
     if fit["num_runs"] < min(fit["num_points"], 10):
         found.append(f"{fit['num_runs']} training runs: too few for intervals over runs to be trusted")
     return found

@@ -117,18 +117,20 @@ def train_ladder(ladder: dict[str, PretrainConfig], flops: Mapping[str, float], 
     for name in order:
         settings = nested(ladder[name], name, run)
         barrier()
-        trained = not known(settings, run)
-        if trained:
-            pace.begins(name)
+        if known(settings, run):
+            manifests[name] = Manifest(settings.run_dir)
+            pace.ends(name, trained=False)
+            continue
+        pace.begins(name)
         manifests[name] = pretrain(settings)
         barrier()
-        pace.ends(name, trained=trained)
+        pace.ends(name, trained=True)
     return manifests
 
 
 def known(config: PretrainConfig, run: Run) -> bool:
-    """Whether a run of the ladder is there, finished, with these settings."""
-    if not (Path(config.run_dir) / MANIFEST).is_file():
+    """Whether a run of the ladder is there, finished, with these settings. One that was upcycled `pretrain` has to look at."""
+    if config.upcycle or not (Path(config.run_dir) / MANIFEST).is_file():
         return False
     identity = Manifest(config.run_dir).data["identity"]
     return (identity["config"], identity["parents"]) == (config.fingerprinted(), run.identity["parents"])
@@ -137,11 +139,12 @@ def known(config: PretrainConfig, run: Run) -> bool:
 def at_once(ladder: dict[str, PretrainConfig], order: Sequence[str], run: Run, jobs: int, pace: Pace) -> None:
     """Train the runs of a ladder `jobs` at a time, each as a stages.pretrain of its own with its share of the cores.
 
-    The dear ones begin, so that none is left to train alone; a branch waits for the run it goes on from. What a run prints goes to
-    <ladder>/logs/<name>.txt. Raises ValueError when one stops, after the others have saved what they had.
+    The dear ones begin, so that none is left to train alone; a branch waits for the run it goes on from. Raises ValueError when one
+    stops, after the others have saved what they had.
     """
     logs = run.directory / "logs"
     logs.mkdir(exist_ok=True)
+    say(f"{jobs} runs train at a time, with {max(1, cores() // jobs)} threads each; what they print goes to {logs}")
     waiting, finished = list(reversed(order)), set[str]()
     at_work: dict[str, subprocess.Popen] = {}
     environment = {"ACCELERATE_MIXED_PRECISION": "no", **os.environ, "OMP_NUM_THREADS": str(max(1, cores() // jobs))}  # dies with this one
@@ -166,6 +169,7 @@ def at_once(ladder: dict[str, PretrainConfig], order: Sequence[str], run: Run, j
                     lines = (logs / f"{name}.txt").read_text(encoding="utf-8", errors="replace").split("\n")
                     raise ValueError(f"the ladder's run {name} stopped: {next(filter(None, reversed(lines)), 'it said nothing')}")
                 pace.ends(name, trained=True)
+                say(f"{name} is finished: held-out loss {Manifest(run.directory / name).metrics['heldout_loss']['value']:.4f}")
                 finished.add(name)
     finally:
         for process in at_work.values():

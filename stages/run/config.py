@@ -210,6 +210,8 @@ def parse_flags(argv: list[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
+        if target in ("recipe", "run_dir"):  # names, which may look like numbers
+            value = text
         if rest:
             values.setdefault(target, {})[".".join(rest)] = value
         else:
