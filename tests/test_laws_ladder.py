@@ -122,16 +122,14 @@ def test_longer_ladder_reuses_the_shorter_one(ladder, prepared, tmp_path, monkey
     original = pretraining.pretrain
 
     def watched(config, **kwargs):
-        trained.append((config.hidden_size, config.tokens, original(config, **kwargs).data["provenance"]["started"]))
-        return Manifest(config.run_dir)
+        trained.append((config.hidden_size, config.tokens))
+        return original(config, **kwargs)
 
     monkeypatch.setattr(ladder_module, "pretrain", watched)
     before = {path.parent.name: Manifest(path.parent).data["provenance"]["started"] for path in ladder.path.glob("*/manifest.json")}
-    scaling.main(config_for(prepared, tmp_path / "scaling", tokens=[1024, 2048, 4096, 512]))
-    assert len(trained) == 12
-    for size, tokens, started in trained:
-        if tokens != 512:
-            assert started == before[f"d{size}-{tokens}"]
+    longer = scaling.main(config_for(prepared, tmp_path / "scaling", tokens=[1024, 2048, 4096, 512]))
+    assert trained == [(16, 512), (24, 512), (32, 512)]
+    assert {name: Manifest(longer.path / name).data["provenance"]["started"] for name in before} == before and longer.counts["runs"] == 12
 
 
 BRANCHES = PRETRAIN + "schedule: wsd\nwarmup_tokens: 512\neasy_tokens: 512\n"
