@@ -13,8 +13,9 @@ from stages.run import workers
 
 ROOT = Path(__file__).resolve().parent.parent
 PARENT = """
-import os, sys, time
+import os, signal, sys, time
 from stages.run import preemption, workers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the suite runs in the background it is ignored
 workers.ALONE_S = -1
 preemption.listen(sys.argv[1])
 
@@ -32,7 +33,11 @@ except KeyboardInterrupt:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
+    """Processes at once, and none of them left afterwards; other tests' may still be there."""
     monkeypatch.setattr(workers, "ALONE_S", -1)
+    before = psutil.Process().children()
+    yield
+    assert set(psutil.Process().children()) <= set(before)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
@@ -48,7 +53,6 @@ def test_results_come_in_order_with_what_each_is_of(count):
     assert [(item, result[0]) for item, result in found] == [(i, i * i) for i in range(20)]
     assert {result[1] for _, result in found} == {0}  # a worker begins with what was learned before it
     assert len({result[2] for _, result in found} - {os.getpid()}) == (count if count > 1 else 0)
-    assert not psutil.Process().children()
 
 
 def test_little_work_starts_no_process(monkeypatch):
@@ -69,7 +73,6 @@ def test_a_killed_worker_is_one_clear_line():
 
     with pytest.raises(ValueError, match=r"^a worker process was killed, .*: give fewer with --workers \(1: none\)$"):
         list(workers.spread(work, range(20), 2))
-    assert not psutil.Process().children()
 
 
 def test_what_work_raises_is_raised_here():
@@ -79,7 +82,6 @@ def test_what_work_raises_is_raised_here():
     with pytest.raises(ValueError, match="bad row 1"):
         for _ in workers.spread(lambda item: item and work(item), range(20), 2):
             pass
-    assert not psutil.Process().children()
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
