@@ -12,7 +12,7 @@ ACCELERATE ?= $(if $(filter 0,$(GPUS)),cpu,$(if $(filter 1,$(GPUS)),gpu,ddp))
 MAIN_PORT ?= 29500
 NODES = $(if $(NUM_MACHINES),--num_machines $(NUM_MACHINES) --machine_rank $(MACHINE_RANK) --main_process_ip $(MAIN_ADDRESS) \
 	--main_process_port $(MAIN_PORT) --num_processes $(shell expr $(NUM_MACHINES) \* $(GPUS)))
-PROCESSES = $(if $(NUM_MACHINES),,$(if $(filter-out cpu cpu-2 gpu,$(ACCELERATE)),--num_processes $(GPUS)))
+PROCESSES = $(if $(NUM_MACHINES),,$(if $(filter-out cpu cpu-bf16 cpu-2 gpu,$(ACCELERATE)),--num_processes $(GPUS)))
 
 PY := .venv/bin/python
 PIP = $(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS)

@@ -8,6 +8,7 @@ import warnings
 import pytest
 
 from stages.run.checkpoint import read_metrics
+from stages.run.entry import cpu_has_bf16
 from stages.run.manifest import MANIFEST
 
 pytestmark = pytest.mark.slow
@@ -85,6 +86,16 @@ def test_two_processes_train_as_one(smoke, stage, tmp_path):
                 assert b[key] == pytest.approx(a[key], rel=LOSS_REL, abs=LOSS_ABS), (a["step"], key)
                 compared += 1
     assert compared >= 3
+
+
+def test_bf16_trains_nearly_as_float32_and_is_recorded(smoke, tmp_path):
+    whole = manifest(smoke.path("pretrain"))
+    said = smoke.run("pretrain", "--run-dir", str(tmp_path / "run"), accelerate="cpu-bf16").stdout
+    rounded = manifest(tmp_path / "run")
+    assert [made["provenance"]["precision"] for made in (whole, rounded)] == ["no", "bf16"]
+    losses = [made["metrics"]["heldout_loss"]["value"] for made in (whole, rounded)]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert ("no instructions for bf16" in said) is not cpu_has_bf16()
 
 
 @pytest.mark.parametrize(("stage", "moment"), [

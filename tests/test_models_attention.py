@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from stages.data.packing import PackedCollator, pack
+from stages.models import attention
 from stages.models.attention import DOCUMENTS, GROUPS, SAME, FastAttention, Turned, attend, documents, paired, speed_up
 from tests.rl_tiny import policy
 
@@ -148,8 +149,32 @@ def test_what_is_no_attention_within_documents_or_no_plain_projection_is_left_to
     torch.testing.assert_close(results(model, batch)["loss"], loss)
     assert len(calls) == 2 * model.config.num_hidden_layers
     calls.clear()
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(results(model, batch)["loss"], loss, atol=0.05, rtol=0)
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     assert abs(results(adapted, batch)["loss"] - loss) > 1e-3, "what adapters add is passed over"
     assert not calls
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_under_autocast_what_lies_between_projections_stays_in_float32(fast, monkeypatch):
+    """On a CPU the backward pass of attention in bf16 takes four times as long as in float32."""
+    model = policy()
+    model.set_attn_implementation(DOCUMENTS)
+    if fast:
+        speed_up(model)
+    batch = packed_batch([3, 5, 11, 30], 64)
+    batch["input_ids"], batch["labels"] = batch["input_ids"] % 20, batch["labels"].where(batch["labels"] < 0, batch["labels"] % 20)
+    whole, types, inside = results(model, batch), set(), attention.scaled_dot_product_attention
+
+    def watched(*tensors, **more):
+        out = inside(*tensors, **more)
+        types.update(tensor.dtype for tensor in (*tensors, out))
+        return out
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", watched)
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda _, __, out: types.add((out.dtype,)))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = results(model, batch)
+    assert types == {torch.float32, (torch.bfloat16,)}
+    assert rounded["loss"] != whole["loss"] and rounded["loss"] == pytest.approx(float(whole["loss"]), abs=0.02)
+    for name, expected in whole.items():
+        assert torch.cosine_similarity(rounded[name].flatten(), expected.flatten(), dim=0) > 0.99, name

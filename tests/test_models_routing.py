@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from stages.data.packing import PackedCollator, pack, to_dataset
+from stages.models import optimizer
 from stages.models.attention import DOCUMENTS
 from stages.models.counts import count_parameters
 from stages.models.optimizer import build_optimizer, of_products, orthogonalize
@@ -22,7 +23,7 @@ from stages.models.sizes import MIXTURES, build_decoder, decoder_config
 from stages.models.training import fit, training_arguments
 from stages.models.upcycling import upcycle
 from stages.run.checkpoint import read_metrics
-from tests.rl_tiny import END, PAD, tokenizer
+from tests.rl_tiny import END, PAD, policy, tokenizer
 
 NO_Z = {"balance_coef": 1.0, "z_coef": 0.0}
 
@@ -300,6 +301,18 @@ def test_muon_takes_experts_one_by_one():
     bf16 = of_products("cpu")
     torch.testing.assert_close(moved, 0.1 * 1.5 ** 0.5 * orthogonalize(gate, dtype=bf16), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(before[1][1] - experts.down_proj[1], 0.1 * orthogonalize(down, dtype=bf16), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_muon_multiplies_matrices_in_bf16_where_the_training_is(bf16, monkeypatch):
+    types = []
+    monkeypatch.setattr(optimizer, "of_products", lambda device: torch.bfloat16)
+    monkeypatch.setattr(optimizer, "orthogonalize", lambda update, dtype: types.append(dtype) or orthogonalize(update, dtype=dtype))
+    model = policy()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    build_optimizer(model, matrix_lr=0.1, lr=0.1, bf16=bf16).step()
+    assert set(types) == {torch.bfloat16 if bf16 else None}
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 24), (2, 2, 24, 40), (24, 24)])

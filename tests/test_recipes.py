@@ -31,7 +31,7 @@ def config_class(stage: str) -> type[StageConfig]:
 
 def test_there_are_recipes():
     assert {"100m", "1b", "10b"} <= {path.parent.name for path in FILES}
-    assert {path.stem for path in LAUNCHES} == {"cpu", "cpu-2", "gpu", "ddp", "fsdp2", "hsdp", "zero2", "zero3"}
+    assert {path.stem for path in LAUNCHES} == {"cpu", "cpu-bf16", "cpu-2", "gpu", "ddp", "fsdp2", "hsdp", "zero2", "zero3"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -208,11 +208,11 @@ def test_a_misspelt_nested_key_would_be_noticed():
 def test_launch_configs_ask_for_what_their_names_say():
     configs = {path.stem: load_config_from_file(str(path)) for path in LAUNCHES}
     types = {name: config.distributed_type.value for name, config in configs.items()}
-    assert types == {"cpu": "NO", "cpu-2": "MULTI_GPU", "gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "hsdp": "FSDP",
+    assert types == {"cpu": "NO", "cpu-bf16": "NO", "cpu-2": "MULTI_GPU", "gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "hsdp": "FSDP",
                      "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
     for name, config in configs.items():
         assert config.use_cpu == name.startswith("cpu")
-        assert config.mixed_precision == ("no" if name.startswith("cpu") else "bf16")
+        assert config.mixed_precision == ("no" if name in ("cpu", "cpu-2") else "bf16")
         if config.num_processes > 1:
             assert config.rdzv_backend == "static"
     assert configs["cpu-2"].num_processes == 2

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from stages.run import entry
 from stages.run.config import StageConfig, build_config, read_yaml
@@ -107,6 +108,18 @@ def test_two_processes_say_one_line(tmp_path, who, line):
     said = [text for text in done.stderr.splitlines() if text.startswith("error")]
     assert done.returncode != 0 and len(said) == 1 and said[0].startswith(line), done.stderr[-2000:]
     assert "preempted" not in done.stderr and not list(tmp_path.rglob("PREEMPTED"))  # the launcher's SIGTERM to the rest is none of that
+
+
+@pytest.mark.parametrize(("precision", "has", "warned"), [("bf16", False, True), ("bf16", True, False), ("no", False, False)])
+def test_a_processor_without_bf16_is_named(precision, has, warned, monkeypatch, capsys):
+    monkeypatch.setattr(entry, "promised", lambda: {"file": "a.yaml", "num_processes": 1, "mixed_precision": precision})
+    monkeypatch.setattr(entry, "cpu_has_bf16", lambda: has)
+    threads = torch.get_num_threads()
+    try:
+        entry.start_processes()
+    finally:
+        torch.set_num_threads(threads)
+    assert ("no instructions for bf16" in capsys.readouterr().out) is (warned and not torch.cuda.is_available())
 
 
 @pytest.mark.parametrize(("seen", "processes", "left"), [(None, None, "0"), ("2,3", "1", "2"), ("", None, ""), ("2,3", "2", "2,3")])

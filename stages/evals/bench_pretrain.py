@@ -43,7 +43,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "adamw, eager": (ADAMW | {"attn_implementation": "eager"}, "the same, written out"),
     "adamw, compile": (ADAMW | {"torch_compile": True}, "torch.compile"),
     "adamw, sdpa, compile": (ADAMW | {"attn_implementation": "sdpa", "torch_compile": True}, "torch.compile of all, under a mask"),
+    "muon, bf16": ({"bf16": True}, "autocast to bf16, Muon's products too"),
     "adamw, bf16": (ADAMW | {"bf16": True}, "autocast to bf16"),
+    "adamw, bf16, compile": (ADAMW | {"bf16": True, "torch_compile": True}, "both"),
     "transformers": (ADAMW | {"attn_implementation": "sdpa"}, "plain Trainer and decoder; documents see one another")}
 PHASES, RATES = ("data", "forward", "backward", "optimizer"), "rates"
 ARGUMENTS = ("torch_compile", "bf16")  # of Trainer; the rest are a PretrainConfig's
@@ -271,7 +273,7 @@ def launcher(name: str | None) -> list[str]:
     gpus = torch.cuda.device_count()
     if not gpus and not name.startswith("cpu"):
         raise ValueError(f"launch {name} needs a GPU, and torch sees none here: run this on a machine that has one (docs/gpus.md)")
-    count = {"cpu": 1, "cpu-2": 2, "gpu": 1}.get(name, gpus)
+    count = {"cpu": 1, "cpu-bf16": 1, "cpu-2": 2, "gpu": 1}.get(name, gpus)
     return ["-m", "accelerate.commands.launch", "--config_file", f"recipes/accelerate/{name}.yaml", "--num_processes",
             str(count)]
 

@@ -85,11 +85,14 @@ def places(position_ids: Tensor | None, attention_mask: Tensor | None, rows: int
 
 def within(query: Tensor, key: Tensor, value: Tensor, where: Documents, scaling: float | None, dropout: float) -> Tensor:
     """Heads (M, H or fewer, d) at the places of documents to their attention (B T, H, d)."""
+    if query.device.type == "cpu":  # the backward pass of bf16 takes four times as long
+        query, key, value = (x.float() if x.dtype == torch.bfloat16 else x for x in (query, key, value))
     made = []
     sizes = [n * length for n, length in where.shapes]
     for (n, length), *parts in zip(where.shapes, *(x.split(sizes) for x in (query, key, value)), strict=True):
         q, k, v = (part.unflatten(0, (n, length)).transpose(1, 2) for part in parts)
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=q.size(1) != k.size(1))
+        with torch.autocast("cpu", enabled=False):
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=q.size(1) != k.size(1))
         made.append(out.transpose(1, 2).flatten(0, 1))
     return _Rearrange.apply(torch.cat(made), where.back, where.index, where.padding)
 
@@ -154,7 +157,10 @@ class Turned(torch.autograd.Function):
 
 
 class FastAttention(nn.Module):
-    """Put before a class of `SAME`; whatever is not attention within documents, of float32 on a CPU by plain projections, goes on to it."""
+    """Put before a class of `SAME`; whatever is not attention within documents, of float32 on a CPU by plain projections, goes on to it.
+
+    Under autocast the projections are in bf16 and what lies between them, norms and positions included, in float32.
+    """
 
     config: Any
     q_proj: Any
@@ -170,7 +176,7 @@ class FastAttention(nn.Module):
         projections = self.q_proj, self.k_proj
         cos, sin = position_embeddings
         if (torch.compiler.is_compiling() or self.config._attn_implementation != DOCUMENTS or past_key_values is not None
-                or any(type(p) is not nn.Linear or p.bias is not None for p in projections) or torch.is_autocast_enabled("cpu")
+                or any(type(p) is not nn.Linear or p.bias is not None for p in projections)
                 or hidden_states.device.type != "cpu" or not hidden_states.dtype == self.q_proj.weight.dtype == torch.float32):
             return super().forward(hidden_states=hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask,
                                    past_key_values=past_key_values, position_ids=position_ids, **more)
@@ -179,11 +185,11 @@ class FastAttention(nn.Module):
         turn = torch.complex(cos, sin)[..., :size // 2].expand(rows, -1, -1).reshape(rows * length, 1, -1)
         flat = hidden_states.flatten(0, 1)
         norms: list[Any] = [getattr(self, "q_norm", None), getattr(self, "k_norm", None)]
-        query, key = (Turned.apply(linear(flat, paired(p.weight, size)).unflatten(-1, (-1, size)),
+        query, key = (Turned.apply(linear(flat, paired(p.weight, size)).float().unflatten(-1, (-1, size)),
                                    None if norm is None else paired(norm.weight, size), turn,
                                    0.0 if norm is None else norm.variance_epsilon, where)
                       for p, norm in zip(projections, norms, strict=True))
-        value = _Rearrange.apply(self.v_proj(flat).unflatten(-1, (-1, size)), where.index, where.back, None)
+        value = _Rearrange.apply(self.v_proj(flat).float().unflatten(-1, (-1, size)), where.index, where.back, None)
         out = within(query, key, value, where, self.scaling, self.attention_dropout if self.training else 0.0)
         return self.o_proj(out.reshape(rows, length, -1)), None
 

@@ -2,8 +2,9 @@
 
 Muon orthogonalises the momentum of each matrix by a quintic Newton-Schulz iteration (Jordan et al. 2024,
 kellerjordan.github.io/posts/muon). Matrices of one shape are stacked and orthogonalised in batched products: at the
-tiny sizes the cost is in the number of calls, not in the arithmetic. Of experts it is the arithmetic, which goes with all parameters while
-a step's own goes with those visited: there products are of bf16, in which the method was published, where the device is faster at them.
+tiny sizes the cost is in the number of calls, not in the arithmetic. Where it is the arithmetic, products are of bf16, in which the method
+was published, if the device is faster at them: of experts, which all take part while a step's own goes with those visited, and of all
+matrices where the training is in bf16.
 """
 import functools
 import math
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from transformers import PreTrainedModel
+
+from stages.run.entry import cpu_has_bf16
 
 TOGETHER = 1 << 17  # numbers that are orthogonalised at once: with what comes of them they stay in a core's cache
 PAIRED = "experts.gate_up_proj"  # (E, 2 f, h) in transformers: gate above up
@@ -25,10 +28,8 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 @functools.cache
 def of_products(device_type: str) -> torch.dtype:
-    """The type in which experts are orthogonalised: bf16 where the device has instructions for its products, else float32."""
-    has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    native = device_type != "cpu" or has.get("avx512_bf16") or has.get("amx_bf16")
-    return torch.bfloat16 if native else torch.float32
+    """The type in which products are quick: bf16 where the device has instructions for its products, else float32."""
+    return torch.bfloat16 if device_type != "cpu" or cpu_has_bf16() else torch.float32
 
 
 def orthogonalize(update: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
@@ -54,10 +55,12 @@ class MuonAdamW(torch.optim.Optimizer):
     """Groups with `muon=True` take Muon steps, the others AdamW steps; state and schedules work as in any optimizer.
 
     Group keys: `lr`, `muon`, `momentum` and `parts`, into which rows divide as matrices of their own (Muon), `betas`, `eps` (AdamW),
-    `weight_decay` (decoupled, both). Parameters of more than two dimensions, stacked experts, are stacks of matrices.
+    `weight_decay` (decoupled, both). Parameters of more than two dimensions, stacked experts, are stacks of matrices. `bf16`: the
+    training is in bf16.
     """
 
-    def __init__(self, groups: list[dict], *, weight_decay: float = 0.0):
+    def __init__(self, groups: list[dict], *, weight_decay: float = 0.0, bf16: bool = False):
+        self.bf16 = bf16
         super().__init__(groups, {"lr": 0.0, "muon": False, "momentum": 0.95, "parts": 1, "betas": (0.8, 0.95), "eps": 1e-8,
                                   "weight_decay": weight_decay})
 
@@ -87,7 +90,7 @@ class MuonAdamW(torch.optim.Optimizer):
             scale = group["lr"] * max(1.0, update.size(-2) / shape[-1]) ** 0.5
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            update = orthogonalize(update, dtype=of_products(update.device.type) if len(shape) == 3 else None)
+            update = orthogonalize(update, dtype=of_products(update.device.type) if self.bf16 or len(shape) == 3 else None)
             torch._foreach_add_(params, list(update.flatten(-3, -2)), alpha=-scale)
 
     def _adamw(self, group: dict) -> None:
@@ -105,7 +108,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(model: PreTrainedModel, *, matrix_lr: float, lr: float, embedding_lr_factor: float = 10.0,
-                    weight_decay: float = 0.0) -> MuonAdamW:
+                    weight_decay: float = 0.0, bf16: bool = False) -> MuonAdamW:
     """Muon for the matrices inside the decoder layers, AdamW for embedding (at `embedding_lr_factor` times `lr`), head and norms.
 
     An expert's gate and up projection, which transformers keeps in one tensor, are two matrices as in a dense MLP.
@@ -121,4 +124,4 @@ def build_optimizer(model: PreTrainedModel, *, matrix_lr: float, lr: float, embe
         {"params": matrices, "lr": matrix_lr, "muon": True},
         *([{"params": pairs, "lr": matrix_lr, "muon": True, "parts": 2}] if pairs else []),
         {"params": [embedding], "lr": lr * embedding_lr_factor},
-        {"params": rest, "lr": lr}], weight_decay=weight_decay)
+        {"params": rest, "lr": lr}], weight_decay=weight_decay, bf16=bf16)

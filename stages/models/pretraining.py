@@ -115,7 +115,8 @@ class PretrainTrainer(Resumable, Trainer):
         if self.optimizer is None:
             width_factor = min(1.0, c.matrix_lr_width / c.hidden_size) if c.matrix_lr_width else 1.0
             self.optimizer = build_optimizer(self.model, matrix_lr=c.matrix_lr * width_factor, lr=c.learning_rate,
-                                             embedding_lr_factor=c.embedding_lr_factor, weight_decay=c.weight_decay)
+                                             embedding_lr_factor=c.embedding_lr_factor, weight_decay=c.weight_decay,
+                                             bf16=self.args.bf16)
         return self.optimizer
 
     def evaluate(self, *args, **kwargs):

@@ -127,7 +127,7 @@ class RankedRewardTrainer(Resumable, RewardTrainer):
         if self.muon is None:
             return super().create_optimizer(model) if model is not None else super().create_optimizer()
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.model, **self.muon)
+            self.optimizer = build_optimizer(self.model, **self.muon, bf16=self.args.bf16)
             head = self.model.score.weight  # a row: orthogonalised, it would move by the full rate at every step
             matrices, _, rest = self.optimizer.param_groups
             matrices["params"] = [p for p in matrices["params"] if p is not head]

@@ -66,15 +66,14 @@ def share_batch(global_batch: int, processes: int, name: str) -> int:
 def training_arguments(run: Run, *, seed: int, report_to: str = "none", logging_steps: int, save_steps: int, **more: Any) -> dict[str, Any]:
     """Keyword arguments common to every TrainingArguments subclass; `more` wins.
 
-    Precision follows the launch config: bf16 where it says so and a GPU is there. `gradient_checkpointing` goes by the name
-    that the installed transformers has for it.
+    Precision follows the launch config. `gradient_checkpointing` goes by the name that the installed transformers has for it.
     """
     transformers.logging.set_verbosity_error()
     cpu = not torch.cuda.is_available()
     common = {
         "output_dir": str(run.directory / "checkpoints"), "seed": seed, "data_seed": seed, "report_to": report_to,
         "use_cpu": cpu, "ddp_backend": "gloo" if cpu and world_size() > 1 else None, "ddp_find_unused_parameters": False,
-        "bf16": not cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16", "dataloader_pin_memory": not cpu,
+        "bf16": os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16", "dataloader_pin_memory": not cpu,
         "logging_steps": logging_steps, "logging_first_step": True, "logging_nan_inf_filter": False, "disable_tqdm": True,
         "save_strategy": "steps", "save_steps": save_steps, "save_total_limit": 2, "remove_unused_columns": False}
     if report_to != "none":  # by this name a tracker finds an interrupted run again, and tells a changed one from it

@@ -184,8 +184,18 @@ def start_processes() -> None:
         raise ValueError(f"{launch_config.get('file', 'the launch')} asks for {asked} processes but {state.num_processes} joined: "
                          "on CPU use recipes/accelerate/cpu-2.yaml (distributed_type MULTI_GPU with use_cpu)")
     if cpu and launch_config:
+        if launch_config.get("mixed_precision") == "bf16" and is_main() and not cpu_has_bf16():
+            say("this processor has no instructions for bf16 (avx512_bf16, amx_bf16): recipes/accelerate/cpu.yaml is likely faster")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", str(state.num_processes)))
         torch.set_num_threads(max(1, cores() // local))  # the launcher sets one thread: half the speed
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor has instructions for products of bf16, as far as torch can tell."""
+    import torch
+
+    has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def cores() -> int:

@@ -159,7 +159,7 @@ def provenance(started: float, attempts: int) -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(status) if status is not None else None,
             "versions": versions, "python": platform.python_version(), "hardware": hardware(),
             "wall_s": round(time.time() - started, 1), "attempts": attempts, "peak_rss_bytes": peak,
-            "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+            "world_size": int(os.environ.get("WORLD_SIZE", "1")), "precision": os.environ.get("ACCELERATE_MIXED_PRECISION") or "no",
             "started": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds")}
 
 
