@@ -27,9 +27,14 @@ GROUP_preferences := rlhf
 GROUP_reward_model := rlhf
 GROUP_ppo := rlhf
 GROUP_evaluation := evaluate
+# Before the first of them begins, names are checked for all that run: those that get ARGS, and those that these need.
+STAGES = prepare $(if $(filter 0,$(LADDER)),,$(if $(wildcard recipes/$(RECIPE)/scaling.yaml),scaling)) pretrain sft preferences reward_model \
+	ppo rejection_sampling evaluation report plan export adopt chat
+NAMED = $(foreach stage,$(STAGES),$(if $(filter $(stage) $(GROUP_$(stage)),$(MAKECMDGOALS)),$(stage)))
+NEEDED = $(if $(filter scaling pretrain,$(MAKECMDGOALS)),prepare) $(if $(filter pretrain,$(MAKECMDGOALS)),$(filter scaling,$(STAGES)))
 
-.PHONY: help setup prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report status test \
-	test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
+.PHONY: help setup checked prepare scaling pretrain sft preferences reward_model ppo rejection_sampling rlhf evaluation evaluate report status \
+	test test-quick test-browser annotate check plan study-sc study-seeds study-sft study-ranked study-gate study-hh study-alarms study-curves \
 	study-critique bench-pretrain bench-sft bench-reward bench-ppo bench-eval study-ppo-peers rewardbench lm-eval test-lm-eval bench-prepare \
 	bench-gpu test-gpu study-moe study-lr study-exemplars export adopt chat test-clients audit lock faults engines clean
 .NOTPARALLEL:
@@ -49,7 +54,10 @@ help: ## this list
 
 setup: .venv/.installed ## install the pinned packages into .venv
 
-prepare: setup ## raw text to tokens, tokenizer and problem sets
+checked: setup
+	@$(PY) -m stages.run.check $(RECIPE) "$(strip $(NEEDED))" "$(strip $(NAMED))" $(ARGS)
+
+prepare: checked ## raw text to tokens, tokenizer and problem sets
 	$(call STAGE,prepare)
 
 scaling: prepare ## a ladder of small models and the prediction for the main one (LADDER=0 leaves it out)
@@ -59,49 +67,49 @@ scaling: prepare ## a ladder of small models and the prediction for the main one
 pretrain: scaling ## prepare, scaling, then the main model
 	$(call STAGE,pretrain)
 
-sft: setup ## supervised fine-tuning (LoRA) of the pretrained model
+sft: checked ## supervised fine-tuning (LoRA) of the pretrained model
 	$(call STAGE,sft)
 
-preferences: setup ## sample responses of the SFT model and rank them
+preferences: checked ## sample responses of the SFT model and rank them
 	$(call STAGE,preferences)
 
 annotate: setup ## the page on which people rank responses: ARGS="--items FILE --out labels.jsonl" (docs/annotate.md)
 	@$(call HAS,gradio) || $(PIP) -c requirements.lock -r requirements-annotate.lock
 	$(PY) -m reward.annotate $(ARGS)
 
-reward_model: setup ## train the reward model on the rankings
+reward_model: checked ## train the reward model on the rankings
 	$(call STAGE,reward_model)
 
-ppo: setup ## PPO against the reward model
+ppo: checked ## PPO against the reward model
 	$(call STAGE,ppo)
 
-rejection_sampling: setup ## PPO's baseline: sample K, keep the best, fine-tune again
+rejection_sampling: checked ## PPO's baseline: sample K, keep the best, fine-tune again
 	$(call STAGE,rejection_sampling)
 
 rlhf: preferences reward_model ppo status ## preferences, reward_model, ppo
 
-evaluation: setup ## the same as evaluate
+evaluation: checked ## base, SFT and PPO model under every prompting strategy
 	$(call STAGE,evaluation)
 
-evaluate: evaluation ## base, SFT and PPO model under every prompting strategy
+evaluate: evaluation ## the same as evaluation
 
-report: setup ## runs/RECIPE/report/index.html and report.md; AGAINST=recipe or folder: two runs beside one another
+report: checked ## runs/RECIPE/report/index.html and report.md; AGAINST=recipe or folder: two runs beside one another
 	$(call STAGE,report,$(if $(AGAINST),--against $(AGAINST)))
 	@$(PY) -m stages.run.status $(RECIPE)
 
 status: setup ## what of RECIPE is finished, running, interrupted, out of date and why, or missing; time, memory, disk
 	@$(PY) -m stages.run.status $(RECIPE)
 
-export: setup ## a finished model as a folder for other programs: ARGS="--stage sft" (default ppo; docs/export.md)
+export: checked ## a finished model as a folder for other programs: ARGS="--stage sft" (default ppo; docs/export.md)
 	$(PY) -m stages.export --recipe $(RECIPE) $(ARGS)
 
-adopt: setup ## a model trained elsewhere in a stage's place: ARGS="--stage sft --model DIR" (docs/export.md)
+adopt: checked ## a model trained elsewhere in a stage's place: ARGS="--stage sft --model DIR" (docs/export.md)
 	$(PY) -m stages.adopt --recipe $(RECIPE) $(ARGS)
 
-chat: setup ## talk with a product in the terminal: ARGS="--stage sft" (default ppo; docs/export.md)
+chat: checked ## talk with a product in the terminal: ARGS="--stage sft" (default ppo; docs/export.md)
 	@$(PY) -m stages.chat --recipe $(RECIPE) $(ARGS)
 
-plan: setup ## parameters, FLOPs, memory and hours of RECIPE, without training
+plan: checked ## parameters, FLOPs, memory and hours of RECIPE, without training
 	$(PY) -m stages.plan --recipe $(RECIPE) $(ARGS)
 
 study-sc: setup ## self-consistency against greedy chain of thought, pooled over seeds

@@ -7,7 +7,7 @@
 """
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -149,9 +149,16 @@ def report(results: dict) -> None:
         say(f"results.json has all {len(results['pairs'])} pairs, with p adjusted for their number (Holm)")
 
 
+def chosen(commands: Mapping[str, Callable[[list[str]], None]], name: str) -> Callable[[list[str]], None]:
+    if name not in commands:
+        raise ValueError(f"unknown command {name!r}: give {', '.join(commands)}, or --config recipes/<recipe>/evaluation.yaml to evaluate "
+                         "a recipe's models")
+    return commands[name]
+
+
 if __name__ == "__main__":
     commands = {"score": score, "frontier": frontier, "emergence": emergence.run}
-    if sys.argv[1:2] and sys.argv[1] in commands:
-        run_program(lambda given: commands[given[0]](given[1:]))
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        run_program(lambda given: chosen(commands, given[0])(given[1:]))
     else:
         launch(main, EvaluationConfig)

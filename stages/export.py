@@ -20,7 +20,6 @@ from stages.run.config import StageConfig, option
 from stages.run.entry import launch
 from stages.run.manifest import MANIFEST, Manifest, hash_data, hash_path, provenance, say, write_json
 
-MODELS = ("pretrain", "sft", "reward_model", "ppo", "rejection_sampling")
 TOLERANCE = 1e-5  # of logits, between our own load of the product and the load of the export
 FORMAT = 1  # part of an export's fingerprint: another number where the same product would be written differently
 
@@ -28,7 +27,7 @@ FORMAT = 1  # part of an export's fingerprint: another number where the same pro
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(StageConfig):
     STAGE = "export"
-    PARENTS = ("prepare", *MODELS, "preferences", "evaluation")
+    PARENTS = ("prepare", "pretrain", "sft", "reward_model", "ppo", "rejection_sampling", "preferences", "evaluation")
 
     stage: Literal["pretrain", "sft", "reward_model", "ppo", "rejection_sampling"] = option("ppo", "whose model; pretrain is the base")
     name: str = option("", "the model's name on its card (default <recipe>-<stage>)")

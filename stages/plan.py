@@ -18,7 +18,7 @@ from stages.models.counts import FLOPS, build_meta, count_parameters, planned_de
 from stages.models.ladder import ladder_configs, shared_tokens
 from stages.models.memory import activation_bytes, cache_bytes, logits_bytes, matrices_of_layers, state_bytes, widths
 from stages.models.pretraining import PretrainConfig
-from stages.run.config import StageConfig, build_config, option, read_yaml
+from stages.run.config import StageConfig, build_config, no_recipe, option, read_yaml
 from stages.run.console import clock, table
 from stages.run.entry import launch
 from stages.run.manifest import MANIFEST, Manifest, say
@@ -52,8 +52,7 @@ def main(config: PlanConfig) -> dict[str, Any]:
     """Print the plan and return its figures. Raises ValueError for a recipe that cannot run as asked."""
     folder = Path("recipes") / config.recipe
     if not (folder / "pretrain.yaml").is_file():
-        known = sorted(p.parent.name for p in Path("recipes").glob("*/pretrain.yaml"))
-        raise ValueError(f"{folder}/pretrain.yaml does not exist: choose --recipe from {', '.join(known)}")
+        raise no_recipe(config.recipe, "pretrain")
     raw = {path.stem: read_yaml(path) for path in sorted(folder.glob("*.yaml"))}
     pretrain = build_config(PretrainConfig, raw["pretrain"], recipe=config.recipe, where=str(folder / "pretrain.yaml"))
     prepare = raw.get("prepare", {})

@@ -196,7 +196,7 @@ def main(config: SftConfig) -> Manifest:
                                                            if of["source"] == name])["heldout_loss"]
                     for name in shares}
     if divided := engines.divides_weights(trainer):
-        say("no exam after training: this engine holds the weights in parts; `make evaluate` asks the saved model")
+        say("no exam after training: this engine holds the weights in parts; `make evaluation` asks the saved model")
     after = {} if divided else examine(product)
     metrics |= summary(before, "before") | summary(after, "after") | changes(before, after)
     if neutral:

@@ -86,9 +86,10 @@ def test_the_jump_of_schaeffer_is_explained_by_the_smooth_score():
 
 def test_a_task_that_no_model_can_do_has_nothing_to_explain():
     cell = emergence.curves(lines_of(np.zeros(6), np.linspace(-2, -1, 6)))["t, worked"]
-    table, words = emergence.report({"t, worked": cell}).split("\n\n")
+    table, words = emergence.report({"u, direct": cell, "t, worked": cell}).split("\n\n")
     assert "logprob" not in cell and table.endswith("| t, worked | 12.0 | 0.000 to 0.000 |" + " - |" * 7)
-    assert words.startswith("t, worked: every model has an accuracy of 0.000, so that there is no rise to explain")
+    assert words.startswith("-: no R2, of smooth scores either, where every model has the same accuracy")
+    assert ": u, direct (0.000); t, worked (0.000). Ask" in words
 
 
 def test_what_is_not_asked_for_is_what_the_recipe_has(capsys):

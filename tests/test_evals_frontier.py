@@ -264,6 +264,8 @@ def test_command_is_reached_by_its_name(tmp_path):
     done = subprocess.run([sys.executable, "-m", "stages.evaluation", "frontier", run, "--out", str(tmp_path / "out")],
                           capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "out" / "frontier.md").is_file(), done.stderr
+    done = subprocess.run([sys.executable, "-m", "stages.evaluation", "frontir", run], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown command 'frontir': give score, frontier, emergence, or --config")
 
 
 def finished(folder, counts, **parents):

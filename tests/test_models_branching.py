@@ -73,10 +73,14 @@ def test_a_plan_counts_once_what_budgets_share():
 
 
 @pytest.mark.parametrize(("tokens", "start"), [(10 * 256, 8), (20 * 256, 16), (15 * 256, 8)])
-def test_a_branch_is_the_run_that_trained_by_itself(prepared, trunk, tmp_path, tokens, start, monkeypatch):
+def test_a_branch_is_the_run_that_trained_by_itself(prepared, trunk, tmp_path, tokens, start, monkeypatch, capsys):
     steps = watched(monkeypatch)
     branch = pretrain(config_for(prepared, tmp_path / "branch", tokens=tokens, branch_from=str(trunk.path)))
     assert steps == list(range(start, tokens // 256)) and branch.counts["branched_step"] == start
+    loss, few = branch.metrics["heldout_loss"]["value"], branch.config["eval_rows"]
+    said = capsys.readouterr().out
+    assert f"held-out loss {loss:.4f} over {4 * few} rows, the run's measure; over the first {few} of them in the lines above" in said
+    assert len([line for line in said.splitlines() if "held-out" in line]) == 1  # what the steps said comes once
     whole = pretrain(config_for(prepared, tmp_path / "whole", tokens=tokens))
     assert branch.metrics == whole.metrics and branch.data["products"] == whole.data["products"]  # the weights' hash among them
     assert branch.fingerprint == whole.fingerprint

@@ -175,7 +175,7 @@ def test_plan_says_what_does_not_fit_or_divide(recipe, capsys):
         plan_of(devices=3)
     with pytest.raises(ValueError, match="do not divide into micro batches of 5"):
         plan_of(devices=2, micro_batch_rows=5)
-    with pytest.raises(ValueError, match=r"recipes/none/pretrain.yaml does not exist: choose --recipe from r"):
+    with pytest.raises(ValueError, match="recipes: unknown recipe 'none': choose from r"):
         plan_of(recipe="none")
 
 

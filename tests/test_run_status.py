@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from stages.run import status
+from stages.run.checkpoint import mark_complete
 from stages.run.config import StageConfig, build_config
 from stages.run.manifest import Run, unlock, write_json
 from stages.run.status import ORDER, UNKNOWN, as_table, declared, look
@@ -24,7 +25,7 @@ def config_class(stage: str) -> type[StageConfig]:
     return next(c for c in found if isinstance(c, type) and issubclass(c, StageConfig) and stage == c.STAGE)
 
 
-@pytest.mark.parametrize("stage", ORDER)
+@pytest.mark.parametrize("stage", [*ORDER, "plan", "export", "adopt", "chat"])
 def test_settings_read_from_the_source_are_those_of_the_class(stage):
     cls, found = config_class(stage), declared(stage)
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -118,6 +119,11 @@ def test_an_unfinished_run_says_how_far_it_came_and_a_held_lock_that_it_runs(hom
     write_json(run.directory / "progress.json", {"step": 40, "steps": 160, "since": [now - 60, 10]})
     os.utime(run.directory / "progress.json", (now - 10, now - 10))
     assert why("pretrain") == "step 40/160; `make pretrain RECIPE=r` continues"
+    for step in (5, 30, 40):
+        (run.directory / f"checkpoints/checkpoint-{step}").mkdir(parents=True)
+    for step in (5, 30):
+        mark_complete(run.directory / f"checkpoints/checkpoint-{step}", world_size=1)  # a kill has cut the last
+    assert why("pretrain") == "step 40/160; `make pretrain RECIPE=r` continues from checkpoint-30"
     (run.directory / "PREEMPTED").write_text('{"saved": "step 40 is saved"}\n')
     assert states()["pretrain"] == "preempted" and "step 40 is saved" in why("pretrain")
     lock = home / "runs/r/.pretrain.lock"
@@ -144,7 +150,7 @@ def test_a_rung_of_the_ladder_is_named(home):
 
 
 def test_an_unknown_recipe_names_those_there_are(home):
-    with pytest.raises(ValueError, match="no recipe 'x' in recipes/ and no run in runs/x: choose from r"):
+    with pytest.raises(ValueError, match="unknown recipe 'x': choose from r"):
         look("x")
 
 

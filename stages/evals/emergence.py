@@ -164,9 +164,10 @@ def report(told: Mapping[str, Any]) -> str:
                     *(f"{cell[s]['r2_predicted']:.2f}" for s in SMOOTH), f"{cell['all_tokens_right']['r2_predicted']:.2f}",
                     f"{cell['r2_own']:.2f}"]
         rows.append(row + ["-"] * (len(header) - len(row)))
-    flat = [f"{name}: every model has an accuracy of {cell['models'][0]['accuracy']:.3f}, so that there is no rise to explain (-); ask "
-            "easier or harder problems with --difficulties, or of larger models" for name, cell in told.items() if "logprob" not in cell]
-    return "\n".join([markdown(header, rows), *(["", *flat] if flat else [])])
+    flat = [f"{name} ({cell['models'][0]['accuracy']:.3f})" for name, cell in told.items() if "logprob" not in cell]
+    note = (f"-: no R2, of smooth scores either, where every model has the same accuracy, so that there is no rise to explain: "
+            f"{'; '.join(flat)}. Ask easier or harder problems with --difficulties, or of larger models.")
+    return "\n".join([markdown(header, rows), *(["", note] if flat else [])])
 
 
 def draw(folder: Path, told: Mapping[str, Any]) -> None:

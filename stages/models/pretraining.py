@@ -24,7 +24,6 @@ from stages.models.upcycling import upcycle
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.config import option
-from stages.run.console import table
 from stages.run.manifest import Manifest, Run, hash_data, hash_path, is_main, say
 
 
@@ -272,7 +271,10 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
     branched = start_from(config, run) if config.branch_from and is_main() else 0
     fit(trainer, config)
 
-    metrics = heldout(model, held.select(range(min(4 * config.eval_rows, len(held)))), trainer.data_collator)
+    measured_rows = min(4 * config.eval_rows, len(held))
+    metrics = heldout(model, held.select(range(measured_rows)), trainer.data_collator)
+    say(f"held-out loss {metrics['heldout_loss']['value']:.4f} over {measured_rows} rows, the run's measure; over the first "
+        f"{len(trainer.heldout_rows)} of them in the lines above")
     kinds = {folder.name: datasets.load_from_disk(str(folder)) for folder in sorted((tokens / "heldout-kinds").glob("*"))}
     for kind, rows in kinds.items():
         metrics |= {f"{name}/{kind}": value for name, value in heldout(model, rows, trainer.data_collator).items()}
@@ -299,12 +301,10 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
 
 
 def show(directory: Path) -> None:
-    """The table and the curve of held-out loss against tokens."""
+    """The curve of held-out loss against tokens."""
     logged = read_metrics(directory / "metrics.jsonl")
     held = [row for row in logged if "heldout/loss" in row]
     train = [row for row in logged if "train/loss" in row]
-    say(table(["tokens", "held-out loss", "accuracy"],
-              [[f"{row['tokens']:,}", f"{row['heldout/loss']:.4f}", f"{row['heldout/accuracy']:.4f}"] for row in held]))
     figures.lines(directory / "figures" / "loss.png", {
         "training": ([r["tokens"] for r in train], [r["train/loss"] for r in train]),
         "held-out": ([r["tokens"] for r in held], [r["heldout/loss"] for r in held])}, x="tokens", y="loss (nats a token)")

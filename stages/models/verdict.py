@@ -10,6 +10,8 @@ from stages.run.checkpoint import read_metrics
 from stages.run.console import table
 from stages.run.manifest import is_main, metric, say
 
+START_KL = 1e-4  # nats a token: above rounding
+
 
 def forgotten(before: list[list[float]], now: list[list[float]]) -> dict[str, dict]:
     """Loss on the base corpus before and after, their paired difference, and KL(base || model), as manifest metrics.
@@ -24,7 +26,8 @@ def forgotten(before: list[list[float]], now: list[list[float]]) -> dict[str, di
             "change/base_loss": metric(change, n=sum(counts), ci95=(change - 1.96 * error, change + 1.96 * error)),
             "after/kl_to_base": metric(kl, n=int(sum(row[4] for row in now)), ci95=(kl - 1.96 * kl_error, kl + 1.96 * kl_error))}
     say(f"base corpus: held-out loss {made['before/base_loss']['value']:.4f} before, {made['after/base_loss']['value']:.4f} after "
-        f"({change:+.4f} [{change - 1.96 * error:+.4f}, {change + 1.96 * error:+.4f}]); KL from the base {kl:.4f} nats a token")
+        f"({change:+.4f} [{change - 1.96 * error:+.4f}, {change + 1.96 * error:+.4f}]); KL from the base {kl:.4f} nats a token, "
+        f"over {len(now)} rows")
     return made
 
 
@@ -57,6 +60,11 @@ def verdict(folder: Path, watch: Watch, *, kept: int, recommended: int, equal: S
                      *((f"{logs[f'forgetting/{key}']:.4f}" if watch.neutral else "-") for key in ("base_loss", "kl_to_base")),
                      "recommended" if step == recommended else "as good" if step in equal else ""])
     say(table(["step", "training", "validation", "gap", "base corpus", "KL", ""], rows))
+    if watch.neutral:
+        step, logs = looks[0]
+        moved = step == 0 and logs["forgetting/kl_to_base"] > START_KL
+        say(f"base corpus and KL are over {watch.neutral_count} rows at each look"
+            + ("; the KL at step 0 is that of the chat tokens' start values" if moved else ""))
     reason = "no checkpoint learned more, beyond noise, and of these it forgot least" if watch.neutral else "no checkpoint learned more"
     say(f"verdict: step {recommended} ({reason}); {'it is' if kept == recommended else f'step {kept} is'} the product")
     if not is_main():

@@ -72,9 +72,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             loader.name = str(path)
             data = loader.get_single_data()
     except FileNotFoundError:
-        folders = Path(path).parent.parent
-        there = sorted(p.parent.name for p in folders.glob(f"*/{Path(path).name}")) if folders.name == "recipes" else []
-        raise ValueError(f"config file {path} does not exist" + (f"; recipes with one: {', '.join(there)}" if there else "")) from None
+        folder = Path(path).parent
+        if folder.parent.name == "recipes":
+            raise no_recipe(folder.name, Path(path).stem, folder.parent) from None
+        raise ValueError(f"config file {path} does not exist") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if data is None:
@@ -146,6 +147,16 @@ def unknown(key: str, known: list[str], where: str, what: str = "key") -> ValueE
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     remedy = f", did you mean {near[0]!r}?" if near else f": choose from {', '.join(known)}"
     return ValueError(f"{where}: unknown {what} {key!r}{remedy}")
+
+
+def no_recipe(recipe: str, stage: str = "", folder: Path = Path("recipes")) -> ValueError:
+    """The error for a recipe that is not there, or has no settings of `stage`. Where no stage is meant, names of runs are valid, too."""
+    if stage and (folder / recipe).is_dir():
+        there = sorted(path.parent.name for path in folder.glob(f"*/{stage}.yaml"))
+        return ValueError(f"recipe {recipe!r} has no {stage}.yaml; recipes with one: {', '.join(there) or 'none'}")
+    known = {path.parent.name for path in folder.glob("*/*.yaml")} - {"accelerate"}
+    known |= set() if stage else {path.parent.parent.name for path in Path(runs_of()).glob("*/*/manifest.json")}
+    return unknown(recipe, sorted(known), str(folder), "recipe")
 
 
 def fill(cls: type, values: Mapping[str, Any], *, where: str) -> dict[str, Any]:

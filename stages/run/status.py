@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages.run import preemption
-from stages.run.checkpoint import PROGRESS, read_metrics
-from stages.run.config import parent_folders, read_yaml, runs_of
+from stages.run.checkpoint import PROGRESS, is_complete, read_metrics, step_of
+from stages.run.config import no_recipe, parent_folders, read_yaml, runs_of
 from stages.run.console import clock, table
 from stages.run.manifest import MANIFEST, Manifest, lock_file
 
@@ -145,9 +145,14 @@ def size(folder: Path) -> int:
     return sum(file.lstat().st_size for file in folder.rglob("*") if not file.is_dir()) if folder.exists() else 0
 
 
+def trainings(partial: Path) -> list[Path]:
+    """The progress of each training of an unfinished run, the newest last: several in a ladder or an ensemble."""
+    return sorted(partial.rglob(PROGRESS), key=lambda file: file.stat().st_mtime)
+
+
 def progress(partial: Path, now: float) -> str:
     """How far an unfinished run is by its newest training: "step 40/160, ETA 3m00s"; nothing where none has begun."""
-    files = sorted(partial.rglob(PROGRESS), key=lambda file: file.stat().st_mtime)
+    files = trainings(partial)
     if not files:
         return ""
     at = json.loads(files[-1].read_text(encoding="utf-8"))
@@ -173,12 +178,18 @@ def look(recipe: str, *, now: float | None = None) -> list[Row]:
     folders = {stage: Path(given.get(stage, {}).get("run_dir") or home / stage) for stage in ORDER}
     ours = [stage for stage in ORDER if stage in given or folders[stage].exists() or partial_of(folders[stage]).exists()]
     if not ours:
-        there = sorted({p.parent.name for p in Path("recipes").glob("*/*.yaml")} - {"accelerate"})
-        raise ValueError(f"no recipe {recipe!r} in recipes/ and no run in {home}: choose from {', '.join(there) or 'none'}")
+        raise no_recipe(recipe)
     rows: dict[str, Row] = {}
     for stage in ours:
         rows[stage] = stand(stage, folders[stage], given.get(stage), rows, ours, recipe, now)
     return list(rows.values())
+
+
+def saved(partial: Path) -> str:
+    """The checkpoint from which the newest training goes on: " from checkpoint-40"; nothing where there is none that counts."""
+    files = trainings(partial)
+    found = [folder for folder in files[-1].parent.glob("checkpoints/checkpoint-*") if is_complete(folder)] if files else []
+    return f" from {max(found, key=step_of).name}" if found else ""
 
 
 def partial_of(folder: Path) -> Path:
@@ -209,8 +220,8 @@ def stand(stage: str, folder: Path, settings: Mapping[str, Any] | None, before: 
         begun = partial / "run.json"
         other = [] if settings is None or not begun.is_file() else changes(json.loads(begun.read_text(encoding="utf-8"))["config"], stage,
                                                                            settings)
-        goes_on = f"the command that began it continues it; `make {stage} RECIPE={recipe}` alone would begin anew ({'; '.join(other)})" \
-            if other else f"`make {stage} RECIPE={recipe}` continues"
+        goes_on = (f"the command that began it continues it{saved(partial)}; `make {stage} RECIPE={recipe}` alone would begin anew "
+                   f"({'; '.join(other)})" if other else f"`make {stage} RECIPE={recipe}` continues{saved(partial)}")
         return Row(stage, "preempted" if mark.is_file() else "interrupted", "; ".join(filter(None, (
             progress(partial, now).partition(", ETA")[0], said, goes_on))) + kept, disk=disk)
     if finished:

@@ -62,7 +62,8 @@ def sft(stages: Stages, folder: Path) -> Told:
         drawn.append(draw(figures.plot, folder, "sft-verdict", [
             Series("looks, in the order of training", [x for x, _, _ in points], [y for _, y, _ in points], color=0),
             Series("recommended", [x for x, _, star in points if star], [y for _, y, star in points if star], look="star", color=1)],
-            "Learning against forgetting at every look: down is learned, right is forgotten.", [s.cite("metrics.jsonl")],
+            "Learning against forgetting at every look, on fewer rows than before and after: down is learned, right is forgotten.",
+            [s.cite("metrics.jsonl")],
             x="loss on the base corpus (nats a token)", y="validation loss (nats a token)"))
     rows = [[label, *(cell for t in times for cell in (s.value(f"{t}/{key}", form), s.interval(f"{t}/{key}", form))), s.n(f"after/{key}")]
             for key, label, form in (*((key, label, SHARE) for key, label in names.items()),
@@ -159,7 +160,8 @@ def forgetting(s: cited.Stage) -> list[str]:
         return []
     change = number(CHANGE.text(new["value"] - old["value"]), s.origin("metrics", "after/base_loss") + " - before/base_loss")
     text = ("Forgetting: the loss on held-out text of the base corpus went from "
-            f"{s.short_form('before/base_loss', LOSS)} to {s.short_form('after/base_loss', LOSS)} ({change} nats a token).")
+            f"{s.short_form('before/base_loss', LOSS)} to {s.short_form('after/base_loss', LOSS)} ({change} nats a token), on "
+            f"{s.n('after/base_loss')} tokens.")
     return [text + (f" KL from the base on that text: {s.full('after/kl_to_base', LOSS)} positions." if s.get("after/kl_to_base") else "")]
 
 
