@@ -156,7 +156,7 @@ def test_ratios_are_within_rounds():
 @pytest.mark.parametrize(("given", "message"), [
     (["--batch-size", "9", "--generations", "3"], "batch_size 9 is not a multiple of minibatches 4"),
     (["--generations", "5"], "batch_size 64 is not a multiple of generations 5"),
-    (["--sizes", "128"], "size '128': expected width x layers"), (["--gpu"], "bf16, which trl-ppo is not set up for"),
+    (["--sizes", "128"], "size '128': expected width x layers"), (["--gpu"], "trl-ppo is not set up for a GPU"),
     (["--sizes", "100x2"], "the width a multiple of 32")])
 def test_settings_that_cannot_be_compared(given, message):
     with pytest.raises(ValueError, match=message):
@@ -196,7 +196,7 @@ def test_on_a_gpu_or_not_at_all(monkeypatch):
     with pytest.raises(ValueError, match="needs a GPU, and torch sees none here"):
         bench(arguments(["--gpu", "--variants", "critic"]))
     given = arguments(["--gpu", "--variants", "critic", "lora", "vllm", "--sizes", "100m"])
-    assert Work(**work(given)).gpu and not Work().gpu
+    assert Work(**work(given)).bf16 and not Work().bf16
 
 
 def test_without_the_peers_environment_nothing_is_begun(monkeypatch, tmp_path):

@@ -52,6 +52,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--generations", type=int, default=8, help="responses to a question, of GRPO")
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bf16", action="store_true", help="autocast of all trainers")
     parser.add_argument("--gpu", action="store_true", help="on a GPU, in bf16, or not at all")
     given = parser.parse_args(argv)
     for name in ("minibatches", "generations"):
@@ -60,13 +61,14 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     for size in given.sizes:
         of_size(size)
     if given.gpu and (peers := [name for name in given.variants if name.startswith("trl-")]):
-        raise ValueError(f"--gpu trains in bf16, which {peers[0]} is not set up for here: leave it out of --variants")
+        raise ValueError(f"{peers[0]} is not set up for a GPU here: leave it out of --variants")
+    given.bf16 |= given.gpu
     return given
 
 
 def work(given: argparse.Namespace) -> dict[str, int]:
     """What every variant does, as the keyword arguments of stages.rl.timed.Work."""
-    return {name: value for name, value in vars(given).items() if name not in ("variants", "sizes", "rounds")}
+    return {name: value for name, value in vars(given).items() if name not in ("variants", "sizes", "rounds", "gpu")}
 
 
 def summary(runs: Sequence[dict[str, Any]], size: str) -> str:

@@ -45,7 +45,8 @@ def load_policy(folder: str, **more: Any) -> Any:
 
 def our_ppo(terms: Terms, policy: Any, critic: Any, *, prompts: Sequence[Any], tokenizer: Any, reward: Any, common: dict[str, Any],
             **settings: Any) -> Any:
-    """`common` is what TrainingArguments and TRL's configs all take, `settings` goes to PpoSettings."""
+    """`common` is what TrainingArguments and TRL's configs all take, with `bf16`, which TRL's switch on themselves; `settings` goes to
+    PpoSettings."""
     from stages.rl.models import PolicyWithCritic
     from stages.rl.trainer import PpoSettings, PPOTrainer
 
@@ -67,7 +68,7 @@ def trl_ppo(terms: Terms, policy: Any, reference: Any, *, reward: Any, critic: A
     return PPOTrainer(
         PPOConfig(per_device_train_batch_size=terms.batch_size, num_mini_batches=terms.minibatches, num_ppo_epochs=terms.epochs,
                   total_episodes=terms.iterations * terms.batch_size, temperature=1.0, kl_coef=terms.kl_coef, num_sample_generations=0,
-                  bf16=False, gradient_checkpointing=False, **common, **config),
+                  gradient_checkpointing=False, **common, **config),
         tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=critic,
         train_dataset=datasets.Dataset.from_list([{"input_ids": each} for each in ids]))
 
@@ -83,5 +84,5 @@ def trl_grpo(terms: Terms, policy: Any, judge: Any, *, chats: Sequence[str], ids
     rows = [{"prompt": chat, "ids": each} for chat, each in zip(chats, ids, strict=True)]
     return GRPOTrainer(policy, reward, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(rows), args=GRPOConfig(
         per_device_train_batch_size=terms.micro_batch, steps_per_generation=terms.minibatches, num_iterations=terms.epochs,
-        num_generations=terms.generations, temperature=1.0, beta=terms.kl_coef, max_steps=terms.iterations * terms.steps, bf16=False,
+        num_generations=terms.generations, temperature=1.0, beta=terms.kl_coef, max_steps=terms.iterations * terms.steps,
         gradient_checkpointing=False, **common, **config))

@@ -158,7 +158,7 @@ def run(variant: str, race: Race) -> dict[str, Any]:
     ended = "the last iteration"
     with tempfile.TemporaryDirectory() as folder:
         trainer, policy = make(variant, race, tokenizer, learned, {
-            "output_dir": folder, "learning_rate": race.learning_rate, "lr_scheduler_type": "constant", "seed": race.seed,
+            "output_dir": folder, "learning_rate": race.learning_rate, "lr_scheduler_type": "constant", "seed": race.seed, "bf16": False,
             "use_cpu": True, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False, "save_strategy": "no",
             "logging_steps": 10**6})
         start = gold(policy)

@@ -39,7 +39,7 @@ class Work(Terms):
     response_tokens: int = 40
     vocab_size: int = 1024
     threads: int = 2
-    gpu: bool = False  # in bf16
+    bf16: bool = False
 
 
 def questions(tokenizer: Any, count: int) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ def our_trainer(bench: Bench, critic: Any) -> Any:
         bench.tokenizer.save_pretrained(f"{bench.folder}/lm")  # where the engine starts from
     trainer = our_ppo(bench.terms, policy, critic, prompts=[(row, row["ids"]) for row in bench.asked], tokenizer=bench.tokenizer,
                       reward=model_reward(f"{bench.folder}/reward", vocab_size=policy.config.vocab_size, device=device()),
-                      common=bench.common | {"bf16": bench.work.gpu}, max_new_tokens=bench.work.response_tokens, eos_ids=(-1,),
+                      common=bench.common, max_new_tokens=bench.work.response_tokens, eos_ids=(-1,),
                       rollout_engine="vllm" if vllm else "transformers")
     if vllm:
         trainer.engine.generation_kwargs = {"ignore_eos": True}
@@ -172,7 +172,8 @@ def one(variant: str, size: str, work: Work) -> dict[str, Any]:
         from_language_model(f"{folder}/lm", pad_id=tokenizer.pad_token_id, seed=0, random_head=True).save_pretrained(f"{folder}/reward")
         trainer = make_trainer(variant, Bench(work, folder, tokenizer, asked, phases, {
             "output_dir": f"{folder}/checkpoints", "learning_rate": LEARNING_RATE, "use_cpu": cpu, "report_to": "none",
-            "disable_tqdm": True, "dataloader_pin_memory": not cpu, "save_strategy": "no", "logging_steps": 10**6}))
+            "disable_tqdm": True, "dataloader_pin_memory": not cpu, "save_strategy": "no", "logging_steps": 10**6,
+            "bf16": work.bf16}))
         trainer.add_callback(Watch())
         trainer.train()
     if phases.lengths != {work.response_tokens} or len(phases.ends) != work.iterations + 1:
