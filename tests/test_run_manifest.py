@@ -259,6 +259,20 @@ def test_a_damaged_product_is_refused(tmp_path, harm):
         Manifest(tmp_path / "first").product("text")
 
 
+def test_a_training_does_not_go_on_in_another_precision(tmp_path, monkeypatch):
+    config = build_config(First, {"run_dir": str(tmp_path / "first")})
+    trained = Run(config).directory / "checkpoints" / "checkpoint-2"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert Run(config).attempts == 2  # nothing is trained yet
+    trained.mkdir(parents=True)
+    assert Run(config).attempts == 3
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(ValueError, match="was trained with mixed_precision 'bf16', and this launch config has 'no': launch it as"):
+        Run(config)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert run_first(tmp_path).manifest.data["provenance"]["precision"] == "bf16"
+
+
 def test_a_damaged_state_of_an_unfinished_run_is_refused(tmp_path):
     values = {"run_dir": str(tmp_path / "first")}
     state = Run(build_config(First, values)).directory / "run.json"

@@ -172,15 +172,16 @@ def test_the_end_of_a_launcher_tells_its_workers_to_go(number, tmp_path):
 @pytest.mark.parametrize(("ends", "told"), [("exit 1", "Error 1"), ("touch runs/tiny/sft.partial/PREEMPTED; exit 1", "Error 143"),
                                             ("exit 0", "")])
 def test_make_tells_a_preempted_stage_from_a_failed_one(ends, told, tmp_path):
-    """With a stand-in for accelerate, which returns 1 whatever its workers did."""
+    """With stand-ins for accelerate, which returns 1 whatever its workers did, and for the check of names."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     for folder in ("recipes/accelerate", "runs/tiny/sft.partial", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(ROOT / "recipes/accelerate/cpu.yaml", tmp_path / "recipes/accelerate")
     for name in ("requirements.lock", "requirements-hashes.lock", "pyproject.toml", ".venv/.installed"):
         (tmp_path / name).touch()
-    (tmp_path / ".venv/bin/accelerate").write_text(f"#!/bin/sh\n{ends}\n")
-    (tmp_path / ".venv/bin/accelerate").chmod(0o755)
+    for name, does in (("accelerate", ends), ("python", "exit 0")):
+        (tmp_path / ".venv/bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "PLUMBLINE_RUNS")}
     done = subprocess.run(["make", "sft", "ACCELERATE=cpu"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == (2 if told else 0) and told in done.stderr, done.stderr

@@ -159,8 +159,13 @@ def provenance(started: float, attempts: int) -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(status) if status is not None else None,
             "versions": versions, "python": platform.python_version(), "hardware": hardware(),
             "wall_s": round(time.time() - started, 1), "attempts": attempts, "peak_rss_bytes": peak,
-            "world_size": int(os.environ.get("WORLD_SIZE", "1")), "precision": os.environ.get("ACCELERATE_MIXED_PRECISION") or "no",
+            "world_size": int(os.environ.get("WORLD_SIZE", "1")), "precision": precision(),
             "started": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds")}
+
+
+def precision() -> str:
+    """That of the launch config: no (float32) or bf16."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
 
 
 def hardware() -> str:
@@ -291,11 +296,16 @@ class Run:
                 say(f"{self.config.STAGE}: the unfinished run in {self.directory} was begun with other settings or data, and is removed")
             shutil.rmtree(self.directory)
             state = {}
+        before = state.get("precision", precision())
+        if before != precision() and any(self.directory.rglob("checkpoint-*")):
+            raise ValueError(f"{self.directory} was trained with mixed_precision {before!r}, and this launch config has {precision()!r}: "
+                             "launch it as it was begun (ACCELERATE), or delete the folder to start over")
         self.directory.mkdir(parents=True, exist_ok=True)
         self.attempts = state.get("attempts", 0) + 1
         if self.attempts > 1:
             say(f"{self.config.STAGE}: continuing the unfinished run in {self.directory}")
-        write_json(state_file, {"fingerprint": self.fingerprint, "attempts": self.attempts, "config": without_secrets(vars(self.config))})
+        write_json(state_file, {"fingerprint": self.fingerprint, "attempts": self.attempts, "precision": precision(),
+                                "config": without_secrets(vars(self.config))})
 
     def _changes(self, existing: Manifest) -> str:
         """What differs between the run on disk and the one asked for, in words."""
