@@ -163,7 +163,7 @@ bench-reward: setup ## comparisons/s and memory of reward training on rankings o
 	$(PY) -m stages.evals.bench_reward $(ARGS)
 
 bench-gpu: setup ## on GPUs: MFU and memory at the shapes of recipes, compiled and under FSDP2; samples/s of PPO, by vLLM where it is (docs/gpus.md)
-	$(PY) -m stages.evals.bench_pretrain --launch gpu --sizes 100m --variants muon adamw "adamw, compile"
+	$(PY) -m stages.evals.bench_pretrain --launch gpu --sizes 100m 350m --variants muon adamw "adamw, compile" "adamw, documents, compile"
 	$(PY) -m stages.evals.bench_pretrain --launch gpu --sizes 1b --variants adamw "adamw, compile"
 	$(PY) -m stages.evals.bench_pretrain --launch fsdp2 --sizes 100m 1b --variants adamw
 	$(PY) -m stages.evals.bench_ppo --gpu --sizes 100m --batch-size 256 --variants critic lora $$($(call HAS,vllm) && echo vllm)

@@ -45,9 +45,9 @@ def test_variants_are_what_they_say(tmp_path):
         ("adamw, sdpa", "adamw, sdpa, compile", "transformers"), "sdpa") | {"adamw, eager": "eager"}
     fast = {name: any(isinstance(m, FastAttention) for m in trainer.model.modules()) for name, trainer in made.items()}
     assert fast == dict.fromkeys(VARIANTS, True) | {"transformers": False}
-    assert {name for name, trainer in made.items() if trainer.args.torch_compile} == {"adamw, compile", "adamw, sdpa, compile"}
-    assert {name for name, trainer in made.items() if trainer.args.bf16} == {"adamw, bf16"}
-    assert {name for name, trainer in made.items() if type(trainer.create_optimizer()).__name__ == "MuonAdamW"} == {"muon"}
+    assert {name for name, trainer in made.items() if trainer.args.torch_compile} == {name for name in VARIANTS if "compile" in name}
+    assert {name for name, trainer in made.items() if trainer.args.bf16} == {name for name in VARIANTS if "bf16" in name}
+    assert {name for name, trainer in made.items() if type(trainer.create_optimizer()).__name__ == "MuonAdamW"} == {"muon", "muon, bf16"}
     first = {name: next(iter(trainer.get_train_dataloader()))["input_ids"] for name, trainer in made.items()}
     assert all(torch.equal(rows, first["muon"]) for rows in first.values())  # the same rows for all
 
@@ -100,7 +100,7 @@ def test_each_run_is_a_line_and_each_size_a_table(monkeypatch, capsys):
 @pytest.mark.parametrize(("argv", "message"), [
     (["--sizes", "100x4"], "the width a multiple of 32"), (["--sizes", "d128"], "expected width x layers"),
     (["--sizes", "0x4"], "expected width x layers"), (["--sizes", "accelerate"], "or the name of a recipe"),
-    (["--launch", "gpus"], r"launch 'gpus': choose from cpu, cpu-2, ddp, fsdp2, gpu"), (["--steps", "0"], "steps is at least 1"),
+    (["--launch", "gpus"], r"launch 'gpus': choose from cpu, cpu-2, cpu-bf16, ddp, fsdp2, gpu"), (["--steps", "0"], "steps is at least 1"),
     (["--row-length", "100"], "batch_tokens 4096 is not a multiple of row_length 100")])
 def test_bad_arguments(argv, message):
     with pytest.raises(ValueError, match=message):
@@ -120,7 +120,7 @@ def test_a_recipes_shape_is_the_recipes(tmp_path):
 
 def test_launches_take_all_gpus_and_refuse_without_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert [launcher(name)[-1] for name in ("cpu", "cpu-2", "gpu", "ddp", "fsdp2")] == ["1", "2", "1", "3", "3"]
+    assert [launcher(name)[-1] for name in ("cpu", "cpu-bf16", "cpu-2", "gpu", "ddp", "fsdp2")] == ["1", "1", "2", "1", "3", "3"]
     assert launcher("fsdp2")[:4] == ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match="launch gpu needs a GPU, and torch sees none here"):

@@ -1,6 +1,7 @@
 """Attention document by document equals attention under the block-diagonal mask, gradients included."""
 import copy
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -178,3 +179,39 @@ def test_under_autocast_what_lies_between_projections_stays_in_float32(fast, mon
     assert rounded["loss"] != whole["loss"] and rounded["loss"] == pytest.approx(float(whole["loss"]), abs=0.02)
     for name, expected in whole.items():
         assert torch.cosine_similarity(rounded[name].flatten(), expected.flatten(), dim=0) > 0.99, name
+
+
+def test_one_kernel_reads_documents_where_they_lie(monkeypatch):
+    """The kernel needs a GPU (tests/test_gpu.py compares it there); here each document by itself stands in for it."""
+    seen = []
+
+    def kernel(query, key, value, starts, ends, longest, _, *, scale, window_size):
+        assert window_size == (-1, 0) and starts is ends and starts.dtype == torch.int32 and query.shape == key.shape == value.shape
+        seen.append((query.dtype, len(starts) - 1, longest))
+        documents = ([x[a:b].transpose(0, 1) for x in (query, key, value)] for a, b in pairwise(starts.tolist()))
+        return torch.cat([attention.scaled_dot_product_attention(*heads, is_causal=True, scale=scale).transpose(0, 1)
+                          for heads in documents])
+
+    model = policy(num_key_value_heads=2, num_attention_heads=4, hidden_size=32, head_dim=8)
+    model.set_attn_implementation(DOCUMENTS)
+    batch = packed_batch([3, 5, 11, 30, 8, 64], 64)
+    batch["input_ids"], batch["labels"] = batch["input_ids"] % 20, batch["labels"].where(batch["labels"] < 0, batch["labels"] % 20)
+    expected = results(model, batch)
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    assert results(model, batch)["loss"] == expected["loss"] and not seen
+    monkeypatch.setattr(attention, "of_kernel", lambda device, dtype: torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = results(model, batch)
+    assert seen == [(torch.bfloat16, seen[0][1], 64)] * model.config.num_hidden_layers and seen[0][1] > 6
+    assert rounded["loss"] == pytest.approx(float(expected["loss"]), abs=0.02)
+    for name, value in expected.items():
+        assert torch.cosine_similarity(rounded[name].flatten(), value.flatten(), dim=0) > 0.99, name
+
+
+@pytest.mark.parametrize(("device", "dtype", "autocast", "found"), [
+    ("cuda", torch.bfloat16, False, torch.bfloat16), ("cuda", torch.float32, False, None), ("cuda", torch.float32, True, torch.bfloat16),
+    ("cpu", torch.bfloat16, False, None), ("cpu", torch.float32, True, None)])
+def test_the_kernel_is_for_half_precision_on_a_gpu(device, dtype, autocast, found, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: autocast)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    assert attention.of_kernel(device, dtype) == found

@@ -46,6 +46,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "muon, bf16": ({"bf16": True}, "autocast to bf16, Muon's products too"),
     "adamw, bf16": (ADAMW | {"bf16": True}, "autocast to bf16"),
     "adamw, bf16, compile": (ADAMW | {"bf16": True, "torch_compile": True}, "both"),
+    "adamw, documents, compile": (ADAMW | {"attn_implementation": "documents", "torch_compile": True}, "attention within documents, on a "
+                                  "GPU by one kernel, and torch.compile"),
     "transformers": (ADAMW | {"attn_implementation": "sdpa"}, "plain Trainer and decoder; documents see one another")}
 PHASES, RATES = ("data", "forward", "backward", "optimizer"), "rates"
 ARGUMENTS = ("torch_compile", "bf16")  # of Trainer; the rest are a PretrainConfig's
@@ -54,7 +56,8 @@ SQUARE = 2048  # rows of the large matrices; on a GPU four times as many
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m stages.evals.bench_pretrain", description=__doc__.splitlines()[0])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), help="who trains", metavar="VARIANT")
+    usual = [name for name in VARIANTS if "documents" not in name]  # what attention is on a CPU anyway
+    parser.add_argument("--variants", nargs="+", default=usual, choices=list(VARIANTS), help="who trains", metavar="VARIANT")
     parser.add_argument("--sizes", nargs="+", default=["64x4", "128x4", "256x4"], help="of the decoders: width x layers, heads of 32; or "
                         "a recipe's name")
     parser.add_argument("--launch", help="a config of recipes/accelerate (default: this machine, without a launcher)")

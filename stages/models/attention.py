@@ -2,16 +2,19 @@
 
 Rows of `PackedCollator` hold many short documents. The block-diagonal mask that transformers builds for them is exact but costs T^2
 a row. Here the documents of a batch are taken out, grouped by length, padded at the right and attended to causally, for which no
-mask is needed: what pads a document comes after all of it. GPUs have kernels for this (FlashAttention, Dao et al. 2022); CPUs do not.
+mask is needed: what pads a document comes after all of it. In half precision on a GPU one kernel reads documents where they lie
+(FlashAttention, Dao et al. 2022).
 
 Letters: B rows, T tokens a row, H heads, d their width; a group holds n documents, padded to the longest of them, of L tokens.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -35,10 +38,17 @@ class Documents:
     shapes: list[tuple[int, int]]
 
 
-def documents(position_ids: Tensor) -> Documents:
-    """Documents of packed rows, each of which begins where its position is 0. `position_ids` (B, T)."""
+def edges(position_ids: Tensor) -> Tensor:
+    """Where the documents of packed rows begin, and where the last ends, among all tokens, (documents + 1,) int32; each begins where its
+    position is 0. `position_ids` (B, T)."""
     starts = (position_ids.flatten() == 0).nonzero().flatten()
-    lengths = starts.diff(append=starts.new_tensor([position_ids.numel()]))
+    return torch.cat([starts, starts.new_tensor([position_ids.numel()])]).int()
+
+
+def documents(position_ids: Tensor) -> Documents:
+    """Documents of packed rows in groups of like length. `position_ids` (B, T)."""
+    ends = edges(position_ids).long()
+    starts, lengths = ends[:-1], ends.diff()
     group_of = torch.bucketize(lengths, lengths.new_tensor(GROUPS))
     indices, reals, shapes = [], [], []
     for group in group_of.unique().tolist():
@@ -68,19 +78,20 @@ class _Rearrange(torch.autograd.Function):
         return grad if ctx.padding is None else grad.index_fill_(0, ctx.padding, 0), None, None, None
 
 
-_last: tuple[Tensor, Documents] | None = None  # every layer of a forward pass is given the same tensor
+_last: tuple[Tensor, Callable, Any] | None = None  # every layer of a forward pass is given the same tensor
 
 
-def places(position_ids: Tensor | None, attention_mask: Tensor | None, rows: int, length: int, sliding_window: int | None) -> Documents:
-    """Where documents lie in rows that are packed. Raises ValueError for others, and for windows shorter than a row."""
+def places(position_ids: Tensor | None, attention_mask: Tensor | None, rows: int, length: int, sliding_window: int | None,
+           find: Callable[[Tensor], Any] = documents) -> Any:
+    """Where documents lie in rows that are packed, as `find` has it. Raises ValueError for others, and for windows shorter than a row."""
     global _last
     if position_ids is None or attention_mask is not None:
         raise ValueError(ONLY_PACKED)
     if sliding_window is not None and sliding_window < length:
         raise ValueError(NOT_COMPUTED)
-    if _last is None or _last[0] is not position_ids:
-        _last = position_ids, documents(position_ids.expand(rows, -1))
-    return _last[1]
+    if _last is None or _last[0] is not position_ids or _last[1] is not find:
+        _last = position_ids, find, find(position_ids.expand(rows, -1))
+    return _last[2]
 
 
 def within(query: Tensor, key: Tensor, value: Tensor, where: Documents, scaling: float | None, dropout: float) -> Tensor:
@@ -97,6 +108,19 @@ def within(query: Tensor, key: Tensor, value: Tensor, where: Documents, scaling:
     return _Rearrange.apply(torch.cat(made), where.back, where.index, where.padding)
 
 
+def of_kernel(device_type: str, dtype: torch.dtype) -> torch.dtype | None:
+    """The type in which a kernel reads documents where they lie, None where there is none."""
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    return dtype if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) else None
+
+
+def by_kernel(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float | None) -> Tensor:
+    """Heads (N, H or fewer, d) in half precision to their attention (N, H, d) within documents that `edges` has found."""
+    key, value = (x.repeat_interleave(query.size(1) // x.size(1), 1) for x in (key, value))
+    return varlen_attn(query, key, value, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0))  # type: ignore[return-value]
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # how documents lie differs from batch to batch
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float | None = None,
            dropout: float = 0.0, position_ids: Tensor | None = None, sliding_window: int | None = None, softcap: float | None = None,
@@ -111,9 +135,12 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
         raise ValueError(ONLY_PACKED)
     if softcap is not None or s_aux is not None:
         raise ValueError(NOT_COMPUTED)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    if not dropout and (half := of_kernel(query.device.type, query.dtype)):
+        ends = places(position_ids, attention_mask, rows, length, sliding_window, edges)
+        return by_kernel(q.to(half), k.to(half), v.to(half), ends, length, scaling).unflatten(0, (rows, length)), None
     where = places(position_ids, attention_mask, rows, length, sliding_window)
-    heads = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    q, k, v = (_Rearrange.apply(x, where.index, where.back, None) for x in heads)
+    q, k, v = (_Rearrange.apply(x, where.index, where.back, None) for x in (q, k, v))
     return within(q, k, v, where, scaling, dropout).unflatten(0, (rows, length)), None
 
 
