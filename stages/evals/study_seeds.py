@@ -47,7 +47,7 @@ MEASURES = {  # what the table of the stages shows
     "ppo_ptx/gain/gold": "gain in gold score of PPO-ptx", "ppo_ptx/after/kl": "KL to the SFT model after PPO-ptx",
     "ppo_ptx/change/base_loss": "held-out loss of the base corpus, change by PPO-ptx",
     "ppo_ptx/change/worked_accuracy": "worked answers on all tasks, greedy, change by PPO-ptx",
-    "minutes to the end of PPO": "minutes to the end of PPO, start-ups left out", "peak GiB": "peak memory (GiB)"}
+    "minutes to the end of PPO": "minutes to the end of PPO, start-ups left out", "peak GiB": "peak memory (GiB), PPO-ptx left out"}
 
 
 def figures(folder: Path) -> dict[str, float]:
@@ -60,7 +60,7 @@ def figures(folder: Path) -> dict[str, float]:
              if (folder / stage / MANIFEST).is_file()}
     found |= {f"{stage}/minutes": made["wall_s"] / 60 for stage, made in timed.items()}
     found |= {"minutes to the end of PPO": sum(made["wall_s"] for stage, made in timed.items() if stage not in (PTX, "evaluation")) / 60,
-              "peak GiB": max(made["peak_rss_bytes"] for made in timed.values()) / 2**30}
+              "peak GiB": max(made["peak_rss_bytes"] for stage, made in timed.items() if stage != PTX) / 2**30}
     if forecast := runs["pretrain"].data["notes"].get("forecast"):
         found["prediction/error"] = forecast["value"] / found["pretrain/heldout_loss"] - 1
     return found
@@ -110,7 +110,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="one JSON line a seed (default: study_seeds.jsonl in --runs)")
     parser.add_argument("--no-ladder", action="store_true", help="train no ladder, which is a third of the time")
     parser.add_argument("--no-evaluation", action="store_true", help="stop after PPO")
-    parser.add_argument("--ptx-coef", type=float, help="train PPO once more with this weight of pretraining loss (3 to 5 minutes more)")
+    parser.add_argument("--ptx-coef", type=float, help="train PPO once more with this weight of pretraining loss (a packed row for each response: three to "
+                        "four times as long as PPO)")
     given = parser.parse_args(argv)
     say(f"budget: {len(given.seeds)} seeds x about {ASSUMED_MINUTES} minutes = {clock(60 * ASSUMED_MINUTES * len(given.seeds))}")
     lines = []
