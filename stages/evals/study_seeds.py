@@ -110,8 +110,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="one JSON line a seed (default: study_seeds.jsonl in --runs)")
     parser.add_argument("--no-ladder", action="store_true", help="train no ladder, which is a third of the time")
     parser.add_argument("--no-evaluation", action="store_true", help="stop after PPO")
-    parser.add_argument("--ptx-coef", type=float, help="train PPO once more with this weight of pretraining loss (a packed row for each response: three to "
-                        "four times as long as PPO)")
+    parser.add_argument("--ptx-coef", type=float, help="train PPO once more with this weight of pretraining loss (a packed row for each "
+                        "response: three to four times as long as PPO)")
     given = parser.parse_args(argv)
     say(f"budget: {len(given.seeds)} seeds x about {ASSUMED_MINUTES} minutes = {clock(60 * ASSUMED_MINUTES * len(given.seeds))}")
     lines = []
