@@ -55,7 +55,7 @@ help: ## this list
 setup: .venv/.installed ## install the pinned packages into .venv
 
 checked: setup
-	@$(PY) -m stages.run.check $(RECIPE) "$(strip $(NEEDED))" "$(strip $(NAMED))" $(ARGS)
+	@$(PY) -m stages.run.check "$(RECIPE)" "$(strip $(NEEDED))" "$(strip $(NAMED))" $(ARGS)
 
 prepare: checked ## raw text to tokens, tokenizer and problem sets
 	$(call STAGE,prepare)

@@ -119,6 +119,7 @@ def main(config: SftConfig) -> Manifest:
     datasets.disable_caching()  # the cache is keyed by the pickled function, not by what it calls
 
     new = [token for token in (SYSTEM, USER, ASSISTANT, END) if token in tokenizer.get_vocab()]
+    fresh = bool(new) and parent.data["stage"] == "pretrain"
     neutral = base_text(prepared, model, tokenizer, rows=config.forgetting_rows, pad_id=tokenizer.pad_token_id)
 
     def examine(model: Any) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def main(config: SftConfig) -> Manifest:
         return chat | {f"plain/{name}": column for name, column in plain.items() if not name.endswith("rate")}
 
     def prepare(base: Any) -> None:
-        if parent.data["stage"] == "pretrain" and new:
+        if fresh:
             adapters.give_meaning(base, tokenizer)
 
     prepare(model)
@@ -203,7 +204,7 @@ def main(config: SftConfig) -> Manifest:
         metrics |= forgotten(neutral.before, neutral.look(product))
     if ends:
         metrics |= transferred(watch, [s.name for s in sources], [*boundaries[:-1], last])
-    verdict(run.directory, watch, kept=kept, recommended=recommended, equal=equal)
+    verdict(run.directory, watch, kept=kept, recommended=recommended, equal=equal, started=fresh)
     for name in ("format_rate", "stop_rate", "instructions", "worked_accuracy", "plain/worked_accuracy"):
         if name in before and name in after:
             say(f"{name}: {metrics[f'before/{name}']['value']:.3f} before, {metrics[f'after/{name}']['value']:.3f} after")

@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +36,16 @@ def test_the_time_of_an_iteration_is_the_sum_of_its_phases(variant):
     before = module.sample, module.token_numbers
     check(one(variant, "32x1", TINY))
     assert (module.sample, module.token_numbers) == before, "the functions of the module are timed during the run alone"
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("variant", ["trunk", "trl-grpo"])
+def test_all_train_in_the_precision_asked_for(variant, bf16, monkeypatch):
+    """TRL's own configs switch bf16 on by themselves."""
+    made, make = [], timed.make_trainer
+    monkeypatch.setattr(timed, "make_trainer", lambda *given: made.append(make(*given)) or made[0])
+    one(variant, "32x1", replace(TINY, bf16=bf16))
+    assert made[0].args.bf16 == bf16
 
 
 class Engine:

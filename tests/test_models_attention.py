@@ -181,6 +181,21 @@ def test_under_autocast_what_lies_between_projections_stays_in_float32(fast, mon
         assert torch.cosine_similarity(rounded[name].flatten(), expected.flatten(), dim=0) > 0.99, name
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_a_model_of_bf16_weights_reads_documents_without_autocast(architecture):
+    model = policy(architecture=architecture)
+    model.set_attn_implementation(DOCUMENTS)
+    batch = packed_batch([3, 5, 11, 30], 64)
+    batch["input_ids"], batch["labels"] = batch["input_ids"] % 20, batch["labels"].where(batch["labels"] < 0, batch["labels"] % 20)
+    whole = model(**batch, use_cache=False)
+    for fast in (False, True):
+        rounded = copy.deepcopy(model).bfloat16()
+        if fast:
+            speed_up(rounded)
+        found = rounded(**batch, use_cache=False)
+        assert found.logits.dtype == torch.bfloat16 and found.loss.item() == pytest.approx(float(whole.loss.detach()), abs=0.05)
+
+
 def test_one_kernel_reads_documents_where_they_lie(monkeypatch):
     """The kernel needs a GPU (tests/test_gpu.py compares it there); here each document by itself stands in for it."""
     seen = []
@@ -199,7 +214,7 @@ def test_one_kernel_reads_documents_where_they_lie(monkeypatch):
     expected = results(model, batch)
     monkeypatch.setattr(attention, "varlen_attn", kernel)
     assert results(model, batch)["loss"] == expected["loss"] and not seen
-    monkeypatch.setattr(attention, "of_kernel", lambda device, dtype: torch.bfloat16)
+    monkeypatch.setattr(attention, "of_kernel", lambda *_: torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = results(model, batch)
     assert seen == [(torch.bfloat16, seen[0][1], 64)] * model.config.num_hidden_layers and seen[0][1] > 6
@@ -208,10 +223,11 @@ def test_one_kernel_reads_documents_where_they_lie(monkeypatch):
         assert torch.cosine_similarity(rounded[name].flatten(), value.flatten(), dim=0) > 0.99, name
 
 
-@pytest.mark.parametrize(("device", "dtype", "autocast", "found"), [
-    ("cuda", torch.bfloat16, False, torch.bfloat16), ("cuda", torch.float32, False, None), ("cuda", torch.float32, True, torch.bfloat16),
-    ("cpu", torch.bfloat16, False, None), ("cpu", torch.float32, True, None)])
-def test_the_kernel_is_for_half_precision_on_a_gpu(device, dtype, autocast, found, monkeypatch):
+@pytest.mark.parametrize(("device", "dtype", "autocast", "size", "found"), [
+    ("cuda", torch.bfloat16, False, 64, torch.bfloat16), ("cuda", torch.float32, False, 64, None),
+    ("cuda", torch.float32, True, 64, torch.bfloat16), ("cuda", torch.bfloat16, False, 36, None),
+    ("cuda", torch.bfloat16, False, 512, None), ("cpu", torch.bfloat16, False, 64, None), ("cpu", torch.float32, True, 64, None)])
+def test_the_kernel_is_for_half_precision_on_a_gpu(device, dtype, autocast, size, found, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: autocast)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
-    assert attention.of_kernel(device, dtype) == found
+    assert attention.of_kernel(device, dtype, size) == found

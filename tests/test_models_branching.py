@@ -145,6 +145,12 @@ def test_other_tokens_do_not_branch_off(prepared, trunk, tmp_path):
         pretrain(config_for(tmp_path / "prepare", tmp_path / "branch", tokens=10 * 256, branch_from=str(trunk.path)))
 
 
+def test_another_precision_does_not_branch_off(prepared, trunk, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="trained with mixed_precision 'no', and this launch config has 'bf16'"):
+        pretrain(config_for(prepared, tmp_path / "branch", tokens=10 * 256, branch_from=str(trunk.path)))
+
+
 @pytest.mark.slow
 def test_a_compiled_run_is_the_same_run_and_resumes(prepared, trunk, tmp_path, monkeypatch):
     settings = {"tokens": 16 * 256, "cooldown_share": 0.0, "checkpoints": 3, "torch_compile": True}

@@ -191,15 +191,15 @@ def test_a_look_reads_what_it_may(models, packed, dialogues, tmp_path):
     assert set(alone.look(models[1], 0)) == {"eval_loss", "eval_mean_token_accuracy"}  # one source, no base corpus
 
 
-@pytest.mark.parametrize(("first", "step", "told"), [(1, 0, True), (0, 0, False), (1, 2, False)])
-def test_the_verdict_says_of_how_many_rows_a_look_is_and_why_kl_is_there_before_training(models, packed, dialogues, tmp_path, capsys, first,
-                                                                                         step, told):
+@pytest.mark.parametrize(("started", "step", "told"), [(True, 0, True), (False, 0, False), (True, 2, False)])
+def test_the_verdict_says_of_how_many_rows_a_look_is_and_why_kl_is_there_before_training(models, packed, dialogues, tmp_path, capsys,
+                                                                                         started, step, told):
     watch = watch_of(tmp_path, models, packed, dialogues, tokens=2 * 64 * 9)
-    watch.look(models[first], step)
+    watch.look(models[1], step)
     watch.look(models[1], 3)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 3.0, "eval/loss": 3.0, "forgetting/base_loss": 3.0}\n')
     (tmp_path / "figures").mkdir()
-    verdict(tmp_path, watch, kept=3, recommended=3, equal=[3])
+    verdict(tmp_path, watch, kept=3, recommended=3, equal=[3], started=started)
     said = capsys.readouterr().out
     assert "base corpus and KL are over 9 rows at each look" in said
     assert ("the KL at step 0 is that of the chat tokens' start values" in said) == told

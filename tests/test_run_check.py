@@ -1,4 +1,5 @@
 """What a command line names is checked before its first stage begins."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,13 +63,17 @@ def test_a_program_may_ask_for_runs_without_a_recipe_or_by_their_folders(home):
     check("new", [], ["adopt"], ["--parents.prepare", "elsewhere", "--stage", "sft"])
 
 
+INHERITED = ("MAKEFLAGS", "MAKEOVERRIDES", "RECIPE", "ARGS", "LADDER", "ACCELERATE")  # of a `make test` with settings
+
+
 def made(*goals: str, **settings: str) -> subprocess.CompletedProcess:
-    return subprocess.run([*MAKE, *goals, *(f"{key}={value}" for key, value in settings.items())], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([*MAKE, *goals, *(f"{key}={value}" for key, value in settings.items())], cwd=ROOT, capture_output=True, text=True,
+                          env={key: value for key, value in os.environ.items() if key not in INHERITED})
 
 
 def test_make_checks_once_before_the_first_stage_which_get_args_and_which_run_for_others():
     lines = [line for line in made("-n", "pretrain", "sft", "rlhf", ARGS="--seed 1").stdout.splitlines() if "-m stages." in line]
-    assert lines[0].endswith('-m stages.run.check tiny "prepare scaling" "pretrain sft preferences reward_model ppo" --seed 1')
+    assert lines[0].endswith('-m stages.run.check "tiny" "prepare scaling" "pretrain sft preferences reward_model ppo" --seed 1')
     assert not any("run.check" in line for line in lines[1:])
     for goals, settings, asked in ((("pretrain",), {"LADDER": "0"}, '"prepare" "pretrain"'), (("evaluate",), {}, '"" "evaluation"'),
                                    (("scaling",), {"RECIPE": "shakespeare"}, '"prepare" ""'), (("chat",), {}, '"" "chat"')):

@@ -114,6 +114,7 @@ def test_two_processes_say_one_line(tmp_path, who, line):
 def test_a_processor_without_bf16_is_named(precision, has, warned, monkeypatch, capsys):
     monkeypatch.setattr(entry, "promised", lambda: {"file": "a.yaml", "num_processes": 1, "mixed_precision": precision})
     monkeypatch.setattr(entry, "cpu_has_bf16", lambda: has)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which is written
     threads = torch.get_num_threads()
     try:
         entry.start_processes()

@@ -108,11 +108,12 @@ def within(query: Tensor, key: Tensor, value: Tensor, where: Documents, scaling:
     return _Rearrange.apply(torch.cat(made), where.back, where.index, where.padding)
 
 
-def of_kernel(device_type: str, dtype: torch.dtype) -> torch.dtype | None:
-    """The type in which a kernel reads documents where they lie, None where there is none."""
+def of_kernel(device_type: str, dtype: torch.dtype, size: int) -> torch.dtype | None:
+    """The type in which a kernel reads heads of `size` where documents lie, None where there is none."""
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-    return dtype if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) else None
+    known = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= 256
+    return dtype if known else None
 
 
 def by_kernel(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float | None) -> Tensor:
@@ -136,12 +137,12 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     if softcap is not None or s_aux is not None:
         raise ValueError(NOT_COMPUTED)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    if not dropout and (half := of_kernel(query.device.type, query.dtype)):
+    if not dropout and (half := of_kernel(query.device.type, query.dtype, query.size(-1))):
         ends = places(position_ids, attention_mask, rows, length, sliding_window, edges)
         return by_kernel(q.to(half), k.to(half), v.to(half), ends, length, scaling).unflatten(0, (rows, length)), None
     where = places(position_ids, attention_mask, rows, length, sliding_window)
     q, k, v = (_Rearrange.apply(x, where.index, where.back, None) for x in (q, k, v))
-    return within(q, k, v, where, scaling, dropout).unflatten(0, (rows, length)), None
+    return within(q, k, v, where, scaling, dropout).unflatten(0, (rows, length)).to(query.dtype), None
 
 
 def no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
@@ -216,7 +217,7 @@ class FastAttention(nn.Module):
                                    None if norm is None else paired(norm.weight, size), turn,
                                    0.0 if norm is None else norm.variance_epsilon, where)
                       for p, norm in zip(projections, norms, strict=True))
-        value = _Rearrange.apply(self.v_proj(flat).float().unflatten(-1, (-1, size)), where.index, where.back, None)
+        value = _Rearrange.apply(self.v_proj(flat).unflatten(-1, (-1, size)), where.index, where.back, None)
         out = within(query, key, value, where, self.scaling, self.attention_dropout if self.training else 0.0)
         return self.o_proj(out.reshape(rows, length, -1)), None
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from stages.run.checkpoint import MetricsLog, is_complete, step_of
-from stages.run.manifest import Manifest, Run, say, write_json
+from stages.run.manifest import Manifest, Run, precision, say, write_json
 
 if TYPE_CHECKING:
     from stages.models.pretraining import PretrainConfig
@@ -72,6 +72,8 @@ def usable_checkpoints(config: "PretrainConfig", source: Manifest, parents: Mapp
         reason = f"a {source.data.get('stage')} run: give a finished pretrain run"
     elif source.data["parents"] != parents:
         reason = "trained on other tokens"
+    elif (theirs := source.data["provenance"].get("precision", precision())) != precision():
+        reason = f"trained with mixed_precision {theirs!r}, and this launch config has {precision()!r}"
     theirs, ours = source.data["identity"]["config"], config.fingerprinted()
     other = [key for key in sorted((theirs.keys() | ours.keys()) - set(LENGTH)) if theirs.get(key) != ours.get(key)]
     if not reason and other:

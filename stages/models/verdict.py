@@ -10,8 +10,6 @@ from stages.run.checkpoint import read_metrics
 from stages.run.console import table
 from stages.run.manifest import is_main, metric, say
 
-START_KL = 1e-4  # nats a token: above rounding
-
 
 def forgotten(before: list[list[float]], now: list[list[float]]) -> dict[str, dict]:
     """Loss on the base corpus before and after, their paired difference, and KL(base || model), as manifest metrics.
@@ -48,8 +46,10 @@ def transferred(watch: Watch, names: Sequence[str], steps: Sequence[int]) -> dic
         for name, score in zip(names, row, strict=True)}
 
 
-def verdict(folder: Path, watch: Watch, *, kept: int, recommended: int, equal: Sequence[int]) -> None:
-    """The looks as a table, which checkpoint is recommended and why, and learning against forgetting as a figure."""
+def verdict(folder: Path, watch: Watch, *, kept: int, recommended: int, equal: Sequence[int],
+            started: bool = False) -> None:
+    """The looks as a table, which checkpoint is recommended and why, and learning against forgetting as a figure. `started`: the chat
+    tokens had been given start values, which the first look sees."""
     logged = read_metrics(folder / "metrics.jsonl")
     looks = [(point["step"], watch.logs(point)) for point in watch.points]
     rows = []
@@ -61,10 +61,8 @@ def verdict(folder: Path, watch: Watch, *, kept: int, recommended: int, equal: S
                      "recommended" if step == recommended else "as good" if step in equal else ""])
     say(table(["step", "training", "validation", "gap", "base corpus", "KL", ""], rows))
     if watch.neutral:
-        step, logs = looks[0]
-        moved = step == 0 and logs["forgetting/kl_to_base"] > START_KL
         say(f"base corpus and KL are over {watch.neutral_count} rows at each look"
-            + ("; the KL at step 0 is that of the chat tokens' start values" if moved else ""))
+            + ("; the KL at step 0 is that of the chat tokens' start values" if started and looks[0][0] == 0 else ""))
     reason = "no checkpoint learned more, beyond noise, and of these it forgot least" if watch.neutral else "no checkpoint learned more"
     say(f"verdict: step {recommended} ({reason}); {'it is' if kept == recommended else f'step {kept} is'} the product")
     if not is_main():

@@ -164,7 +164,7 @@ def provenance(started: float, attempts: int) -> dict[str, Any]:
 
 
 def precision() -> str:
-    """That of the launch config: no (float32) or bf16."""
+    """That of the launch config, for what is trained under it: no (float32), bf16 or fp16."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
 
 
