@@ -77,7 +77,7 @@ def main(config: PlanConfig) -> dict[str, Any]:
     if assumed := [f"--{name.replace('_', '-')} {value:g}" for name, value in given.items() if value == getattr(PlanConfig, name)]:
         say(f"assumed, not measured here: {', '.join(assumed)} (an H100 in bf16); give your device's")
     say(f"time: {f'{hours:,.1f} hours' if hours >= 1 else clock(3600 * hours)} on {config.devices} devices at {config.mfu:.0%} of "
-        f"{config.peak_tflops:g} TFLOP/s ({hours * config.devices:,.0f} device hours)")
+        f"{config.peak_tflops:g} TFLOP/s ({hours * config.devices:,.1f} device hours)")
 
     needs = {"pretrain": need(model, config, tokens=rows * row_length, muon=pretrain.optimizer == "muon",
                               checkpointing=bool(first(config.gradient_checkpointing, pretrain.gradient_checkpointing)))}

@@ -201,7 +201,7 @@ def test_the_verdict_says_of_how_many_rows_a_look_is_and_why_kl_is_there_before_
     (tmp_path / "figures").mkdir()
     verdict(tmp_path, watch, kept=3, recommended=3, equal=[3], started=started)
     said = capsys.readouterr().out
-    assert "base corpus and KL are over 9 rows at each look" in said
+    assert f"at each look validation is over {watch.count} dialogues, base corpus and KL are over 9 rows" in said
     assert ("the KL at step 0 is that of the chat tokens' start values" in said) == told
 
 

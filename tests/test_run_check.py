@@ -92,3 +92,8 @@ def test_make_stops_at_once_with_one_line(goal, settings, message, tmp_path):
     said = done.stderr.splitlines()
     assert done.returncode == 2 and said[0].startswith("error: ") and message in said[0] and len(said) == 2  # the other is make's own
     assert not list(tmp_path.iterdir())
+
+
+def test_a_setting_of_another_stage_is_named_as_such():
+    with pytest.raises(ValueError, match="ARGS of sft: unknown key 'rollout_batch', a setting of ppo"):
+        check("tiny", [], ["sft"], ["--rollout-batch", "8"])

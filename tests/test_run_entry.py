@@ -10,6 +10,7 @@ import torch
 
 from stages.run import entry
 from stages.run.config import StageConfig, build_config, read_yaml
+from stages.run.manifest import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE = """
@@ -108,6 +109,21 @@ def test_two_processes_say_one_line(tmp_path, who, line):
     said = [text for text in done.stderr.splitlines() if text.startswith("error")]
     assert done.returncode != 0 and len(said) == 1 and said[0].startswith(line), done.stderr[-2000:]
     assert "preempted" not in done.stderr and not list(tmp_path.rglob("PREEMPTED"))  # the launcher's SIGTERM to the rest is none of that
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_that_was_refused_before_it_did_anything_leaves_nothing(begun, monkeypatch, tmp_path):
+    def main(config):
+        run = Run(config)
+        if begun:
+            (run.directory / "half").touch()
+        raise ValueError("no such batch")
+
+    monkeypatch.setattr(entry, "die_with_parent", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["stage", "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit):
+        entry.launch(main, StageConfig, distributed=False)
+    assert (tmp_path / "run.partial").exists() == begun
 
 
 @pytest.mark.parametrize(("precision", "has", "warned"), [("bf16", False, True), ("bf16", True, False), ("no", False, False)])

@@ -259,6 +259,23 @@ def test_a_damaged_product_is_refused(tmp_path, harm):
         Manifest(tmp_path / "first").product("text")
 
 
+def test_all_that_is_missing_is_named_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"no finished run in \S+/r/first, \S+/r/second: run `make first second RECIPE=r` first"):
+        Run(build_config(Third, {"run_dir": str(tmp_path / "r/third"), "parents": {name: str(tmp_path / "r" / name)
+                                                                                   for name in ("first", "second")}}))
+
+
+def test_a_finished_run_of_another_precision_says_so(tmp_path, monkeypatch, capsys):
+    run = Run(build_config(First, {"run_dir": str(tmp_path / "first")}))
+    (run.directory / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    run.finish(metrics={})
+    run_first(tmp_path)
+    assert "mixed_precision" not in capsys.readouterr().out
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert run_first(tmp_path).finished
+    assert "it was trained with mixed_precision 'no', and this launch config has 'bf16': give --run-dir" in capsys.readouterr().out
+
+
 def test_a_training_does_not_go_on_in_another_precision(tmp_path, monkeypatch):
     config = build_config(First, {"run_dir": str(tmp_path / "first")})
     trained = Run(config).directory / "checkpoints" / "checkpoint-2"

@@ -136,7 +136,7 @@ def warnings(fit: Mapping[str, Any], N: Array, D: Array, theta: Array) -> list[s
     low, high = np.quantile(shares, [0.025, 0.975])
     if abs(correlation) > 0.98 or high - low > 0.4:
         found.append("alpha and beta are not separately identified: the exponent of the optimal N, beta / (alpha + beta), is anything from "
-                     f"{low:.2f} to {high:.2f} (log N and log D correlate at {correlation:.2f})")
+                     f"{low:.2f} to {high:.2f}" + (f" (log N and log D correlate at {correlation:.2f})" if abs(correlation) > 0.5 else ""))
     if fit["num_runs"] < min(fit["num_points"], 10):
         found.append(f"{fit['num_runs']} training runs: too few for intervals over runs to be trusted")
     return found

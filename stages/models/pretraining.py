@@ -24,7 +24,7 @@ from stages.models.upcycling import upcycle
 from stages.run import figures
 from stages.run.checkpoint import read_metrics
 from stages.run.config import option
-from stages.run.manifest import Manifest, Run, hash_data, hash_path, is_main, say
+from stages.run.manifest import Manifest, Run, hash_data, hash_path, is_main, precision, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +247,8 @@ def pretrain(config: PretrainConfig, *, forecast: dict[str, Any] | None = None) 
                       bias_rate=config.balance_bias_rate) if config.num_experts else None
     sizes = count_parameters(decoder)
     say(f"pretrain: {config.architecture} {config.hidden_size} wide, {sizes['total']:,} parameters"
-        + (f" ({sizes['active']:,} visited by a token)" if routers else "") + f", {steps:,} steps of "
-        f"{config.batch_tokens:,} tokens on {world_size()} process(es)")
+        + ("" if precision() == "no" else f" in {precision()}") + (f" ({sizes['active']:,} visited by a token)" if routers else "")
+        + f", {steps:,} steps of {config.batch_tokens:,} tokens on {world_size()} process(es)")
 
     schedule, wanted = learning_rate_schedule(config), steps * config.batch_tokens // row_length
     easy = int(wanted * config.easy_share) if config.easy_tokens is None else config.easy_tokens // row_length

@@ -61,7 +61,7 @@ def verdict(folder: Path, watch: Watch, *, kept: int, recommended: int, equal: S
                      "recommended" if step == recommended else "as good" if step in equal else ""])
     say(table(["step", "training", "validation", "gap", "base corpus", "KL", ""], rows))
     if watch.neutral:
-        say(f"base corpus and KL are over {watch.neutral_count} rows at each look"
+        say(f"at each look validation is over {watch.count} dialogues, base corpus and KL are over {watch.neutral_count} rows"
             + ("; the KL at step 0 is that of the chat tokens' start values" if started and looks[0][0] == 0 else ""))
     reason = "no checkpoint learned more, beyond noise, and of these it forgot least" if watch.neutral else "no checkpoint learned more"
     say(f"verdict: step {recommended} ({reason}); {'it is' if kept == recommended else f'step {kept} is'} the product")

@@ -38,6 +38,8 @@ def check_keys(stage: str, values: Mapping[str, Any], where: str) -> None:
     known = declared(stage)
     for key in values:
         if key not in known.settings:
+            if others := [other for other in ORDER if key in declared(other).settings]:
+                raise ValueError(f"{where}: unknown key {key!r}, a setting of {', '.join(others)}")
             raise unknown(str(key), list(known.settings), where)
     parents = values.get("parents")
     for name in parents if isinstance(parents, Mapping) else ():

@@ -236,6 +236,12 @@ class Run:
         self.config = config
         self.final = Path(config.run_dir)
         self.directory = self.final.with_name(self.final.name + ".partial")
+        missing = [name for name, path in config.parents.items() if not (Path(path) / MANIFEST).is_file()]
+        if len(missing) > 1:
+            wanted = [Path(config.parents[name]) for name in missing if name != "prepare" or "pretrain" not in missing]  # which makes it
+            made = {path.parent.name: [p.name for p in wanted if p.parent == path.parent] for path in wanted}
+            commands = " and ".join(f"`make {' '.join(names)} RECIPE={recipe}`" for recipe, names in made.items())
+            raise ValueError(f"no finished run in {', '.join(config.parents[name] for name in missing)}: run {commands} first")
         self.parents = {name: Manifest(path) for name, path in config.parents.items()}
         if config.STAGE != "report":  # it shows the stages as they are, and says itself which are out of date
             check_parents(self.parents)
@@ -260,6 +266,10 @@ class Run:
             if existing.fingerprint == self.fingerprint:
                 self._manifest = existing
                 say(f"{config.STAGE}: {self.final} is finished and nothing it depends on has changed")
+                trained = existing.data["provenance"].get("precision", precision())
+                if trained != precision() and any(self.final.rglob("checkpoint-*")):
+                    say(f"{config.STAGE}: it was trained with mixed_precision {trained!r}, and this launch config has {precision()!r}: "
+                        "give --run-dir for a run of its own")
                 unlock(self.final)
                 return
             say(f"{config.STAGE}: {self.final} is out of date ({self._changes(existing)}); running again")

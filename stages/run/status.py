@@ -229,7 +229,8 @@ def stand(stage: str, folder: Path, settings: Mapping[str, Any] | None, before: 
         return Row(stage, "stale" if old else "finished", "; ".join(old) or again, made["wall_s"], made["peak_rss_bytes"], disk)
     needed = ("pretrain",) if stage == "report" else parents
     waits = [name for name in needed if name in ours and not (parents[name] / MANIFEST).is_file()]
-    return Row(stage, "missing", f"waits for {', '.join(waits)}" if waits else f"`make {stage} RECIPE={recipe}` makes it", disk=disk)
+    makes = f"{'optional: ' if stage == 'rejection_sampling' else ''}`make {stage} RECIPE={recipe}` makes it"
+    return Row(stage, "missing", f"waits for {', '.join(waits)}" if waits else makes, disk=disk)
 
 
 def adopted(run: Manifest) -> bool:
