@@ -281,6 +281,6 @@ def test_a_doubtful_prediction_is_told_with_its_result(monkeypatch, capsys):
 @pytest.mark.parametrize(("width", "expected"), [(None, 0.02), (64, 0.02), (16, 0.01)])
 def test_muons_rate_falls_with_the_width(width, expected):
     trainer = object.__new__(pretraining.PretrainTrainer)
-    trainer.run_config = pretraining.PretrainConfig(hidden_size=32, matrix_lr_width=width)
+    trainer.run_config, trainer.args = pretraining.PretrainConfig(hidden_size=32, matrix_lr_width=width), SimpleNamespace(bf16=False)
     trainer.model, trainer.optimizer = build_meta(planned_decoder(trainer.run_config, vocabulary=32, row_length=16)), None
     assert trainer.create_optimizer().param_groups[0]["lr"] == expected
