@@ -126,6 +126,20 @@ def test_a_run_that_was_refused_before_it_did_anything_leaves_nothing(begun, mon
     assert (tmp_path / "run.partial").exists() == begun
 
 
+def test_the_run_of_another_process_that_has_just_begun_outlives_a_second_that_is_refused(monkeypatch, tmp_path):
+    partial = tmp_path / "run.partial"
+    code = f"import time; from stages.run.config import StageConfig, build_config; from stages.run.manifest import Run; " \
+           f"Run(build_config(StageConfig, {{'run_dir': {str(tmp_path / 'run')!r}}})); print('open', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "open\n"
+        monkeypatch.setattr(entry, "die_with_parent", lambda: None)
+        monkeypatch.setattr(sys, "argv", ["stage", "--run-dir", str(tmp_path / "run")])
+        with pytest.raises(SystemExit) as left:
+            entry.launch(Run, StageConfig, distributed=False)
+        first.kill()
+    assert left.value.code == 2 and [path.name for path in partial.iterdir()] == ["run.json"]
+
+
 @pytest.mark.parametrize(("precision", "has", "warned"), [("bf16", False, True), ("bf16", True, False), ("no", False, False)])
 def test_a_processor_without_bf16_is_named(precision, has, warned, monkeypatch, capsys):
     monkeypatch.setattr(entry, "promised", lambda: {"file": "a.yaml", "num_processes": 1, "mixed_precision": precision})

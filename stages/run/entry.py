@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from stages.run import preemption
 from stages.run.config import StageConfig, help_text, load_config, read_yaml
-from stages.run.manifest import is_main, say
+from stages.run.manifest import forget_unbegun, is_main, say
 from stages.run.redaction import redacted
 
 C = TypeVar("C", bound=StageConfig)
@@ -61,7 +61,7 @@ def launch(main: Callable[[C], Any], config_class: type[C], *, distributed: bool
         elif isinstance(error, ValueError | OSError):
             fail(str(error) or type(error).__name__, config)
             if config is not None and is_main():
-                forget_unbegun(config)
+                forget_unbegun(Path(config.run_dir))
         else:
             print(redacted(traceback.format_exc()), file=sys.stderr)
             code = 1
@@ -123,13 +123,6 @@ def fail(message: str, config: StageConfig | None) -> None:
         except OSError:
             pass
     print(f"error{'' if is_main() else f' (process {number})'}: {redacted(' '.join(message.split()))}{where}", file=sys.stderr, flush=True)
-
-
-def forget_unbegun(config: StageConfig) -> None:
-    """Remove what a run has opened that was refused before it did anything: it would stand there as an interrupted one."""
-    partial = Path(config.run_dir + ".partial")
-    if partial.is_dir() and [path.name for path in partial.iterdir()] == ["run.json"]:
-        shutil.rmtree(partial)
 
 
 def foreseen(error: BaseException | None) -> bool:

@@ -222,6 +222,14 @@ def unlock(run_dir: Path) -> None:
         _LOCKS.pop(path).close()
 
 
+def forget_unbegun(run_dir: Path) -> None:
+    """Remove what this process has opened of a run that was refused before it did anything: it would stand there as an interrupted one.
+    Another process's run, which has the lock, stays."""
+    partial = run_dir.with_name(run_dir.name + ".partial")
+    if lock_file(run_dir).resolve() in _LOCKS and partial.is_dir() and [path.name for path in partial.iterdir()] == ["run.json"]:
+        shutil.rmtree(partial)
+
+
 class Run:
     """The folder a stage works in, from its config to its manifest.
 
